@@ -1,0 +1,113 @@
+"""What the services expect of the outside: engines, processes, the computer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from signal import Signals
+
+    from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness
+
+
+class Engine(Protocol):
+    """One kind of engine: how to start it, ask it, and read its log."""
+
+    @property
+    def name(self) -> str:
+        """The adapter's name, as in engine.kind."""
+        ...
+
+    @property
+    def stop_signals(self) -> tuple[Signals, ...]:
+        """Signals in the order they are tried on a stop, SIGKILL excepted."""
+        ...
+
+    async def plan(self, port: int) -> LaunchPlan:
+        """Compose the command line for `port`.
+
+        Raises:
+            ConfigError: an argument that this build refuses.
+            EngineNotUsable: the program is missing or cannot run.
+            ModelError: the model cannot be used.
+        """
+        ...
+
+    async def probe_readiness(self, port: int, timeout_s: float) -> Readiness:
+        """Ask whether the model is loaded. Never raises; bounded by `timeout_s`."""
+        ...
+
+    async def probe_activity(self, port: int, timeout_s: float) -> Activity:
+        """Ask what the engine is doing, without touching the model. Never raises; bounded by `timeout_s`."""
+        ...
+
+    def read_progress(self, line: str) -> LoadProgress | None:
+        """Recognise a line of the engine's log that tells of loading."""
+        ...
+
+    def is_private(self, line: str) -> bool:
+        """Tell whether a log line can hold a prompt, a reply or a password."""
+        ...
+
+    def is_fatal(self, line: str) -> bool:
+        """Tell whether the line says that the engine will never be ready although it stays alive."""
+        ...
+
+
+class EventWatch(Protocol):
+    """Wakes when the kernel has news (a process ended, a file was written)."""
+
+    async def wait(self) -> None:
+        """Return when there is news."""
+        ...
+
+    def close(self) -> None:
+        """Give up watching; idempotent."""
+        ...
+
+
+class Host(Protocol):
+    """This computer: what differs between macOS and Linux."""
+
+    @property
+    def name(self) -> str:
+        """The kernel: darwin or linux."""
+        ...
+
+    def watch_exit(self, pid: int) -> EventWatch:
+        """Watch for the end of `pid`, whoever its parent is.
+
+        Raises:
+            ProcessLookupError: the process has ended already.
+        """
+        ...
+
+    def watch_file(self, path: Path) -> EventWatch:
+        """Watch a file for writes; `wait` returns at each news.
+
+        Raises:
+            OSError: the file is missing or cannot be watched.
+        """
+        ...
+
+    def start_token(self, pid: int) -> str | None:
+        """Return a text that differs between two processes that had the same pid, None if `pid` is gone."""
+        ...
+
+    def wired_bytes(self) -> int | None:
+        """Return bytes of memory that the whole system holds locked (wired), None if it cannot be told."""
+        ...
+
+    def quarantine(self, path: Path) -> str | None:
+        """Return the quarantine mark of a downloaded file, None if it has none."""
+        ...
+
+    def engine_environment(self, metal_keep_alive_s: int) -> Mapping[str, str]:
+        """Return the variables that this system's engine builds want."""
+        ...
+
+    def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:
+        """Return the TCP ports that these processes listen on, None if it cannot be told."""
+        ...

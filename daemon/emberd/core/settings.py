@@ -1,0 +1,370 @@
+"""Every setting of emberd: key, default, unit, range and meaning, each written once.
+
+The settings file is TOML. Parsing goes in two steps, so that a typo and a contradiction are told apart:
+`tomllib` makes a plain tree, and `read` gives it meaning. The example file, `emberd config show` and
+docs/settings.md come from the same declarations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from emberd.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+EngineKind = Literal["koboldcpp", "llama-server", "embedded"]
+LockPolicy = Literal["always", "never"]
+LogFormat = Literal["auto", "console", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def setting(
+    default: Any, help_text: str, *, unit: str = "", low: float | None = None, high: float | None = None
+) -> Any:
+    """Declare one setting; low and high are inclusive."""
+    metadata = {"help": help_text, "unit": unit, "low": low, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=lambda: tuple(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """Which model is served."""
+
+    path: str = setting(
+        "",
+        "The GGUF file. The first part of a split model. ~ is your home. Empty: the one named in engine.kcpps.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Which program serves it, and how it is started."""
+
+    kind: EngineKind = setting(
+        "koboldcpp",
+        "koboldcpp, llama-server, or embedded (llama.cpp's server in a child process; needs the extra "
+        "emberd[demo]).",
+    )
+    path: str = setting(
+        "",
+        "The program: KoboldCPP's binary, koboldcpp.py or its folder; or llama-server. "
+        "Empty: found on PATH by its usual names.",
+    )
+    python: str = setting("", "The Python that runs koboldcpp.py. Empty: the one that runs emberd.")
+    kcpps: str = setting("", "A KoboldCPP settings file (.kcpps) to merge. Empty: none.")
+    extra_args: tuple[str, ...] = setting(
+        [], "More arguments for the engine, one word an entry. They win over the .kcpps file."
+    )
+    context_size: int = setting(
+        0, "Length of the context. 0: the engine's own default.", unit="tokens", low=0, high=16_777_216
+    )
+    gpu_layers: int = setting(
+        -1, "Layers on the GPU. -1: the engine's own choice; 0: none.", unit="layers", low=-1, high=10_000
+    )
+    lock: LockPolicy = setting("always", "Ask the engine to lock the model in memory: always or never.")
+    metal_keep_alive_s: int = setting(
+        2_592_000,
+        "macOS: how long the engine keeps the model resident for the GPU after its last use.",
+        unit="s",
+        low=1,
+        # llama.cpp counts 5 ms steps in a 32-bit int: above this the counter wraps (PR 24074).
+        high=10_000_000,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSettings:
+    """The port that clients use."""
+
+    host: str = setting("127.0.0.1", "Address of the endpoint; loopback only.")
+    port: int = setting(5001, "TCP port of the endpoint. 5001 is KoboldCPP's own.", low=1, high=65535)
+    hold_timeout_s: float = setting(
+        120.0,
+        "How long a request waits for an engine that is not ready before it gets 503.",
+        unit="s",
+        low=0,
+        high=3600,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LifecycleSettings:
+    """How the engine is watched, restarted and stopped."""
+
+    load_timeout_s: float = setting(
+        1800.0,
+        "Longest time from start to ready before the engine is restarted.",
+        unit="s",
+        low=1,
+        high=86_400,
+    )
+    drain_timeout_s: float = setting(
+        30.0, "How long running requests may finish before the engine is stopped.", unit="s", low=0, high=3600
+    )
+    stop_timeout_s: float = setting(
+        20.0, "How long the engine may take to end before it is killed.", unit="s", low=0.1, high=600
+    )
+    backoff_initial_s: float = setting(
+        1.0,
+        "Wait after the second crash in a row; the first restart is immediate.",
+        unit="s",
+        low=0,
+        high=600,
+    )
+    backoff_max_s: float = setting(60.0, "Longest wait between two starts.", unit="s", low=0, high=86_400)
+    backoff_jitter: float = setting(
+        0.2, "Share by which each wait is varied at random, up and down.", unit="share", low=0, high=1
+    )
+    stable_after_s: float = setting(
+        60.0, "Being ready for this long forgets earlier crashes.", unit="s", low=0, high=86_400
+    )
+    crash_limit: int = setting(
+        6, "Crashes in a row, without a stable spell between, after which emberd gives up.", low=1, high=1000
+    )
+    probe_interval_s: float = setting(
+        10.0, "How often a ready engine is asked whether it lives.", unit="s", low=0.1, high=600
+    )
+    hang_after_s: float = setting(
+        60.0, "No answer and no progress for this long counts as a hang.", unit="s", low=1, high=86_400
+    )
+    generation_silence_s: float = setting(
+        1800.0,
+        "A generation that produces nothing for this long counts as a hang even while it uses the CPU.",
+        unit="s",
+        low=10,
+        high=86_400,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """What emberd writes about itself."""
+
+    level: LogLevel = setting("info", "Least important level that is written.")
+    format: LogFormat = setting("auto", "console, json, or auto (console on a terminal, else json).")
+    engine_file_mib: int = setting(
+        8, "Size at which the engine's log file is rotated.", unit="MiB", low=1, high=4096
+    )
+    engine_files: int = setting(3, "Rotated files that are kept beside the current one.", low=0, high=100)
+
+
+@dataclass(frozen=True, slots=True)
+class StateSettings:
+    """Where emberd keeps what it must remember."""
+
+    directory: str = setting(
+        "", "State file, control socket and engine log live here. Empty: the platform's place."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings, by table of the file."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    endpoint: EndpointSettings = field(default_factory=EndpointSettings)
+    lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    state: StateSettings = field(default_factory=StateSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """One setting as declared, for documentation and for the parser.
+
+    Attributes:
+        key: dotted name, table first.
+        table: the table it stands in.
+        name: its name within the table.
+        type: the Python type of the value.
+        default: the value when the file is silent.
+        unit: unit of a number, or empty.
+        low: least value allowed, None if unbounded.
+        high: greatest value allowed, None if unbounded.
+        help: what it means, for a person.
+    """
+
+    key: str
+    table: str
+    name: str
+    type: Any
+    default: Any
+    unit: str
+    low: float | None
+    high: float | None
+    help: str
+
+    def choices(self) -> tuple[str, ...]:
+        """Return the allowed words of a choice, empty for other types."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def range_text(self) -> str:
+        """Return the allowed values in words, empty if anything of the type goes."""
+        if self.choices():
+            return " | ".join(self.choices())
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        return ""
+
+
+def declarations() -> Iterator[Declaration]:
+    """Yield every setting in the order of the file."""
+    defaults = Settings()
+    for table in dataclasses.fields(Settings):
+        section = getattr(defaults, table.name)
+        hints = get_type_hints(type(section))
+        for entry in dataclasses.fields(section):
+            yield Declaration(
+                key=f"{table.name}.{entry.name}",
+                table=table.name,
+                name=entry.name,
+                type=hints[entry.name],
+                default=getattr(section, entry.name),
+                unit=entry.metadata["unit"],
+                low=entry.metadata["low"],
+                high=entry.metadata["high"],
+                help=entry.metadata["help"],
+            )
+
+
+def table_help(table: str) -> str:
+    """Return the one-line meaning of a table of the file."""
+    return (type(getattr(Settings(), table)).__doc__ or "").splitlines()[0]
+
+
+def read(tree: Mapping[str, Any], source: str) -> Settings:
+    """Give meaning to a parsed settings file.
+
+    Args:
+        tree: what tomllib made of the file.
+        source: the file's name, for messages.
+
+    Raises:
+        ConfigError: naming every wrong key at once, each with what was expected.
+    """
+    known = {declaration.key: declaration for declaration in declarations()}
+    tables = {declaration.table for declaration in known.values()}
+    problems: list[str] = []
+    values: dict[str, dict[str, Any]] = {table: {} for table in tables}
+    for table, content in tree.items():
+        if table not in tables:
+            problems.append(f"[{table}] is not a table of emberd's settings{_nearest(table, tables)}")
+            continue
+        if not isinstance(content, dict):
+            problems.append(f"{table} must be a table: write [{table}] on a line of its own")
+            continue
+        for name, value in content.items():
+            key = f"{table}.{name}"
+            if key not in known:
+                names = {declaration.name for declaration in known.values() if declaration.table == table}
+                problems.append(f"{key} is not a setting{_nearest(name, names)}")
+                continue
+            try:
+                values[table][name] = _checked(known[key], value)
+            except ValueError as wrong:
+                problems.append(f"{key}: {wrong}")
+    if problems:
+        raise ConfigError(
+            f"{source}: " + "; ".join(problems),
+            "`emberd config show` lists every setting with its range; `emberd config check` tries a file.",
+        )
+    settings = Settings(
+        **{
+            entry.name: dataclasses.replace(getattr(Settings(), entry.name), **values[entry.name])
+            for entry in dataclasses.fields(Settings)
+        }
+    )
+    _check_together(settings, source)
+    return settings
+
+
+def _nearest(word: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _checked(declaration: Declaration, value: Any) -> Any:
+    """Return `value` as the declared type, or raise ValueError with what was expected."""
+    wanted, choices = declaration.type, declaration.choices()
+    if choices:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}")
+        return value
+    if get_origin(wanted) is tuple:
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            raise ValueError(f'must be a list of strings such as ["--threads", "4"], not {value!r}')
+        return tuple(value)
+    if wanted is str:
+        if not isinstance(value, str):
+            raise ValueError(f"must be a string in quotes, not {value!r}")
+        return value
+    return _number(declaration, value)
+
+
+def _number(declaration: Declaration, value: Any) -> int | float:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if declaration.type is int and not is_whole:
+        raise ValueError(f"must be a whole number, not {value!r}")
+    if not is_whole and not isinstance(value, float):
+        raise ValueError(f"must be a number, not {value!r}")
+    number: int | float = declaration.type(value)
+    low, high = declaration.low, declaration.high
+    if (low is not None and not number >= low) or (high is not None and not number <= high):
+        unit = f" {declaration.unit}" if declaration.unit else ""
+        raise ValueError(f"must be {declaration.range_text()}{unit}, not {value!r}")
+    return number
+
+
+def _check_together(settings: Settings, source: str) -> None:
+    """Refuse settings that are each valid and contradict each other."""
+    if settings.endpoint.host not in {"127.0.0.1", "::1", "localhost"}:
+        raise ConfigError(
+            f"{source}: endpoint.host: {settings.endpoint.host!r} is not a loopback address",
+            'emberd serves this computer only; use "127.0.0.1" and a tunnel (ssh -L) for other machines.',
+        )
+    if settings.lifecycle.backoff_initial_s > settings.lifecycle.backoff_max_s:
+        raise ConfigError(
+            f"{source}: lifecycle.backoff_initial_s ({settings.lifecycle.backoff_initial_s:g} s) is more than "
+            f"lifecycle.backoff_max_s ({settings.lifecycle.backoff_max_s:g} s)",
+            "Raise backoff_max_s or lower backoff_initial_s.",
+        )
+
+
+def to_toml(settings: Settings, *, with_help: bool = True) -> str:
+    """Write settings as the text of a settings file; `read` of it gives the same settings back."""
+    lines: list[str] = []
+    table = ""
+    for declaration in declarations():
+        if declaration.table != table:
+            table = declaration.table
+            lines += ["", f"[{table}]" + (f"  # {table_help(table)}" if with_help else "")]
+        if with_help:
+            facts = ", ".join(
+                part
+                for part in (
+                    declaration.range_text() + (f" {declaration.unit}" if declaration.unit else ""),
+                    f"default {_toml_value(declaration.default)}",
+                )
+                if part.strip()
+            )
+            lines += ["", f"# {declaration.help}", f"# ({facts})"]
+        value = getattr(getattr(settings, table), declaration.name)
+        lines.append(f"{declaration.name} = {_toml_value(value)}")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(word) for word in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+    return repr(value)

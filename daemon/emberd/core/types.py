@@ -1,0 +1,92 @@
+"""Frozen values that cross rooms. Unknown is None, never zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A named warning about settings: emberd goes on, the owner should know.
+
+    Attributes:
+        code: stable snake_case name, for filters and documentation.
+        message: what was seen and what emberd does about it.
+    """
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """Everything that is needed to start one engine process.
+
+    Attributes:
+        arguments: the whole command line, the executable first.
+        environment: variables set on top of emberd's own environment.
+        port: loopback TCP port that the engine will listen on.
+        notices: named warnings found while composing.
+        hidden: values in `arguments` that must not be shown (passwords).
+        files: text files to write (mode 0600) before the start, by absolute path.
+    """
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    port: int
+    notices: tuple[Notice, ...] = ()
+    hidden: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def shown_arguments(self) -> tuple[str, ...]:
+        """Return the command line as people may see it, with secrets masked."""
+        return tuple("********" if word in self.hidden else word for word in self.arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """A line of the engine's log that tells how far loading is.
+
+    Attributes:
+        phase: the engine-independent name of the step.
+        detail: the engine's own figure for it, or empty.
+    """
+
+    phase: str
+    detail: str = ""
+
+
+class Readiness(Enum):
+    """What a readiness probe found."""
+
+    REFUSED = "refused"
+    """Nothing listens yet."""
+    LOADING = "loading"
+    """The engine answers that it is still loading."""
+    READY = "ready"
+    """The engine answers as the right engine with the right model."""
+    STRANGER = "stranger"
+    """Something answers that is not this engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What one liveness probe saw of a running engine.
+
+    Attributes:
+        answered: the engine answered the probe in time.
+        is_generating: a generation holds the model; None if the engine cannot tell.
+        generated_units: a number that grows while text is produced (characters or tokens of the running
+            reply plus finished replies), None if unknown.
+        cpu_seconds: CPU time used by the whole process tree since it began, None if unknown.
+    """
+
+    answered: bool
+    is_generating: bool | None = None
+    generated_units: int | None = None
+    cpu_seconds: float | None = None
