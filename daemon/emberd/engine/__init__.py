@@ -1,0 +1,1 @@
+"""Adapters for engines: flags, readiness, liveness, process."""

@@ -1,0 +1,211 @@
+"""KoboldCPP: a single-file binary, or `koboldcpp.py` of a checkout. Facts and versions: docs/engines.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emberd.core.errors import ConfigError
+from emberd.core.types import Activity, LaunchPlan, Readiness
+from emberd.engine import llama_log
+from emberd.engine.http import NOTHING_LISTENS
+from emberd.engine.koboldcpp_flags import Wishes, compose
+from emberd.engine.koboldcpp_help import PROBE_ARGUMENT, read_help, read_probe
+from emberd.engine.program import check_executable, find_program
+from emberd.host.files import make_private_folder
+from emberd.host.model_file import check_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from emberd.core.ports import Host
+    from emberd.core.settings import Settings
+    from emberd.core.types import LoadProgress
+    from emberd.engine.http import EngineHttp
+    from emberd.engine.program import Asker
+
+_USUAL_NAMES = ("koboldcpp", "koboldcpp-mac-arm64", "koboldcpp-linux-x64", "koboldcpp-linux-x64-nocuda")
+_SCRIPT = "koboldcpp.py"
+_HTTP_OK = 200
+_PRIVATE = re.compile(r"^(?:Namespace\(|Body Err:|Input:|Output:)|password='")
+"""`Namespace(` shows passwords and `Body Err:` whole request bodies, both also under --quiet."""
+_WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bind")
+"""Up to 1.104 it then spins on the unbound socket for ever instead of exiting."""
+_PROTECTED_MODEL = "koboldcpp/protected-model"
+_UNITS_OF_A_GENERATION = 1_000_000
+"""Keeps the count of finished generations above any length of a running reply."""
+
+
+class KoboldCpp:
+    """Adapter for KoboldCPP.
+
+    Args:
+        settings: emberd's settings.
+        host: this computer.
+        http: asks the engine.
+        asker: asks the program about its options.
+        scratch: folder used as its TMPDIR, so that no neighbour deletes what it unpacked.
+        kcpps_target: where merged settings are written.
+    """
+
+    name = "koboldcpp"
+    stop_signals = (signal.SIGINT, signal.SIGTERM)
+    """SIGINT is right in every mode; SIGTERM to the parent alone would orphan the worker of --admin."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        host: Host,
+        http: EngineHttp,
+        asker: Asker,
+        scratch: Path,
+        kcpps_target: Path,
+    ) -> None:
+        self._settings = settings
+        self._host = host
+        self._http = http
+        self._asker = asker
+        self._scratch = scratch
+        self._kcpps_target = kcpps_target
+
+    async def plan(self, port: int) -> LaunchPlan:
+        """Compose the command line from what this build offers.
+
+        Raises:
+            EngineNotUsable: the program is missing or cannot run.
+            ModelError: the model cannot be used.
+            ConfigError: an argument that this build refuses, or that would undo the job.
+        """
+        engine = self._settings.engine
+        program, command = self._command()
+        environment = self._environment()
+        make_private_folder(self._scratch)
+        said = await self._asker.ask(command, ("--help",), program, environment)
+        build = read_help(said.out)
+        model = str(check_model(self._settings.model.path)) if self._settings.model.path else None
+        line = compose(
+            build,
+            Wishes(
+                model=model,
+                port=port,
+                lock=engine.lock == "always",
+                context_size=engine.context_size or None,
+                gpu_layers=engine.gpu_layers if engine.gpu_layers >= 0 else None,
+                extra_args=engine.extra_args,
+                kcpps=self._read_kcpps(),
+                kcpps_target=str(self._kcpps_target),
+                is_metal=self._host.name == "darwin" and engine.gpu_layers != 0,
+            ),
+        )
+        if model is None:
+            check_model(line.model)
+        if engine.extra_args:
+            probed = await self._asker.ask(command, (*engine.extra_args, PROBE_ARGUMENT), program, environment)
+            read_probe(build, engine.extra_args, probed.exit_code, probed.err)
+        return LaunchPlan(
+            arguments=(*command, *line.arguments),
+            environment=environment,
+            port=port,
+            notices=line.notices,
+            hidden=line.hidden,
+            files={} if line.kcpps is None else {str(self._kcpps_target): json.dumps(line.kcpps, indent=1)},
+        )
+
+    async def probe_readiness(self, port: int, timeout_s: float) -> Readiness:
+        """Ask for the model's name; the port is closed until the model is loaded."""
+        answer = await self._http.get(port, "/api/v1/model", timeout_s)
+        if answer.status == NOTHING_LISTENS:
+            return Readiness.REFUSED
+        if answer.status is None:
+            return Readiness.LOADING
+        name = answer.get("result")
+        if answer.status != _HTTP_OK or not isinstance(name, str) or not name.startswith("koboldcpp/"):
+            return Readiness.STRANGER
+        return Readiness.READY if self._is_our_model(name) else Readiness.STRANGER
+
+    async def probe_activity(self, port: int, timeout_s: float) -> Activity:
+        """Ask /api/extra/perf, and for the length of the running reply while there is one.
+
+        `idle` is trusted and `idletime` is not: it counts from the start of the last generation and so grows
+        while a long one runs.
+        """
+        perf = await self._http.get(port, "/api/extra/perf", timeout_s)
+        idle = perf.get("idle")
+        if perf.status != _HTTP_OK or idle is None:
+            return Activity(answered=False)
+        if idle == 1:
+            return Activity(answered=True, is_generating=False)
+        reply = (await self._http.get(port, "/api/extra/generate/check", timeout_s)).get("results", 0, "text")
+        finished = perf.get("total_gens")
+        units = (finished if isinstance(finished, int) else 0) * _UNITS_OF_A_GENERATION
+        return Activity(
+            answered=True,
+            is_generating=True,
+            generated_units=units + (len(reply) if isinstance(reply, str) else 0),
+        )
+
+    def read_progress(self, line: str) -> LoadProgress | None:
+        """Recognise llama.cpp's and KoboldCPP's loading lines."""
+        return llama_log.read_progress(line)
+
+    def is_private(self, line: str) -> bool:
+        """Recognise the lines that hold passwords, prompts or replies."""
+        return _PRIVATE.search(line) is not None
+
+    def is_fatal(self, line: str) -> bool:
+        """Recognise that the port was taken."""
+        return any(text in line for text in _WILL_NEVER_SERVE)
+
+    def _is_our_model(self, name: str) -> bool:
+        """Compare names, unless the model is named elsewhere or --hordemodelname renames it."""
+        engine, path = self._settings.engine, self._settings.model.path
+        is_renamed = bool(engine.kcpps) or any(word.startswith("--hordemodelname") for word in engine.extra_args)
+        return is_renamed or not path or name in {model_name(path), _PROTECTED_MODEL}
+
+    def _command(self) -> tuple[Path, tuple[str, ...]]:
+        """Return the program's file and the words that start it."""
+        found = find_program(self._settings.engine.path, _USUAL_NAMES, "KoboldCPP's binary, or its koboldcpp.py")
+        program = found / _SCRIPT if found.is_dir() and (found / _SCRIPT).is_file() else found
+        if program.suffix == ".py":
+            return program, (self._settings.engine.python or sys.executable, str(program))
+        check_executable(program, self._host)
+        return program, (str(program),)
+
+    def _environment(self) -> Mapping[str, str]:
+        return {
+            # Its stdout is block-buffered into a file: the first lines would come minutes late.
+            "PYTHONUNBUFFERED": "1",
+            "TMPDIR": str(self._scratch),
+            **self._host.engine_environment(self._settings.engine.metal_keep_alive_s),
+        }
+
+    def _read_kcpps(self) -> Mapping[str, object] | None:
+        if not self._settings.engine.kcpps:
+            return None
+        path = Path(self._settings.engine.kcpps).expanduser()
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read engine.kcpps {path}: {error.strerror}", "Mend the path or its permissions."
+            ) from error
+        except ValueError as error:
+            raise ConfigError(
+                f"engine.kcpps {path} is not JSON: {error}", "Save it again from KoboldCPP's launcher."
+            ) from error
+        if not isinstance(content, dict):
+            raise ConfigError(
+                f"engine.kcpps {path} is not a JSON object", "Save it again from KoboldCPP's launcher."
+            )
+        return content
+
+
+def model_name(path: str) -> str:
+    """Return the name under which KoboldCPP serves a model file: letters, digits and `._-` of its stem."""
+    stem = os.path.splitext(os.path.basename(path))[0]  # noqa: PTH119, PTH122  # as KoboldCPP does it
+    return "koboldcpp/" + re.sub(r"[^\w\d.\-_]", "", stem)

@@ -1,0 +1,230 @@
+"""KoboldCPP's command line and merged settings file, composed from everybody's wishes.
+
+Three parties have wishes: emberd's settings, the owner's engine.extra_args and the owner's .kcpps file. The
+first named wins, and whoever loses a wish that was meant is told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emberd.core.errors import ConfigError
+from emberd.core.types import Notice
+from emberd.engine.koboldcpp_help import read_arguments
+from emberd.engine.koboldcpp_kcpps import conflict, merge, model_of_file
+from emberd.engine.koboldcpp_rules import (
+    ARGUMENTS,
+    FILE,
+    OWNERS_BUSINESS,
+    RULES,
+    SECRETS,
+    Act,
+    is_same,
+    say,
+    shown,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from emberd.engine.koboldcpp_help import Build, Given
+    from emberd.engine.koboldcpp_kcpps import Decided
+
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What emberd's settings and its owner want of KoboldCPP.
+
+    Attributes:
+        model: path of the GGUF file; None if the .kcpps file names it.
+        port: loopback TCP port that emberd chose for the engine.
+        lock: ask for the model to be locked in memory.
+        context_size: tokens; None leaves it to extra_args, the file or the engine.
+        gpu_layers: layers on the GPU; None as above.
+        extra_args: the owner's own arguments, one word each.
+        kcpps: content of the owner's .kcpps file; None if there is none.
+        kcpps_target: path at which the caller writes the merged file.
+        is_metal: the engine runs on Apple's Metal.
+    """
+
+    model: str | None
+    port: int
+    lock: bool
+    context_size: int | None
+    gpu_layers: int | None
+    extra_args: tuple[str, ...]
+    kcpps: Mapping[str, object] | None
+    kcpps_target: str
+    is_metal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """How KoboldCPP is to be started.
+
+    Attributes:
+        arguments: everything behind the executable.
+        kcpps: merged settings to write to Wishes.kcpps_target; None if the owner has no file.
+        notices: what the owner should know.
+        hidden: passwords, and the words they are part of.
+        model: the model that will be loaded, as it was named.
+    """
+
+    arguments: tuple[str, ...]
+    kcpps: Mapping[str, object] | None
+    notices: tuple[Notice, ...]
+    hidden: tuple[str, ...]
+    model: str
+
+
+def compose(build: Build, wishes: Wishes) -> CommandLine:
+    """Compose the command line and the merged settings file.
+
+    The owner's arguments come first and emberd's own behind them; no option of theirs is given twice.
+
+    Raises:
+        ConfigError: an argument or a key that emberd cannot serve with, or no model.
+    """
+    file = wishes.kcpps or {}
+    decided = _decided_by_settings(wishes)
+    kept: list[Given] = []
+    notices: list[Notice] = []
+    for given in read_arguments(build, wishes.extra_args):
+        if not given.dest:
+            raise _stray_word(given.words[0], kept)
+        act, said = _judge_argument(given, decided)
+        notices += said
+        if act in {Act.KEEP, Act.WARN}:
+            kept.append(given)
+
+    model, said = _choose_model(wishes.model, file)
+    merged, said_of_file = merge(build, file, kept, decided)
+    notices += [*said, *said_of_file, *_memory_notices(kept, wishes)]
+    own = [
+        word
+        for dest, values in _own_arguments(kept, wishes, model)
+        if build.offers(dest)
+        for word in (f"--{dest}", *values)
+    ]
+    return CommandLine(
+        arguments=(*(word for given in kept for word in given.words), *own),
+        kcpps=None if wishes.kcpps is None else merged,
+        notices=tuple(notices),
+        hidden=tuple(dict.fromkeys(_secrets(kept, merged))),
+        model=model,
+    )
+
+
+def _decided_by_settings(wishes: Wishes) -> Decided:
+    decided: dict[str, tuple[str, object]] = {"usemlock": ("engine.lock", wishes.lock)}
+    if wishes.context_size is not None:
+        decided["contextsize"] = ("engine.context_size", wishes.context_size)
+    if wishes.gpu_layers is not None:
+        decided["gpulayers"] = ("engine.gpu_layers", wishes.gpu_layers)
+    return decided
+
+
+def _stray_word(word: str, before: Sequence[Given]) -> ConfigError:
+    """Return the refusal of a word that KoboldCPP would take for a model file or a port."""
+    follows_a_secret = bool(before) and before[-1].dest in SECRETS
+    named = "A word" if follows_a_secret else f'"{word}"'
+    remedy = "Set model.path to choose the model."
+    if word.startswith("-") and " " in word:
+        remedy = "Write the option and its value as two entries."
+    return ConfigError(f"{named} in {ARGUMENTS} belongs to no option; KoboldCPP would load it as a model.", remedy)
+
+
+def _judge_argument(given: Given, decided: Decided) -> tuple[Act, list[Notice]]:
+    """Decide about one of the owner's arguments.
+
+    Raises:
+        ConfigError: it is refused.
+    """
+    where = f"{given.spelling} in {ARGUMENTS}"
+    value = given.value
+    if given.dest in decided:
+        setting, chosen = decided[given.dest]
+        if is_same(value, chosen):
+            return Act.KEEP, []
+        said = f"{where} is left out: {setting} ({shown(chosen)}) decides."
+        return Act.REPLACE, [Notice("setting_wins", said)]
+    rule = RULES.get(given.dest, OWNERS_BUSINESS)
+    act = rule.on_command_line
+    if not rule.concerns(value):
+        return (Act.KEEP if act is Act.REFUSE else act), []
+    if act is Act.REFUSE:
+        raise ConfigError(f"{where} is not possible. {rule.text}", rule.remedy)
+    return act, say(where, act, rule.code, rule.text)
+
+
+def _choose_model(wished: str | None, file: Mapping[str, object]) -> tuple[str, list[Notice]]:
+    """Return the model to load and what to say about it.
+
+    Raises:
+        ConfigError: nobody names one, or it would have to be downloaded.
+    """
+    in_file = model_of_file(file)
+    model = wished or in_file
+    if not model:
+        raise ConfigError("No model is named.", f"Set model.path, or name a model in the file of {FILE}.")
+    if model.startswith(("http://", "https://")):
+        raise ConfigError(f"The model is an address: {model}", "Download it and set model.path to the file.")
+    if in_file in {None, model}:
+        return model, []
+    return model, [conflict("model", in_file, f"model.path ({shown(model)})")]
+
+
+def _memory_notices(kept: Sequence[Given], wishes: Wishes) -> Iterator[Notice]:
+    """Say what it means that the owner does not want the model mapped."""
+    unmapped = next((given.spelling for given in kept if given.dest == "nommap"), None)
+    if unmapped is None:
+        return
+    yield Notice(
+        "mmap_off",
+        f"{unmapped} in {ARGUMENTS} is kept. The model is copied into the memory of the process, which the "
+        "system may swap out unless it is locked.",
+    )
+    if wishes.lock and wishes.is_metal:
+        yield Notice(
+            "metal_lock_without_mmap",
+            f"With {unmapped}, builds from 2025 on lock nothing of the part that runs on Metal, and do not "
+            f"tell. Remove {unmapped} from {ARGUMENTS}.",
+        )
+
+
+def _own_arguments(kept: Sequence[Given], wishes: Wishes, model: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield destination and values of what emberd asks for, without what the owner has asked for already.
+
+    The two-word form with the destination is the only one that wins over a file.
+    """
+    given = {each.dest for each in kept}
+    own: dict[str, tuple[str, ...]] = {
+        "host": (_LOOPBACK,),
+        "port": (str(wishes.port),),
+        "quiet": (),
+        "skiplauncher": (),
+    }
+    if wishes.lock:
+        own["usemlock"] = ()
+    if "nommap" not in given:
+        own["usemmap"] = ()  # older builds do not offer it: they map unless told not to
+    own["model"] = (model,)
+    if wishes.context_size is not None:
+        own["contextsize"] = (str(wishes.context_size),)
+    if wishes.gpu_layers is not None:
+        own["gpulayers"] = (str(wishes.gpu_layers),)
+    if wishes.kcpps is not None:
+        own["config"] = (wishes.kcpps_target,)
+    yield from ((dest, values) for dest, values in own.items() if dest not in given)
+
+
+def _secrets(kept: Sequence[Given], merged: Mapping[str, object]) -> Iterator[str]:
+    for given in kept:
+        if given.dest in SECRETS:
+            for value in filter(None, given.values):
+                yield value
+                yield from (word for word in given.words if word != value and value in word)
+    yield from (str(value) for key, value in merged.items() if key in SECRETS and value)

@@ -1,0 +1,34 @@
+"""Lines that llama.cpp prints while it loads, alike in KoboldCPP, llama-server and the embedded engine."""
+
+from __future__ import annotations
+
+import re
+
+from emberd.core.types import LoadProgress
+
+_PHASES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"(?:Loading (?:Text )?[Mm]odel: |loading model '|llama_model_loader: loaded meta)"),
+        "reading the model",
+    ),
+    (re.compile(r"load_tensors:.*buffer size\s*=\s*(?P<detail>[\d.]+ MiB)"), "loading weights"),
+    (re.compile(r"load_tensors: loading model tensors"), "loading weights"),
+    (re.compile(r"llama_kv_cache.*size\s*=\s*(?P<detail>[\d.]+ MiB)"), "allocating the context"),
+    (re.compile(r"KV self size\s*=\s*(?P<detail>[\d.]+ MiB)"), "allocating the context"),
+    (re.compile(r"compute buffer size\s*=\s*(?P<detail>[\d.]+ MiB)"), "allocating compute buffers"),
+    (re.compile(r"(?:Starting model warm up|warming up the model)"), "warming up"),
+    (re.compile(r"(?:Load Text Model OK: True|model loaded)"), "model loaded"),
+    (
+        re.compile(r"(?:Please connect to custom endpoint|server is listening|listening on http)"),
+        "opening the port",
+    ),
+)
+
+
+def read_progress(line: str) -> LoadProgress | None:
+    """Recognise a step of loading, None for any other line."""
+    for pattern, phase in _PHASES:
+        found = pattern.search(line)
+        if found:
+            return LoadProgress(phase, found.groupdict().get("detail") or "")
+    return None

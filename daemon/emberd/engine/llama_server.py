@@ -1,0 +1,241 @@
+"""llama.cpp's server: an external `llama-server`, or the embedded one in a child process."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emberd.core.errors import ConfigError, EngineNotUsable
+from emberd.core.types import Activity, LaunchPlan, Notice, Readiness
+from emberd.engine import llama_log
+from emberd.engine.http import NOTHING_LISTENS
+from emberd.engine.program import check_executable, find_program
+from emberd.host.model_file import check_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from emberd.core.ports import Host
+    from emberd.core.settings import Settings
+    from emberd.core.types import LoadProgress
+    from emberd.engine.http import EngineHttp
+    from emberd.engine.program import Asker
+
+_HTTP_OK = 200
+_HTTP_LOADING = 503
+"""llama-server answers 503 "Loading model" to everything until the model is there (tools/server/README.md)."""
+_OWNED = {
+    "--host": "the engine listens on 127.0.0.1 only; clients use emberd's endpoint",
+    "--port": "emberd chooses a private port",
+    "-m": "the model is model.path",
+    "--model": "the model is model.path",
+}
+_MODES_WITHOUT_SERVER = frozenset({"-h", "--help", "--usage", "--version", "--completion-bash", "--list-devices"})
+_VERBOSE = frozenset({"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"})
+_IDLE_UNLOADING = frozenset({"--sleep-idle-seconds"})
+_NO_MMAP = frozenset({"--no-mmap"})
+
+
+class LlamaServer:
+    """The HTTP and log side that the external and the embedded server share.
+
+    Args:
+        settings: emberd's settings.
+        host: this computer.
+        http: asks the engine.
+    """
+
+    name = "llama-server"
+    stop_signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, settings: Settings, host: Host, http: EngineHttp) -> None:
+        self._settings = settings
+        self._host = host
+        self._http = http
+
+    async def probe_readiness(self, port: int, timeout_s: float) -> Readiness:
+        """Ask /health, then compare the model's path in /props."""
+        health = await self._http.get(port, "/health", timeout_s)
+        if health.status == NOTHING_LISTENS:
+            return Readiness.REFUSED
+        if health.status is None or health.status == _HTTP_LOADING:
+            return Readiness.LOADING
+        if health.status != _HTTP_OK or health.get("status") != "ok":
+            return Readiness.STRANGER
+        served = (await self._http.get(port, "/props", timeout_s)).get("model_path")
+        if served is None:
+            return Readiness.LOADING
+        model = Path(self._settings.model.path).expanduser().absolute()
+        return Readiness.READY if served == str(model) else Readiness.STRANGER
+
+    async def probe_activity(self, port: int, timeout_s: float) -> Activity:
+        """Ask /slots, which the thread that runs the model answers; fall back to /health."""
+        slots = await self._http.get(port, "/slots", timeout_s)
+        if slots.status == _HTTP_OK and isinstance(slots.content, list):
+            return _read_slots(slots.content)
+        if slots.status in {None, NOTHING_LISTENS}:
+            return Activity(answered=False)
+        health = await self._http.get(port, "/health", timeout_s)
+        return Activity(answered=health.status == _HTTP_OK)
+
+    def read_progress(self, line: str) -> LoadProgress | None:
+        """Recognise llama.cpp's loading lines."""
+        return llama_log.read_progress(line)
+
+    def is_private(self, line: str) -> bool:  # noqa: ARG002  # the Engine protocol
+        """Return False: prompts are printed only at verbosities that `plan` refuses."""
+        return False
+
+    def is_fatal(self, line: str) -> bool:  # noqa: ARG002  # the Engine protocol
+        """Return False: llama-server exits when it cannot serve."""
+        return False
+
+    def _load_mode(self) -> str:
+        return "mmap+mlock" if self._settings.engine.lock == "always" else "mmap"
+
+
+def _read_slots(slots: list[Any]) -> Activity:
+    decoded = 0
+    for slot in slots:
+        for part in slot.get("next_token") or ():
+            decoded += part.get("n_decoded", 0)
+        decoded += slot.get("id_task", 0) if isinstance(slot.get("id_task"), int) else 0
+    return Activity(
+        answered=True,
+        is_generating=any(slot.get("is_processing") for slot in slots),
+        generated_units=decoded,
+    )
+
+
+class EmbeddedServer(LlamaServer):
+    """llama.cpp's server through the xllamacpp wheel, in a child process."""
+
+    name = "embedded"
+
+    async def plan(self, port: int) -> LaunchPlan:
+        """Compose `python -m emberd.engine.embedded ...`.
+
+        Raises:
+            EngineNotUsable: the extra is not installed.
+            ModelError: the model cannot be used.
+            ConfigError: settings that this engine does not know.
+        """
+        engine = self._settings.engine
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise EngineNotUsable(
+                "the embedded engine is not installed", 'Run: pip install "emberd[demo]", or set engine.kind.'
+            )
+        if engine.extra_args or engine.kcpps:
+            raise ConfigError(
+                "engine.extra_args and engine.kcpps mean nothing to the embedded engine",
+                "Remove them, or set engine.kind to the engine that they are for.",
+            )
+        model = check_model(self._settings.model.path)
+        arguments = [sys.executable, "-m", "emberd.engine.embedded", "--model", str(model)]
+        arguments += ["--host", "127.0.0.1", "--port", str(port), "--load-mode", self._load_mode()]
+        arguments += _sizes(engine.context_size, engine.gpu_layers)
+        return LaunchPlan(
+            tuple(arguments),
+            {"PYTHONUNBUFFERED": "1", **self._host.engine_environment(engine.metal_keep_alive_s)},
+            port,
+        )
+
+
+class ExternalServer(LlamaServer):
+    """A `llama-server` binary of the user's."""
+
+    def __init__(self, settings: Settings, host: Host, http: EngineHttp, asker: Asker) -> None:
+        super().__init__(settings, host, http)
+        self._asker = asker
+
+    async def plan(self, port: int) -> LaunchPlan:
+        """Compose the command line from what this build's --help offers.
+
+        Raises:
+            EngineNotUsable: the program is missing or cannot run.
+            ModelError: the model cannot be used.
+            ConfigError: an argument that this build does not know, or that emberd owns.
+        """
+        engine = self._settings.engine
+        model = check_model(self._settings.model.path)
+        program = find_program(engine.path, ("llama-server",), "llama-server")
+        check_executable(program, self._host)
+        said = await self._asker.ask((str(program),), ("--help",), program, {})
+        offered = read_options(said.out)
+        if "--port" not in offered or "--ctx-size" not in offered:
+            raise EngineNotUsable(
+                f"{program} is not llama-server (its --help offers no --ctx-size)", "Set engine.path."
+            )
+        notices = check_arguments(engine.extra_args, offered)
+        if engine.kcpps:
+            notices += (Notice("kcpps_ignored", "engine.kcpps is for KoboldCPP; llama-server does not read it"),)
+        arguments = [str(program), *engine.extra_args, "--model", str(model), "--host", "127.0.0.1"]
+        arguments += ["--port", str(port), *self._lock_arguments(offered)]
+        arguments += _sizes(engine.context_size, engine.gpu_layers)
+        environment = self._host.engine_environment(engine.metal_keep_alive_s)
+        return LaunchPlan(tuple(arguments), environment, port, notices)
+
+    def _lock_arguments(self, offered: frozenset[str]) -> list[str]:
+        """Since 2026 one option names the load mode; before, mmap was the default and --mlock a switch."""
+        extra = {word.partition("=")[0] for word in self._settings.engine.extra_args}
+        if extra & (_NO_MMAP | {"--mlock", "--load-mode", "--mmap"}):
+            return []
+        if "--load-mode" in offered:
+            return ["--load-mode", self._load_mode()]
+        return ["--mlock"] if self._settings.engine.lock == "always" else []
+
+
+def _sizes(context_size: int, gpu_layers: int) -> list[str]:
+    arguments = ["--ctx-size", str(context_size)] if context_size else []
+    return arguments + (["--n-gpu-layers", str(gpu_layers)] if gpu_layers >= 0 else [])
+
+
+def read_options(help_text: str) -> frozenset[str]:
+    """Return every option word that llama-server's --help shows.
+
+    A line that describes options begins at its first column with a dash, all spellings separated by commas.
+    """
+    words: set[str] = set()
+    for line in help_text.splitlines():
+        if line.startswith("-") and not line.startswith("-----"):
+            words.update(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", line.split("  ")[0]))
+    return frozenset(words)
+
+
+def check_arguments(extra_args: Sequence[str], offered: frozenset[str]) -> tuple[Notice, ...]:
+    """Refuse words that the build does not know or that emberd owns; name those that undo the job.
+
+    Raises:
+        ConfigError: with the nearest known word, or what to set instead.
+    """
+    notices: list[Notice] = []
+    for word in (word.partition("=")[0] for word in extra_args if re.match(r"--?[A-Za-z]", word)):
+        if word in _OWNED:
+            raise ConfigError(f"engine.extra_args: {word}: {_OWNED[word]}", f"Remove {word}.")
+        if word in _MODES_WITHOUT_SERVER:
+            raise ConfigError(f"engine.extra_args: {word} starts no server", f"Remove {word}.")
+        if word in _VERBOSE:
+            raise ConfigError(
+                f"engine.extra_args: {word} would write prompts into the log",
+                "Remove it; run the engine by hand to debug it.",
+            )
+        if word not in offered:
+            near = difflib.get_close_matches(word, sorted(offered), n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(
+                f"engine.extra_args: this llama-server does not know {word}{hint}", "Mend the setting."
+            )
+        if word in _IDLE_UNLOADING:
+            notices.append(
+                Notice("idle_unloading", f"{word} unloads the model when it idles, which undoes keep-warm")
+            )
+        if word in _NO_MMAP:
+            notices.append(
+                Notice("mmap_off", f"{word}: the weights become ordinary memory that is swapped when they idle")
+            )
+    return tuple(notices)

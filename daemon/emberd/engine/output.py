@@ -1,0 +1,133 @@
+"""The engine's output: a file that the engine writes and emberd follows.
+
+A file and not a pipe, so that the engine outlives emberd and never blocks on a reader. KoboldCPP prints
+passwords at its start and unparsable request bodies even with `--quiet`, so private lines are overwritten
+in place as soon as they are read: bytes once written are never touched again by a writer in append mode.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_CHUNK_BYTES = 64 * 1024
+_LONGEST_LINE_BYTES = 8 * 1024
+"""Longer lines are cut: one event stays one line that a person can read."""
+TAIL_LINES = 50
+"""llama.cpp names the cause of a failed load within its last 50 lines (docs/engines.md)."""
+
+
+def open_for_engine(path: Path) -> int:
+    """Open the output file for an engine to write, in append mode, readable by its owner only."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+class OutputFollower:
+    """Reads what an engine wrote since the last look.
+
+    Args:
+        path: the output file.
+        is_private: tells whether a line must not stay on disk nor be passed on.
+        rotate_bytes: size at which the file is rotated.
+        kept_files: rotated files to keep (`path.1` is the newest).
+    """
+
+    def __init__(self, path: Path, is_private: Callable[[str], bool], rotate_bytes: int, kept_files: int) -> None:
+        self._path = path
+        self._is_private = is_private
+        self._rotate_bytes = rotate_bytes
+        self._kept_files = kept_files
+        self._offset = 0
+        self._pending = b""
+        self._is_cutting = False
+        self._is_scrubbing = False
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+
+    def set_limits(self, is_private: Callable[[str], bool], rotate_bytes: int, kept_files: int) -> None:
+        """Take over new settings; they count from the next line on."""
+        self._is_private, self._rotate_bytes, self._kept_files = is_private, rotate_bytes, kept_files
+
+    def skip_to_end(self) -> None:
+        """Begin behind what is there; what an earlier engine left is scrubbed, not reported."""
+        self.read_lines()
+        self.tail.clear()
+
+    def read_lines(self) -> list[str]:
+        r"""Return the complete lines written since the last call, private ones left out.
+
+        Progress bars use carriage returns, so both `\r` and `\n` end a line. Lines are also kept in `tail`.
+        """
+        lines: list[str] = []
+        try:
+            descriptor = os.open(self._path, os.O_RDWR)
+        except FileNotFoundError:
+            return lines
+        try:
+            if os.fstat(descriptor).st_size < self._offset:  # somebody truncated it
+                self._offset, self._pending = 0, b""
+            while chunk := os.pread(descriptor, _CHUNK_BYTES, self._offset):
+                self._offset += len(chunk)
+                lines += self._take(descriptor, chunk)
+        finally:
+            os.close(descriptor)
+        self.tail.extend(lines)
+        if self._offset >= self._rotate_bytes:
+            self._rotate()
+        return lines
+
+    def last_words(self, count: int) -> list[str]:
+        """Return the last lines for a person, a final one without a line end included."""
+        unfinished = self._pending.decode("utf-8", "replace").strip()
+        lines = [*self.tail, *([unfinished] if unfinished and not self._is_scrubbing else [])]
+        return lines[-count:]
+
+    def _take(self, descriptor: int, chunk: bytes) -> list[str]:
+        """Split a chunk into lines, scrubbing private ones in the file."""
+        lines: list[str] = []
+        end = self._offset - len(chunk)
+        for piece in chunk.replace(b"\r", b"\n").splitlines(keepends=True):
+            start, end = end, end + len(piece)
+            is_complete = piece.endswith(b"\n")
+            self._pending += piece.rstrip(b"\n")
+            text = self._pending.decode("utf-8", "replace").strip()
+            if not self._is_cutting and text and self._is_private(text):
+                self._is_scrubbing = True
+                start -= len(self._pending) - len(piece.rstrip(b"\n"))
+            if self._is_scrubbing:
+                width = end - start - (1 if is_complete else 0)
+                os.pwrite(descriptor, b"*" * width, start)
+            if is_complete:
+                if text and not self._is_cutting and not self._is_scrubbing:
+                    lines.append(text[:_LONGEST_LINE_BYTES])
+                self._pending, self._is_cutting, self._is_scrubbing = b"", False, False
+            elif len(self._pending) > _LONGEST_LINE_BYTES:
+                if not self._is_scrubbing and not self._is_cutting:
+                    lines.append(text[:_LONGEST_LINE_BYTES])
+                self._pending, self._is_cutting = b"", True
+        return lines
+
+    def _rotate(self) -> None:
+        """Copy the file aside and empty it; a writer in append mode goes on at its new end.
+
+        Between the last copied byte and the truncation a line can be lost: microseconds, and only chatter.
+        """
+        for number in range(self._kept_files, 1, -1):
+            older = self._path.with_name(f"{self._path.name}.{number - 1}")
+            if older.exists():
+                older.replace(self._path.with_name(f"{self._path.name}.{number}"))
+        if self._kept_files:
+            newest = self._path.with_name(f"{self._path.name}.1")
+            try:
+                shutil.copyfile(self._path, newest)
+                newest.chmod(0o600)
+            except OSError:
+                # A full disk must not keep the file growing: its content is given up instead.
+                newest.unlink(missing_ok=True)
+        os.truncate(self._path, 0)
+        self._offset, self._pending = 0, b""

@@ -1,0 +1,185 @@
+"""The engine's process tree: start it, watch it, take it over, end it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+
+from emberd.core.errors import EngineNotUsable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from emberd.core.ports import EventWatch, Host
+    from emberd.core.types import LaunchPlan
+
+KILL_WAIT_S = 5.0
+"""How long the kernel may take to bury a killed process; tens of GB of locked memory are freed in this time."""
+
+
+class EngineProcess:
+    """A process tree that leads a session of its own.
+
+    Args:
+        pid: the main process; its pid is also its process group.
+        host: this computer.
+        child: the handle if this emberd started it, None if it was adopted.
+
+    Raises:
+        ProcessLookupError: the process has ended already.
+    """
+
+    def __init__(self, pid: int, host: Host, child: subprocess.Popen[bytes] | None = None) -> None:
+        self.pid = pid
+        self.status: int | None = None
+        """Exit code or negative signal number; None while it lives, and for ever if it was adopted."""
+        self.has_ended = False
+        self.started_s = time.monotonic()
+        self._host = host
+        self._child = child
+        self._watch: EventWatch = host.watch_exit(pid)
+
+    async def wait(self) -> None:
+        """Return when the main process has ended; at once, not by polling."""
+        if not self.has_ended:
+            await self._watch.wait()
+            self.has_ended = True
+            if self._child is not None:
+                self.status = self._child.wait(timeout=KILL_WAIT_S)
+
+    def close(self) -> None:
+        """Let go of the watch; the process is not touched."""
+        self._watch.close()
+
+    def members(self) -> list[int]:
+        """Return the pids of the living tree: the process group and every descendant.
+
+        A worker that outlives its parent stays in the group, and one that left the group is still a descendant.
+        """
+        found: set[int] = set()
+        with contextlib.suppress(psutil.Error):
+            main = psutil.Process(self.pid)
+            found |= {child.pid for child in main.children(recursive=True)}
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getpgid(process.pid) == self.pid:
+                    found.add(process.pid)
+        return sorted(pid for pid in found if _is_alive(pid))
+
+    def has_group(self) -> bool:
+        """Tell cheaply whether anything of the process group is left, zombies included."""
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    def cpu_seconds(self) -> float | None:
+        """Return CPU time used by the tree so far, None if it cannot be read."""
+        total: float | None = None
+        for pid in self.members():
+            with contextlib.suppress(psutil.Error):
+                times = psutil.Process(pid).cpu_times()
+                total = (total or 0.0) + times.user + times.system
+        return total
+
+    async def terminate(self, signals: Sequence[signal.Signals], timeout_s: float) -> tuple[int, ...]:
+        """End the whole tree: each signal in turn, then SIGKILL, within `timeout_s` plus KILL_WAIT_S.
+
+        The first signals share the time; each goes to the group, since a signal to the parent alone
+        orphans a worker (KoboldCPP with --admin).
+
+        Returns:
+            The pids that had to be killed, empty if all ended by themselves.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        for left, number in zip(range(len(signals), 0, -1), signals, strict=True):
+            living = self.members()
+            if not living:
+                break
+            self._signal(living, number)
+            await self._wait_for(living, (deadline_s - time.monotonic()) / left)
+        killed = tuple(self.members())
+        if killed:
+            self._signal(list(killed), signal.SIGKILL)
+            await self._wait_for(list(killed), KILL_WAIT_S)
+        if self._child is not None and not self.has_ended and not _is_alive(self.pid):
+            self.has_ended = True
+            self.status = self._child.wait(timeout=KILL_WAIT_S)
+        return killed
+
+    def _signal(self, living: list[int], number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+        for pid in living:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getpgid(pid) != self.pid:
+                    os.kill(pid, number)
+
+    async def _wait_for(self, pids: list[int], timeout_s: float) -> None:
+        """Return when all of them have ended, or after `timeout_s`."""
+        waits = [asyncio.ensure_future(self._ended(pid)) for pid in pids]
+        try:
+            await asyncio.wait(waits, timeout=max(timeout_s, 0.0))
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _ended(self, pid: int) -> None:
+        try:
+            watch = self._host.watch_exit(pid)
+        except ProcessLookupError:
+            return
+        try:
+            await watch.wait()
+        finally:
+            watch.close()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        status: str = psutil.Process(pid).status()
+    except psutil.Error:
+        return False
+    return status != psutil.STATUS_ZOMBIE
+
+
+def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
+    """Start the engine in a session of its own, its output going to the descriptor `output`.
+
+    emberd itself handles SIGINT, SIGTERM and SIGHUP, so the child gets their default actions back; a shell's
+    background job would pass on an ignored SIGINT, which KoboldCPP needs.
+
+    Raises:
+        EngineNotUsable: the program cannot be started.
+    """
+    program = plan.arguments[0]
+    try:
+        child = subprocess.Popen(
+            plan.arguments,
+            env={**os.environ, **plan.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise EngineNotUsable(f"engine not found: {program}", "Set engine.path in the settings.") from error
+    except PermissionError as error:
+        raise EngineNotUsable(f"not executable: {program}", f"Run: chmod +x {program}") from error
+    except OSError as error:
+        raise EngineNotUsable(
+            f"cannot start {program}: {error.strerror}",
+            "Is it a program for this system and processor? Set engine.path in the settings.",
+        ) from error
+    return EngineProcess(child.pid, host, child)

@@ -1,0 +1,148 @@
+"""Finding an engine's program, and asking it about itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+from asyncio.subprocess import DEVNULL, PIPE
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emberd.core.errors import EngineNotUsable, StateUnusable
+from emberd.host.files import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from emberd.core.ports import Host
+
+ASK_TIMEOUT_S = 120.0
+"""KoboldCPP's single-file binary unpacks itself before it answers --help: 26 to 72 s are reported (issue 1406)."""
+_CACHE_ENTRIES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a program printed when it was asked about itself."""
+
+    exit_code: int
+    out: str
+    err: str
+
+
+def find_program(setting: str, usual_names: Sequence[str], kind: str) -> Path:
+    """Return the program that the settings name, or the first usual name on PATH.
+
+    Raises:
+        EngineNotUsable: there is none.
+    """
+    if setting:
+        path = Path(setting).expanduser()
+        if path.exists():
+            return path.absolute()
+        on_path = shutil.which(setting)
+        if on_path and os.sep not in setting:
+            return Path(on_path)
+        raise EngineNotUsable(f"engine not found: {path}", f"Set engine.path to {kind}.")
+    for name in usual_names:
+        on_path = shutil.which(name)
+        if on_path:
+            return Path(on_path)
+    raise EngineNotUsable(
+        f"{kind} was not found on PATH (looked for {', '.join(usual_names)})",
+        f'Set engine.path to {kind}, or engine.kind = "embedded" for the engine that comes with emberd[demo].',
+    )
+
+
+def check_executable(path: Path, host: Host) -> None:
+    """Refuse a program that the system would not start.
+
+    Raises:
+        EngineNotUsable: a folder, not executable, or quarantined.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise EngineNotUsable(f"the engine is a folder: {path}", "Set engine.path to the program in it.")
+    if not mode & (stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH) or not os.access(path, os.X_OK):
+        raise EngineNotUsable(f"not executable: {path}", f"Run: chmod +x {path}")
+    if host.quarantine(path):
+        # Started from launchd there is no window to approve it in: it would die by SIGKILL, without a word.
+        raise EngineNotUsable(
+            f"quarantined by macOS: {path}",
+            f"If you trust it, run: xattr -d com.apple.quarantine {path}",
+        )
+
+
+class Asker:
+    """Asks programs about themselves and remembers the answers on disk, by path, size and mtime.
+
+    Args:
+        cache: JSON file of remembered answers.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self._remembered: dict[str, Said] | None = None
+
+    async def ask(
+        self, command: Sequence[str], arguments: Sequence[str], program: Path, environment: Mapping[str, str]
+    ) -> Said:
+        """Run `command` with `arguments` and return what it said, from memory where `program` is unchanged.
+
+        Raises:
+            EngineNotUsable: it cannot be started, or says nothing within ASK_TIMEOUT_S.
+        """
+        facts = program.stat()
+        key = hashlib.sha256(
+            "\0".join((*command, *arguments, str(facts.st_size), str(facts.st_mtime_ns))).encode()
+        ).hexdigest()
+        if self._remembered is None:
+            self._remembered = self._read()
+        remembered = self._remembered
+        if key in remembered:
+            return remembered[key]
+        said = await _run((*command, *arguments), {**os.environ, **environment})
+        remembered[key] = said
+        newest = dict(list(remembered.items())[-_CACHE_ENTRIES:])
+        self._remembered = newest
+        with contextlib.suppress(StateUnusable):  # asking again is slow, not wrong
+            write_atomically(self._cache, json.dumps({key: asdict(said) for key, said in newest.items()}))
+        return said
+
+    def _read(self) -> dict[str, Said]:
+        try:
+            return {key: Said(**said) for key, said in json.loads(self._cache.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+
+async def _run(command: Sequence[str], environment: Mapping[str, str]) -> Said:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env=environment, start_new_session=True
+        )
+    except OSError as error:
+        raise EngineNotUsable(
+            f"cannot start {command[0]}: {error.strerror}",
+            "Is it a program for this system and processor? Set engine.path in the settings.",
+        ) from error
+    try:
+        async with asyncio.timeout(ASK_TIMEOUT_S):
+            out, err = await process.communicate()
+    except TimeoutError as error:
+        raise EngineNotUsable(
+            f"{command[0]} did not answer {command[-1]} within {ASK_TIMEOUT_S:g} s",
+            "Run it by hand and see what it waits for.",
+        ) from error
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    return Said(process.returncode or 0, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))

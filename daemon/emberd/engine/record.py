@@ -1,0 +1,115 @@
+"""What emberd remembers of a running engine, so that the next emberd can adopt it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from emberd.host.files import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from emberd.core.ports import Host
+
+_FORMAT = 1
+"""Raised when a field changes its meaning; a file of another format is set aside, never guessed at."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRecord:
+    """One running engine.
+
+    Attributes:
+        pid: process id, which is also its process group (it leads a session of its own).
+        start_token: text that tells it from a later process with the same pid (Host.start_token).
+        command_digest: SHA-256 of the command line as the kernel shows it; the line may hold a password.
+        command: the command line for people, secrets masked.
+        plan_digest: SHA-256 of what it was started with, to see whether settings have changed since.
+        port: loopback TCP port it was told to listen on.
+        engine: name of the adapter.
+        started_at: wall-clock time of the start, seconds since the epoch, for display only.
+    """
+
+    pid: int
+    start_token: str
+    command_digest: str
+    command: tuple[str, ...]
+    plan_digest: str
+    port: int
+    engine: str
+    started_at: float
+
+
+def digest(words: Sequence[str]) -> str:
+    """Return the SHA-256 of a list of words, in hexadecimal."""
+    return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def observed_command(pid: int) -> tuple[str, ...] | None:
+    """Return the command line that the kernel shows for `pid`, None if it is gone or hidden."""
+    try:
+        return tuple(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return None
+
+
+def save(path: Path, record: EngineRecord) -> None:
+    """Write the state file.
+
+    Raises:
+        StateUnusable: the disk is full or the folder not writable.
+    """
+    write_atomically(path, json.dumps({"format": _FORMAT, **asdict(record)}, indent=1) + "\n")
+
+
+def load(path: Path) -> EngineRecord | None:
+    """Read the state file; None if there is none, or none that this version understands.
+
+    A file that cannot be understood is renamed to `*.unreadable`, so that nothing is lost.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(content["format"])  # noqa: TRY301  # set aside like any other
+        return EngineRecord(
+            pid=int(content["pid"]),
+            start_token=str(content["start_token"]),
+            command_digest=str(content["command_digest"]),
+            command=tuple(str(word) for word in content["command"]),
+            plan_digest=str(content["plan_digest"]),
+            port=int(content["port"]),
+            engine=str(content["engine"]),
+            started_at=float(content["started_at"]),
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        path.replace(path.with_suffix(".unreadable"))
+        return None
+
+
+def refusal(record: EngineRecord, host: Host, listening: frozenset[int] | None) -> str | None:
+    """Say why the process behind `record` must not be adopted, None if it is the engine that was started.
+
+    Args:
+        record: what the state file says.
+        host: this computer.
+        listening: ports that the process tree listens on, None if unknown.
+    """
+    token = host.start_token(record.pid)
+    if token is None:
+        return "it has ended"
+    if token != record.start_token:
+        return f"pid {record.pid} is another process now (started at another time)"
+    command = observed_command(record.pid)
+    if command is None or digest(command) != record.command_digest:
+        return f"pid {record.pid} runs another command line"
+    if listening and record.port not in listening:
+        return f"pid {record.pid} listens on another port than {record.port}"
+    return None

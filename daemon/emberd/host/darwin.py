@@ -1,0 +1,115 @@
+"""macOS: kqueue, extended attributes, Metal's environment. Facts are cited where they are used."""
+
+from __future__ import annotations
+
+import select
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from emberd.host.posix import PosixHost, ReadableWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+_kqueue: Any = select
+"""typeshed knows kqueue on macOS only."""
+_QUARANTINE = "com.apple.quarantine"
+_XATTR_TIMEOUT_S = 5.0
+
+
+class DarwinHost(PosixHost):
+    """Readings and watches of a macOS kernel."""
+
+    name = "darwin"
+
+    def watch_exit(self, pid: int) -> ReadableWatch:
+        """Watch a process through EVFILT_PROC with NOTE_EXIT, which needs no parenthood (kqueue(2)).
+
+        Raises:
+            ProcessLookupError: the process has ended already.
+        """
+        return self._watch(
+            _kqueue.kevent(
+                pid, _kqueue.KQ_FILTER_PROC, _kqueue.KQ_EV_ADD | _kqueue.KQ_EV_ONESHOT, _kqueue.KQ_NOTE_EXIT
+            )
+        )
+
+    def watch_file(self, path: Path) -> ReadableWatch:
+        """Watch a file for writes through EVFILT_VNODE with NOTE_WRITE and NOTE_EXTEND (kqueue(2)).
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        file = path.open("rb")
+        try:
+            return self._watch(
+                _kqueue.kevent(
+                    file.fileno(),
+                    _kqueue.KQ_FILTER_VNODE,
+                    _kqueue.KQ_EV_ADD | _kqueue.KQ_EV_CLEAR,
+                    _kqueue.KQ_NOTE_WRITE | _kqueue.KQ_NOTE_EXTEND,
+                ),
+                file.close,
+            )
+        except OSError:
+            file.close()
+            raise
+
+    def _watch(self, event: Any, also_close: Callable[[], None] | None = None) -> ReadableWatch:
+        queue = _kqueue.kqueue()
+        try:
+            queue.control([event], 0, 0)
+        except OSError:
+            queue.close()
+            raise
+
+        def close() -> None:
+            queue.close()
+            if also_close is not None:
+                also_close()
+
+        # A kqueue is itself readable when an event is pending (kqueue(2)), so the loop can wait for it.
+        return ReadableWatch(queue.fileno(), close, lambda: queue.control(None, 16, 0))
+
+    def start_token(self, pid: int) -> str | None:
+        """Return the start time that the kernel noted at fork (`p_starttime`); it is not moved by clock changes."""
+        try:
+            return f"{psutil.Process(pid).create_time():.6f}"
+        except psutil.Error:
+            return None
+
+    def wired_bytes(self) -> int | None:
+        """Return wired memory of the system in bytes.
+
+        None where psutil cannot tell: up to 7.2.2 it raises RuntimeError on macOS 26 (psutil issue 2853).
+        """
+        try:
+            wired: int = getattr(psutil.virtual_memory(), "wired", None) or 0
+        except (RuntimeError, psutil.Error):
+            return None
+        return wired or None
+
+    def quarantine(self, path: Path) -> str | None:
+        """Return the value of com.apple.quarantine, None if the file has none; xattr(1) exits 1 then."""
+        try:
+            asked = subprocess.run(
+                ["/usr/bin/xattr", "-p", _QUARANTINE, str(path)],
+                capture_output=True,
+                text=True,
+                timeout=_XATTR_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return asked.stdout.strip() or None if asked.returncode == 0 else None
+
+    def engine_environment(self, metal_keep_alive_s: int) -> Mapping[str, str]:
+        """Return the keep-alive of Metal's residency sets.
+
+        llama.cpp requests residency again for so many seconds after the last computation, 180 by default
+        (llama.cpp PR 17766, ggml/src/ggml-metal/ggml-metal-device.m).
+        """
+        return {"GGML_METAL_RESIDENCY_KEEP_ALIVE_S": str(metal_keep_alive_s)}

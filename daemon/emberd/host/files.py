@@ -1,0 +1,64 @@
+"""Writing files so that a crash or a full disk loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from emberd.core.errors import StateUnusable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PRIVATE_FILE_MODE = 0o600
+PRIVATE_FOLDER_MODE = 0o700
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` with `text` (mode 0600): temporary file, fsync, rename, fsync of the folder.
+
+    Raises:
+        StateUnusable: the folder is not writable or the disk is full; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE_FILE_MODE)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StateUnusable(
+            f"cannot write {path}: {error.strerror}", "Free space or mend the folder's permissions."
+        ) from error
+
+
+def make_private_folder(path: Path) -> Path:
+    """Make a folder that only its owner may enter, parents included.
+
+    Raises:
+        StateUnusable: it cannot be made, or belongs to somebody else.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER_MODE)
+        if path.stat().st_uid != os.geteuid():
+            raise StateUnusable(f"{path} belongs to another user", "Set state.directory to a folder of your own.")
+        with contextlib.suppress(PermissionError):
+            path.chmod(PRIVATE_FOLDER_MODE)
+    except OSError as error:
+        raise StateUnusable(
+            f"cannot use the state directory {path}: {error.strerror}",
+            "Mend its permissions, or set state.directory in the settings.",
+        ) from error
+    return path

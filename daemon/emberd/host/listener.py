@@ -1,0 +1,50 @@
+"""The endpoint's listening socket; made before anything heavy is imported, so that clients can queue at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+
+from emberd.core.errors import ConfigError, PortTaken
+
+_BACKLOG = 1024
+"""Connections that may wait while emberd starts; the kernel caps it at its own limit."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on host and port.
+
+    Raises:
+        PortTaken: another program listens there; named where the system tells.
+        ConfigError: the address is not of this computer, or the port needs privileges.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(
+                f"port {port} on {host} is taken{_holder(port)}",
+                "Stop that program, or set endpoint.port to another port.",
+            ) from error
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}", "Set endpoint.host and endpoint.port."
+        ) from error
+    return listener
+
+
+def _holder(port: int) -> str:
+    """Return ` by NAME (pid N)`, empty where the system does not tell (another user's process)."""
+    import psutil  # noqa: PLC0415  # only to explain a failure
+
+    for process in psutil.process_iter(["pid", "name"]):
+        with contextlib.suppress(psutil.Error, OSError):
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                    return f" by {process.info['name']} (pid {process.info['pid']})"
+    return ""

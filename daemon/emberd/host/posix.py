@@ -1,0 +1,75 @@
+"""What macOS and Linux share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+def _tell(news: asyncio.Future[None]) -> None:
+    if not news.done():
+        news.set_result(None)
+
+
+class ReadableWatch:
+    """Wakes an asyncio task when a file descriptor becomes readable.
+
+    Args:
+        descriptor: becomes readable when there is news.
+        close: closes what stands behind the descriptor.
+        consume: takes the news off the descriptor, so that it can become readable again.
+    """
+
+    def __init__(
+        self, descriptor: int, close: Callable[[], None], consume: Callable[[], object] = lambda: None
+    ) -> None:
+        self._descriptor = descriptor
+        self._close = close
+        self._consume = consume
+        self._is_open = True
+        self._news: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Return when there is news; cancelled if the watch is closed meanwhile."""
+        loop = asyncio.get_running_loop()
+        news = self._news = loop.create_future()
+        loop.add_reader(self._descriptor, _tell, news)
+        try:
+            await news
+        finally:
+            if self._is_open:
+                loop.remove_reader(self._descriptor)
+        self._consume()
+
+    def close(self) -> None:
+        """Give up watching; idempotent."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._news is not None and not self._news.done():
+            # The number of a closed descriptor is used again: the reader must be gone before that.
+            self._news.get_loop().remove_reader(self._descriptor)
+            self._news.cancel()
+        self._close()
+
+
+class PosixHost:
+    """Readings that psutil gives alike on both systems."""
+
+    def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:
+        """Return the TCP ports that these processes listen on, None if it cannot be told."""
+        ports: set[int] = set()
+        is_known = False
+        for pid in pids:
+            with contextlib.suppress(psutil.Error, OSError):
+                for connection in psutil.Process(pid).net_connections("tcp"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        ports.add(connection.laddr.port)
+                is_known = True
+        return frozenset(ports) if is_known else None

@@ -1,0 +1,175 @@
+"""The engine's output file: followed, scrubbed, rotated."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emberd.engine.output import OutputFollower, open_for_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SECRET = "SECRET"
+
+
+class Engine:
+    """Writes like an engine: in append mode, through its own descriptor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = open_for_engine(path)
+
+    def say(self, text: str | bytes) -> None:
+        os.write(self.descriptor, text if isinstance(text, bytes) else text.encode())
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    speaker = Engine(tmp_path / "engine.log")
+    yield speaker
+    os.close(speaker.descriptor)
+
+
+def follower(engine: Engine, rotate_bytes: int = 1 << 20, kept_files: int = 2) -> OutputFollower:
+    return OutputFollower(engine.path, lambda line: SECRET in line, rotate_bytes, kept_files)
+
+
+def test_lines_arrive_once_and_in_order(engine: Engine):
+    reader = follower(engine)
+    engine.say("one\ntwo\n")
+    assert reader.read_lines() == ["one", "two"]
+    engine.say("three\n")
+    assert reader.read_lines() == ["three"]
+    assert list(reader.tail) == ["one", "two", "three"]
+
+
+def test_a_line_in_pieces_is_one_line(engine: Engine):
+    reader = follower(engine)
+    engine.say("hal")
+    assert reader.read_lines() == []
+    engine.say("f\n")
+    assert reader.read_lines() == ["half"]
+
+
+def test_progress_with_carriage_returns_is_split(engine: Engine):
+    engine.say("Processing (1 / 3)\rProcessing (3 / 3)\r\ndone\n")
+    assert follower(engine).read_lines() == ["Processing (1 / 3)", "Processing (3 / 3)", "done"]
+
+
+def test_a_private_line_is_neither_passed_on_nor_left_on_disk(engine: Engine):
+    reader = follower(engine)
+    engine.say(f"before\nNamespace(password='{SECRET}')\nafter\n")
+    assert reader.read_lines() == ["before", "after"]
+    assert engine.path.read_text() == f"before\n{'*' * 28}\nafter\n"
+
+
+def test_a_private_line_in_pieces_is_scrubbed_whole(engine: Engine):
+    reader = follower(engine)
+    engine.say("Body Err: SEC")
+    reader.read_lines()
+    engine.say("RET and more")
+    reader.read_lines()
+    engine.say(" of it\nafter\n")
+    assert reader.read_lines() == ["after"]
+    assert set(engine.path.read_text().splitlines()[0]) == {"*"}
+
+
+def test_a_private_line_longer_than_any_buffer_is_scrubbed_whole(engine: Engine):
+    reader = follower(engine)
+    engine.say("Body Err: " + SECRET + "x" * 300_000 + "tail-of-prompt\nafter\n")
+    assert reader.read_lines() == ["after"]
+    assert b"x" not in engine.path.read_bytes()
+    assert b"tail-of-prompt" not in engine.path.read_bytes()
+
+
+def test_a_very_long_line_is_cut_not_kept(engine: Engine):
+    reader = follower(engine)
+    engine.say("y" * 100_000 + "\nnext\n")
+    lines = reader.read_lines()
+    assert [len(line) for line in lines] == [8192, 4]
+
+
+def test_writing_goes_on_while_private_lines_are_scrubbed(engine: Engine):
+    reader = follower(engine)
+    engine.say(f"{SECRET}\n")
+    reader.read_lines()
+    engine.say("later\n")
+    assert reader.read_lines() == ["later"]
+    assert engine.path.read_text() == "******\nlater\n"
+
+
+def test_a_large_file_is_rotated_and_the_writer_goes_on(engine: Engine):
+    reader = follower(engine, rotate_bytes=1000, kept_files=2)
+    seen = []
+    for number in range(100):
+        engine.say(f"line {number:03} {'.' * 40}\n")
+        seen += reader.read_lines()
+    assert [line.split()[1] for line in seen] == [f"{number:03}" for number in range(100)]
+    assert engine.path.stat().st_size < 1100
+    assert sorted(path.name for path in engine.path.parent.iterdir()) == ["engine.log", "engine.log.1", "engine.log.2"]
+    assert {path.stat().st_mode & 0o777 for path in engine.path.parent.iterdir()} == {0o600}
+
+
+def test_without_kept_files_rotation_empties_the_file(engine: Engine):
+    reader = follower(engine, rotate_bytes=10, kept_files=0)
+    engine.say("0123456789\n")
+    assert reader.read_lines() == ["0123456789"]
+    assert engine.path.read_bytes() == b""
+    assert [path.name for path in engine.path.parent.iterdir()] == ["engine.log"]
+
+
+def test_what_an_earlier_engine_left_is_scrubbed_and_not_reported(engine: Engine):
+    engine.say(f"old\n{SECRET}\n")
+    reader = follower(engine)
+    reader.skip_to_end()
+    engine.say("new\n")
+    assert reader.read_lines() == ["new"]
+    assert SECRET not in engine.path.read_text()
+
+
+def test_last_words_without_a_line_end_are_found(engine: Engine):
+    reader = follower(engine)
+    engine.say("loading\nSegmentation fau")
+    reader.read_lines()
+    assert reader.last_words(5) == ["loading", "Segmentation fau"]
+
+
+def test_a_file_that_somebody_emptied_is_read_from_its_start(engine: Engine):
+    reader = follower(engine)
+    engine.say("a long first line\n")
+    reader.read_lines()
+    os.truncate(engine.path, 0)
+    engine.say("new\n")
+    assert reader.read_lines() == ["new"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.lists(st.text(st.sampled_from("abcé "), max_size=30).map(str.strip)),
+    private=st.sets(st.integers(0, 20)),
+    cuts=st.lists(st.integers(1, 40), max_size=30),
+)
+def test_however_output_is_cut_no_private_byte_stays(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], private: set[int], cuts: list[int]
+):
+    path = tmp_path_factory.mktemp("follow") / "engine.log"
+    said = [f"{SECRET}{line}§" if number in private else line for number, line in enumerate(lines)]
+    data = "".join(f"{line}\n" for line in said).encode()
+    writer = Engine(path)
+    try:
+        reader, got = follower(writer), []
+        for cut in [*cuts, len(data) or 1]:
+            writer.say(data[:cut])
+            data = data[cut:]
+            got += reader.read_lines()
+    finally:
+        os.close(writer.descriptor)
+    assert got == [line for number, line in enumerate(said) if number not in private and line]
+    assert SECRET not in path.read_text()
+    assert "§" not in path.read_text()

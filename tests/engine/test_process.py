@@ -1,0 +1,201 @@
+"""Real process trees: started, watched, taken over, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from emberd.core.errors import EngineNotUsable
+from emberd.core.types import LaunchPlan
+from emberd.engine.process import EngineProcess, launch
+from emberd.host import ThisHost
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HOST = ThisHost()
+
+PATIENT = "import signal; signal.pause()"
+STUBBORN = """
+import signal
+for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+print('ready', flush=True)
+while True: signal.pause()
+"""
+FAMILY = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])
+runaway = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'], start_new_session=True)
+print('ready', child.pid, runaway.pid, flush=True)
+child.wait()
+"""
+ORPHANER = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])
+print('ready', child.pid, flush=True)
+"""
+
+
+class Launcher:
+    """Starts Python programs as engines and ends what is left of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.output = folder / "output"
+        self.groups: list[int] = []
+
+    def start(self, code: str) -> EngineProcess:
+        return self.start_plan(LaunchPlan((sys.executable, "-c", code), {"MARK": "1"}, 20000))
+
+    def start_plan(self, plan: LaunchPlan) -> EngineProcess:
+        descriptor = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            process = launch(plan, descriptor, HOST)
+        finally:
+            os.close(descriptor)
+        self.groups.append(process.pid)
+        return process
+
+    async def said(self) -> list[str]:
+        """Wait until the program has said something, and return its words."""
+        async with asyncio.timeout(20):
+            while not self.output.exists() or not self.output.read_text().endswith("\n"):
+                await asyncio.sleep(0.01)
+        return self.output.read_text().split()
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    started = Launcher(tmp_path)
+    yield started
+    for group in started.groups:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+async def test_an_exit_is_noticed_at_once_with_its_status(launcher: Launcher):
+    process = launcher.start(PATIENT)
+    waiting = asyncio.create_task(process.wait())
+    await asyncio.sleep(0)
+    began_s = time.monotonic()
+    os.kill(process.pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        await waiting
+    assert process.status == -signal.SIGKILL
+    assert time.monotonic() - began_s < 0.5
+    process.close()
+
+
+async def test_an_adopted_process_is_watched_without_being_its_parent(launcher: Launcher):
+    """The grandchild stands for an engine whose emberd was killed: its parent is somebody else."""
+    parent = launcher.start(FAMILY)
+    child_pid = int((await launcher.said())[1])
+    adopted = EngineProcess(child_pid, HOST)
+    waiting = asyncio.create_task(adopted.wait())
+    os.kill(child_pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        await waiting
+    assert adopted.status is None
+    adopted.close()
+    await parent.terminate(SIGNALS, 10)
+    parent.close()
+
+
+async def test_a_process_that_is_gone_cannot_be_watched(launcher: Launcher):
+    process = launcher.start("pass")
+    await process.wait()
+    process.close()
+    with pytest.raises(ProcessLookupError):
+        EngineProcess(process.pid, HOST)
+
+
+async def test_a_willing_process_ends_by_its_first_signal(launcher: Launcher):
+    process = launcher.start(PATIENT)
+    assert await process.terminate((signal.SIGTERM,), 10) == ()
+    await process.wait()
+    assert process.status == -signal.SIGTERM
+    process.close()
+
+
+async def test_a_stubborn_process_is_killed_at_the_deadline(launcher: Launcher):
+    process = launcher.start(STUBBORN)
+    await launcher.said()
+    began_s = time.monotonic()
+    assert await process.terminate(SIGNALS, 0.4) == (process.pid,)
+    assert 0.3 < time.monotonic() - began_s < 3
+    assert process.members() == []
+    process.close()
+
+
+async def test_the_whole_tree_ends_runaways_included(launcher: Launcher):
+    process = launcher.start(FAMILY)
+    child, runaway = map(int, (await launcher.said())[1:])
+    assert set(process.members()) == {process.pid, child, runaway}
+    assert await process.terminate(SIGNALS, 10) == ()
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in (child, runaway))
+    process.close()
+
+
+async def test_an_orphaned_worker_is_found_by_its_group_and_ended(launcher: Launcher):
+    process = launcher.start(ORPHANER)
+    worker = int((await launcher.said())[1])
+    async with asyncio.timeout(10):
+        await process.wait()
+    assert process.has_group()
+    assert process.members() == [worker]
+    await process.terminate(SIGNALS, 10)
+    assert process.members() == []
+    process.close()
+
+
+async def test_the_engine_gets_default_signals_even_under_nohup(launcher: Launcher):
+    """A shell's background job ignores SIGINT; KoboldCPP would inherit that and never stop cleanly."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # as the daemon does
+    try:
+        process = launcher.start(
+            "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, flush=True); signal.pause()"
+        )
+        assert await launcher.said() == ["False"]
+        await process.terminate(SIGNALS, 10)
+        process.close()
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+async def test_cpu_time_of_the_tree_is_told(launcher: Launcher):
+    process = launcher.start("print('ready', flush=True)\nwhile True: pass")
+    await launcher.said()
+    first = process.cpu_seconds()
+    async with asyncio.timeout(10):
+        while (process.cpu_seconds() or 0) <= (first or 0):
+            await asyncio.sleep(0.01)
+    await process.terminate((signal.SIGKILL,), 10)
+    process.close()
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [("/nonexistent/engine", "engine not found"), ("/etc/passwd", "not executable")],
+)
+def test_a_program_that_cannot_start_is_one_clear_error(launcher: Launcher, program: str, words: str):
+    with pytest.raises(EngineNotUsable, match=words):
+        launcher.start_plan(LaunchPlan((program,), {}, 20000))
+
+
+def test_a_program_for_another_machine_is_one_clear_error(launcher: Launcher, tmp_path: Path):
+    foreign = tmp_path / "engine"
+    foreign.write_bytes(b"\xcf\xfa\xed\xfe not for this system")
+    foreign.chmod(0o755)
+    with pytest.raises(EngineNotUsable, match="cannot start"):
+        launcher.start_plan(LaunchPlan((str(foreign),), {}, 20000))
