@@ -1,0 +1,254 @@
+"""The composition root: builds the adapters, wires the services, owns the signals and the shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+from emberd import __version__
+from emberd.core import lifecycle
+from emberd.core.errors import EmberdError, EngineFailed
+from emberd.core.lifecycle import State
+from emberd.host import ThisHost, config_file
+from emberd.host.instance import hold_lock
+from emberd.host.listener import bind
+from emberd.host.paths import prepare, state_paths
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable
+    from pathlib import Path
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.settings import Settings
+    from emberd.engine.http import EngineHttp
+    from emberd.host.paths import StatePaths
+    from emberd.services.endpoint import Endpoint
+    from emberd.services.supervisor import Supervisor
+
+_LAST_ANSWERS_S = 2.0
+"""After the engine is gone, what is still open are refusals on their way out."""
+
+
+def run(settings: Settings, config_path: Path) -> int:
+    """Run the daemon in the foreground until it is told to stop; returns the exit code.
+
+    Raises:
+        EmberdError: it cannot start; nothing was left behind.
+    """
+    paths = state_paths(settings)
+    prepare(paths)
+    lock = hold_lock(paths.lock)
+    listener = bind(settings.endpoint.host, settings.endpoint.port)
+    # From here on clients wait in the backlog; what is slow to import comes after.
+    try:
+        return asyncio.run(_Daemon(settings, config_path, paths, listener).run())
+    finally:
+        listener.close()
+        os.close(lock)
+
+
+class _Daemon:
+    """One run of the daemon."""
+
+    def __init__(self, settings: Settings, config_path: Path, paths: StatePaths, listener: socket.socket) -> None:
+        self._settings = settings
+        self._config_path = config_path
+        self._paths = paths
+        self._listener = listener
+        self._host = ThisHost()
+        self._stop = asyncio.Event()
+        self._started_s = time.monotonic()
+        self._interrupts = 0
+        self._log: FilteringBoundLogger
+        self._http: EngineHttp
+        self._supervisor: Supervisor
+        self._endpoint: Endpoint
+
+    async def run(self) -> int:
+        """Build, serve, wait for a reason to stop, shut down."""
+        from emberd.services.lean import import_lean  # noqa: PLC0415  # before anything that imports httpx
+
+        import_lean()
+        from emberd.engine import http  # noqa: PLC0415
+        from emberd.engine.choose import choose_engine  # noqa: PLC0415
+        from emberd.services import logs  # noqa: PLC0415
+        from emberd.services.control import ControlServer  # noqa: PLC0415
+        from emberd.services.endpoint import Endpoint  # noqa: PLC0415
+        from emberd.services.proxy import Proxy, make_app  # noqa: PLC0415
+        from emberd.services.supervisor import Paths, Supervisor  # noqa: PLC0415
+
+        self._log = logs.configure(self._settings.log)
+        client = http.client()
+        self._http = http.EngineHttp(client)
+        engine = choose_engine(self._settings, self._host, self._http, self._paths)
+        self._supervisor = Supervisor(
+            self._settings,
+            engine,
+            self._host,
+            Paths(self._paths.record, self._paths.output, self._paths.scratch),
+            self._log,
+        )
+        supervisor = self._supervisor
+        self._endpoint = Endpoint()
+        proxy = Proxy(supervisor, lambda: self._settings.endpoint.hold_timeout_s, self._log)
+        app = make_app(proxy, lambda: supervisor.state.value)
+        control = ControlServer(self._paths.control, self._verbs())
+        self._take_signals()
+        await control.start()
+        owner = asyncio.create_task(supervisor.run(), name="supervisor")
+        serving = asyncio.create_task(self._endpoint.serve(app, self._listener), name="endpoint")
+        self._log.info(
+            "emberd_started",
+            version=__version__,
+            pid=os.getpid(),
+            endpoint=self._endpoint_url(),
+            settings=str(self._config_path),
+            state_directory=str(self._paths.directory),
+        )
+        try:
+            await self._start_engine()
+            failed = await self._wait_for_end(owner, serving)
+            await self._shut_down()
+        finally:
+            owner.cancel()
+            serving.cancel()
+            await asyncio.gather(owner, serving, return_exceptions=True)
+            await control.close()
+            await proxy.aclose()
+            await client.aclose()
+        if failed is not None:
+            raise failed
+        self._log.info("emberd_stopped")
+        return 0
+
+    # --- start ----------------------------------------------------------------------------------------------
+
+    async def _start_engine(self) -> None:
+        if await self._supervisor.adopt():
+            try:
+                await self._supervisor.restart_if_changed()
+            except EmberdError as error:
+                # The adopted engine serves; wrong settings must not take it away.
+                self._log.error("settings_not_usable", error=error.message, remedy=error.remedy)
+        else:
+            self._supervisor.post(lifecycle.Start())
+
+    async def _wait_for_end(self, *services: asyncio.Task[None]) -> Exception | None:
+        """Return when it is time to stop, with the error if there is one."""
+        asked = asyncio.create_task(self._stop.wait())
+        hopeless = asyncio.create_task(self._cannot_start())
+        tasks: set[asyncio.Task[Any]] = {asked, hopeless, *services}
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in (asked, hopeless):
+            task.cancel()
+        if hopeless in done:
+            return hopeless.result()
+        for task in done - {asked}:
+            error = task.exception()
+            return error if isinstance(error, Exception) else EngineFailed(f"{task.get_name()} ended by itself")
+        return None
+
+    async def _cannot_start(self) -> EmberdError:
+        """Return the error that keeps the engine from ever starting; wait for ever if it has once started."""
+        await self._supervisor.wait_for(State.LOADING, State.FAILED)
+        if self._supervisor.launch_error is None or self._supervisor.state is not State.FAILED:
+            await asyncio.Event().wait()
+        assert self._supervisor.launch_error is not None  # noqa: S101  # just seen
+        return self._supervisor.launch_error
+
+    # --- while it runs --------------------------------------------------------------------------------------
+
+    def _take_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ask_to_stop)
+        loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(self._reload_and_report()))
+
+    def _ask_to_stop(self) -> None:
+        """First time: drain and stop. Again: do not wait for running requests any longer."""
+        self._interrupts += 1
+        if self._interrupts > 1:
+            self._supervisor.hurry()
+        self._stop.set()
+
+    async def _reload_and_report(self) -> None:
+        with contextlib.suppress(EmberdError):
+            await self._reload()
+
+    async def _reload(self) -> dict[str, Any]:
+        """Read the settings again; what cannot change while running is named, wrong settings change nothing."""
+        from emberd.engine.choose import choose_engine  # noqa: PLC0415
+        from emberd.services import logs  # noqa: PLC0415
+
+        try:
+            settings, _ = config_file.load(str(self._config_path) if self._config_path.exists() else None)
+            fixed = [
+                key
+                for key, old, new in (
+                    ("endpoint.host", self._settings.endpoint.host, settings.endpoint.host),
+                    ("endpoint.port", self._settings.endpoint.port, settings.endpoint.port),
+                    ("state.directory", self._settings.state.directory, settings.state.directory),
+                )
+                if old != new
+            ]
+            engine = choose_engine(settings, self._host, self._http, self._paths)
+            restarts = await self._supervisor.reload(settings, engine)
+        except EmberdError as error:
+            self._log.error("reload_refused", error=error.message, remedy=error.remedy)
+            raise
+        self._settings = settings
+        self._log = logs.configure(settings.log)
+        if fixed:
+            self._log.warning("reload_incomplete", keys=fixed, remedy="restart emberd to change these")
+        self._log.info("reloaded", engine_restarts=restarts)
+        return {"ok": True, "engine_restarts": restarts, "needs_emberd_restart": fixed}
+
+    def _verbs(self) -> dict[str, Any]:
+        async def status() -> dict[str, Any]:
+            return self._status()
+
+        async def stop() -> dict[str, Any]:
+            self._stop.set()
+            return {"ok": True, "pid": os.getpid()}
+
+        async def restart() -> dict[str, Any]:
+            starts = self._supervisor.status()["starts"]
+            self._supervisor.post(lifecycle.Restart("asked for by its owner"))
+            return {"ok": True, "starts": starts}
+
+        verbs: dict[str, Awaitable[dict[str, Any]]] | dict[str, Any] = {
+            "status": status,
+            "stop": stop,
+            "restart": restart,
+            "reload": self._reload,
+        }
+        return verbs
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started_s, 3),
+            "endpoint": self._endpoint_url(),
+            "model": self._settings.model.path,
+            "settings_file": str(self._config_path),
+            **self._supervisor.status(),
+        }
+
+    def _endpoint_url(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    # --- stop -----------------------------------------------------------------------------------------------
+
+    async def _shut_down(self) -> None:
+        """Drain and stop the engine under its own bounds, then the endpoint."""
+        self._log.info("emberd_stopping", requests_in_flight=self._supervisor.status()["requests_in_flight"])
+        await self._supervisor.shut_down()
+        await self._endpoint.stop(_LAST_ANSWERS_S)

@@ -1,0 +1,62 @@
+"""`emberd restart`: a fresh engine."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from emberd.cli.talk import as_json, ask_daemon, show
+from emberd.core.errors import EngineFailed
+from emberd.host import config_file
+
+_ASK_AGAIN_S = 0.2
+
+
+@click.command("restart")
+@as_json
+@click.pass_obj
+def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
+    """Restart the engine and wait until it is ready; clients' requests wait meanwhile."""
+    settings, _ = config_file.load(config)
+    began_s = time.monotonic()
+    starts = ask_daemon(config, "restart")["starts"]
+    timing = settings.lifecycle
+    status = wait_until_ready(
+        config,
+        starts,
+        timing.drain_timeout_s + timing.stop_timeout_s + timing.load_timeout_s,
+        is_quiet=is_json,
+    )
+    seconds = time.monotonic() - began_s
+    pid = status["engine"]["pid"]
+    show(
+        {"ready": True, "pid": pid, "seconds": round(seconds, 3)},
+        is_json,
+        lambda _: click.echo(f"ready (pid {pid}, {seconds:.1f} s)"),
+    )
+
+
+def wait_until_ready(config: str | None, starts: int, limit_s: float, *, is_quiet: bool) -> dict[str, Any]:
+    """Wait for an engine that was started after `starts` others, telling its states as they pass.
+
+    Raises:
+        EngineFailed: it failed, or was not ready within `limit_s`.
+    """
+    deadline_s = time.monotonic() + limit_s
+    said = ""
+    while time.monotonic() < deadline_s:
+        status = ask_daemon(config, "status")
+        is_new = status["starts"] > starts
+        if is_new and status["state"] == "READY":
+            return status
+        if status["state"] == "FAILED":
+            raise EngineFailed(status["reason"], "Mend the cause, then `emberd restart`.")
+        loading = status["loading"] or {}
+        saying = " ".join(filter(None, (status["state"], loading.get("phase"), loading.get("detail"))))
+        if saying != said and not is_quiet:
+            click.echo(saying)
+        said = saying
+        time.sleep(_ASK_AGAIN_S)
+    raise EngineFailed(f"the engine was not ready within {limit_s:.0f} s", "`emberd status` tells its state.")

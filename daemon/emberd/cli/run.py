@@ -1,0 +1,27 @@
+"""`emberd run`: what launchd and systemd start."""
+
+from __future__ import annotations
+
+import click
+
+from emberd.host import config_file
+
+
+@click.command("run")
+@click.pass_obj
+def command(config: str | None) -> int:
+    r"""Run the daemon in the foreground.
+
+    Starts the engine, waits until it answers, and keeps it alive. Clients may connect at once: their requests
+    wait until the engine is ready. An engine that an emberd left running (after a crash) is taken over without
+    loading the model again.
+
+    \b
+    Signals: SIGTERM, SIGINT (Ctrl-C)  finish running requests, stop the engine, exit 0
+             the same again            do not wait for running requests
+             SIGHUP                    read the settings again
+    """
+    from emberd import app  # noqa: PLC0415  # the daemon's modules are for the daemon only
+
+    settings, path = config_file.load(config)
+    return app.run(settings, path)

@@ -1,0 +1,61 @@
+"""`emberd status`: how the engine is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from emberd.cli.talk import as_json, ask_daemon, duration, show
+
+_COLOURS = {"READY": "green", "FAILED": "red", "BACKOFF": "yellow", "STOPPED": "red"}
+
+
+@click.command("status")
+@as_json
+@click.pass_obj
+def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
+    """Show the engine's state; exit code 3 if emberd is not running."""
+    show(ask_daemon(config, "status"), is_json, print_status)
+
+
+def print_status(status: dict[str, Any]) -> None:
+    """Print a status for a person."""
+    from rich.console import Console  # noqa: PLC0415  # heavy, and not needed for --json
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value, style in _rows(status):
+        table.add_row(name, Text(value, style=style))
+    Console(highlight=False).print(table)
+
+
+def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
+    state = status["state"]
+    rows = [("engine", f"{state} for {duration(status['state_for_s'])}", _COLOURS.get(state, "cyan"))]
+    if status["reason"]:
+        rows.append(("", status["reason"], "red" if state == "FAILED" else "dim"))
+    if status["loading"]:
+        loading = status["loading"]
+        rows.append(("loading", " ".join(filter(None, (loading["phase"], loading["detail"]))), ""))
+    if status["next_start_in_s"] is not None:
+        rows.append(("next start", f"in {duration(max(status['next_start_in_s'], 0))}", ""))
+    rows.append(("endpoint", status["endpoint"], ""))
+    rows.append(("model", Path(status["model"]).name if status["model"] else "named in engine.kcpps", ""))
+    engine = status["engine"]
+    if engine:
+        age = duration(time.time() - engine["started_at"])
+        adopted = ", adopted" if engine["adopted"] else ""
+        rows.append(("process", f"{engine['kind']}, pid {engine['pid']}, up {age}{adopted}", ""))
+    requests = f"{status['requests_in_flight']} running, {status['requests_held']} waiting"
+    rows.append(("requests", requests, ""))
+    if status["last_exit"]:
+        rows.append(("last exit", status["last_exit"], "dim"))
+    rows += [("notice", f"{notice['message']} ({notice['code']})", "yellow") for notice in status["notices"]]
+    rows.append(("emberd", f"{status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}", "dim"))
+    return rows

@@ -1,0 +1,49 @@
+"""What the verbs share: asking the daemon, and printing for people or machines."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from emberd.host import config_file
+from emberd.host.paths import state_paths
+from emberd.services.control import ask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def ask_daemon(config: str | None, verb: str) -> dict[str, Any]:
+    """Ask the daemon that the settings point to.
+
+    Raises:
+        NotRunning: there is none.
+        ConfigError: the settings are wrong.
+    """
+    settings, _ = config_file.load(config)
+    return ask(state_paths(settings).control, verb)
+
+
+def show(content: dict[str, Any], is_json: bool, to_text: Callable[[dict[str, Any]], None]) -> None:  # noqa: FBT001  # click's flag
+    """Print `content` as JSON, or let `to_text` print it for a person."""
+    if is_json:
+        click.echo(json.dumps(content, indent=2))
+    else:
+        to_text(content)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: 4 s, 3 min, 2 h 5 min, 3 d 4 h."""
+    whole = int(seconds)
+    if whole < 60:  # noqa: PLR2004  # seconds in a minute
+        return f"{whole} s"
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if minutes < 60:  # noqa: PLR2004  # minutes in an hour
+        return f"{minutes} min"
+    if hours < 24:  # noqa: PLR2004  # hours in a day
+        return f"{hours} h {minutes % 60} min"
+    return f"{days} d {hours % 24} h"

@@ -1,0 +1,1 @@
+"""Services that hold time and state."""

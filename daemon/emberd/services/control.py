@@ -1,0 +1,116 @@
+"""The control socket: how the command line talks to the daemon.
+
+One connection, one line of JSON each way: `{"verb": "status"}` is answered by an object. The socket has mode
+0600 in a folder of mode 0700, so the kernel keeps other users out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from emberd.core.errors import EmberdError, NotRunning
+from emberd.host.files import PRIVATE_FILE_MODE
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from pathlib import Path
+
+_LONGEST_LINE_BYTES = 1024 * 1024
+_REQUEST_LIMIT_S = 5.0
+_ASK_LIMIT_S = 10.0
+
+
+class ControlServer:
+    """Serves verbs on a Unix socket.
+
+    Args:
+        path: the socket's path.
+        verbs: what each verb does; its result is the answer.
+    """
+
+    def __init__(self, path: Path, verbs: Mapping[str, Callable[[], Awaitable[dict[str, Any]]]]) -> None:
+        self._path = path
+        self._verbs = verbs
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Begin to serve. The instance lock is held, so a socket left by a killed daemon is stale."""
+        self._path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(self._path))
+        finally:
+            os.umask(mask)
+        self._path.chmod(PRIVATE_FILE_MODE)
+        self._server = await asyncio.start_unix_server(self._answer, sock=listener, limit=_LONGEST_LINE_BYTES)
+
+    async def close(self) -> None:
+        """Stop serving and remove the socket."""
+        if self._server is not None:
+            self._server.close()
+        self._path.unlink(missing_ok=True)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(_REQUEST_LIMIT_S):
+                line = await reader.readline()
+            answer = await self._do(line)
+            writer.write(json.dumps(answer).encode() + b"\n")
+            async with asyncio.timeout(_REQUEST_LIMIT_S):
+                await writer.drain()
+        except (TimeoutError, ConnectionError, ValueError):
+            pass
+        finally:
+            writer.close()
+
+    async def _do(self, line: bytes) -> dict[str, Any]:
+        try:
+            name = json.loads(line)["verb"]
+            verb = self._verbs[name]
+        except (ValueError, KeyError, TypeError):
+            return {"error": f"not a verb of this emberd; it knows {', '.join(self._verbs)}"}
+        try:
+            return await verb()
+        except EmberdError as error:
+            return {"error": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+
+
+def ask(path: Path, verb: str, timeout_s: float = _ASK_LIMIT_S) -> dict[str, Any]:
+    """Ask the daemon and return its answer; for the command line.
+
+    Raises:
+        NotRunning: nothing listens there.
+        EmberdError: the daemon refused, or broke off.
+    """
+    answer = b""
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout_s)
+            connection.connect(str(path))
+            connection.sendall(json.dumps({"verb": verb}).encode() + b"\n")
+            while not answer.endswith(b"\n") and (part := connection.recv(65536)):
+                answer += part
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise NotRunning("emberd is not running", "Start it: emberd run") from error
+    except OSError as error:
+        raise EmberdError(f"emberd does not answer on {path}: {error}", "Is it stopped or very busy?") from error
+    content: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        content = json.loads(answer)
+    if not content:
+        raise EmberdError("emberd broke off its answer", "Look at its log.")
+    if "error" in content:
+        raise _revived(content)
+    return content
+
+
+def _revived(content: dict[str, Any]) -> EmberdError:
+    error = EmberdError(content["error"], content.get("remedy", ""))
+    error.exit_code = content.get("exit_code", 1)  # type: ignore[misc]
+    return error

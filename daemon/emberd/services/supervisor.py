@@ -1,0 +1,620 @@
+"""One engine's supervisor: a single task owns the state and acts on what `lifecycle.step` decides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import socket
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emberd.core import exit_status, lifecycle, liveness
+from emberd.core.errors import EmberdError, NotReady, StateUnusable
+from emberd.core.lifecycle import Effect, Event, Lifecycle, State
+from emberd.core.types import Readiness
+from emberd.core.wired import is_released
+from emberd.engine import record as records
+from emberd.engine.output import OutputFollower, open_for_engine
+from emberd.engine.process import EngineProcess, launch
+from emberd.host.files import make_private_folder, write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.ports import Engine, Host
+    from emberd.core.settings import Settings
+    from emberd.core.types import Activity, LaunchPlan, LoadProgress
+
+_PORTS = range(20000, 30000)
+"""Below the ephemeral ranges of macOS (49152 up) and Linux (32768 up): no outgoing connection can take the port
+while a large model loads."""
+_PROBE_TIMEOUT_S = 2.0
+_FIRST_PROBE_S = 0.05
+_SLOWEST_PROBE_S = 0.5
+_RELEASE_LIMIT_S = 10.0
+_RELEASE_POLL_S = 0.05
+_REPORT_LIMIT_S = 1.0
+_TAIL_IN_MESSAGE = 8
+_RETRY_AFTER_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Files that the supervisor keeps in the state directory."""
+
+    record: Path
+    output: Path
+    scratch: Path
+
+
+def free_port() -> int:
+    """Return a loopback TCP port that nothing listens on, outside the ephemeral ranges.
+
+    Raises:
+        OSError: none was found in 100 tries.
+    """
+    for port in random.sample(_PORTS, 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise OSError("no free port between 20000 and 30000")
+
+
+class Supervisor:
+    """Keeps one engine in the state that is wanted.
+
+    Args:
+        settings: emberd's settings.
+        engine: the adapter.
+        host: this computer.
+        paths: where state is kept.
+        log: events go here.
+    """
+
+    def __init__(
+        self, settings: Settings, engine: Engine, host: Host, paths: Paths, log: FilteringBoundLogger
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._host = host
+        self._paths = paths
+        self._log = log
+        self._engine_log = log.bind(category="engine")
+        self._life = Lifecycle(since_s=time.monotonic())
+        self._inbox: asyncio.Queue[Event] = asyncio.Queue()
+        self._changed = asyncio.Event()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._process: EngineProcess | None = None
+        self._record: records.EngineRecord | None = None
+        self._plan: LaunchPlan | None = None
+        self._follower = self._make_follower()
+        self._progress: LoadProgress | None = None
+        self._look_now = asyncio.Event()
+        self._wired_before: int | None = None
+        self._wired_loaded: int | None = None
+        self._in_flight = 0
+        self._held = 0
+        self._flowed_bytes = 0
+        self._starts = 0
+        self._is_adopted = False
+        self._is_closing = False
+        self._died_s: float | None = None
+        self._last_exit = ""
+        self.launch_error: EmberdError | None = None
+        """Why the engine cannot be started at all; None if it could, or was never tried."""
+
+    # --- what others ask ------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """Where the engine is in its life."""
+        return self._life.state
+
+    def post(self, event: Event) -> None:
+        """Hand an event to the owner task."""
+        self._inbox.put_nowait(event)
+
+    async def ensure_ready(self, timeout_s: float) -> int:
+        """Return the engine's port as soon as it is READY.
+
+        Raises:
+            NotReady: not within `timeout_s`, or never (stopped, failed, emberd is shutting down).
+        """
+        if self._life.state is State.READY and self._record and not self._is_closing:
+            return self._record.port
+        self._held += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._life.state is not State.READY or self._record is None:
+                    self._refuse_if_hopeless()
+                    await self._changed.wait()
+                return self._record.port
+        except TimeoutError:
+            raise NotReady(
+                self._life.state.value, f"the engine was not ready within {timeout_s:g} s", _RETRY_AFTER_S
+            ) from None
+        finally:
+            self._held -= 1
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[Callable[[int], None]]:
+        """Count a request that is on its way to the engine; yields a function that is told of bytes that flow."""
+        self._in_flight += 1
+        try:
+            yield self._flowed
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight and self._life.state is State.DRAINING:
+                self.post(lifecycle.Drained())
+
+    def unreachable(self, port: int) -> None:
+        """Take note that connecting to the engine was refused: it is loading again, or has just died."""
+        if self._record and port == self._record.port:
+            self.post(lifecycle.LostReadiness())
+
+    async def wait_for(self, *states: State) -> State:
+        """Return when the engine is in one of these states."""
+        while self._life.state not in states:
+            await self._changed.wait()
+        return self._life.state
+
+    def status(self) -> dict[str, Any]:
+        """Return the present as plain values, for people and for JSON."""
+        now_s = time.monotonic()
+        life, record = self._life, self._record
+        return {
+            "state": life.state.value,
+            "state_for_s": round(now_s - life.since_s, 3),
+            "reason": life.reason,
+            "crashes_in_a_row": life.crashes,
+            "next_start_in_s": round(life.deadline_s - now_s, 3)
+            if life.state is State.BACKOFF and life.deadline_s
+            else None,
+            "starts": self._starts,
+            "last_exit": self._last_exit or None,
+            "requests_in_flight": self._in_flight,
+            "requests_held": self._held,
+            "loading": {"phase": self._progress.phase, "detail": self._progress.detail}
+            if self._progress and life.state is State.LOADING
+            else None,
+            "engine": None
+            if record is None
+            else {
+                "kind": record.engine,
+                "pid": record.pid,
+                "port": record.port,
+                "adopted": self._is_adopted,
+                "started_at": record.started_at,
+                "command": list(record.command),
+            },
+            "notices": [
+                {"code": notice.code, "message": notice.message}
+                for notice in (self._plan.notices if self._plan else ())
+            ],
+            "output_file": str(self._paths.output),
+        }
+
+    # --- the owner task -------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Own the state until cancelled; a running engine is left running, for the next emberd to adopt."""
+        try:
+            while True:
+                self._apply(await self._next_event())
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def shut_down(self) -> None:
+        """Drain and stop the engine; returns when it is gone. Held requests are refused."""
+        self._is_closing = True
+        self._wake_waiters()
+        self.post(lifecycle.Stop())
+        await self.wait_for(State.STOPPED)
+
+    def hurry(self) -> None:
+        """Cut a drain short; for a second Ctrl-C."""
+        self.post(lifecycle.Drained())
+
+    async def reload(self, settings: Settings, engine: Engine) -> bool:
+        """Take over new settings; restart the engine only if its command line, environment or files change.
+
+        Returns:
+            True if the engine is being restarted.
+
+        Raises:
+            EmberdError: the engine cannot run with the new settings; the old ones stay in force.
+        """
+        plan = await engine.plan(self._record.port if self._record else free_port())
+        must_restart = self._record is not None and self._record.plan_digest != _plan_digest(plan)
+        self._settings, self._engine = settings, engine
+        self._follower.set_limits(
+            engine.is_private, settings.log.engine_file_mib * 1024 * 1024, settings.log.engine_files
+        )
+        if must_restart:
+            self.post(lifecycle.Restart("settings changed"))
+        elif self._life.state is State.FAILED:
+            self.post(lifecycle.Start())
+        return must_restart
+
+    async def _next_event(self) -> Event:
+        deadline_s = self._life.deadline_s
+        if deadline_s is None:
+            return await self._inbox.get()
+        try:
+            async with asyncio.timeout(max(deadline_s - time.monotonic(), 0)):
+                return await self._inbox.get()
+        except TimeoutError:
+            return lifecycle.DeadlinePassed()
+
+    def _apply(self, event: Event) -> None:
+        before = self._life
+        self._life, effects = lifecycle.step(
+            before,
+            event,
+            time.monotonic(),
+            self._settings.lifecycle,
+            random.random(),  # noqa: S311  # jitter
+        )
+        if self._life.state is not before.state:
+            self._announce(before)
+        for effect in effects:
+            self._act(effect)
+        self._wake_waiters()
+
+    def _announce(self, before: Lifecycle) -> None:
+        after = self._life
+        fields: dict[str, Any] = {"state": after.state.value, "was": before.state.value}
+        if after.reason:
+            fields["reason"] = after.reason
+        if self._record and after.state in lifecycle.HAS_PROCESS:
+            fields["pid"] = self._record.pid
+        if after.state is State.READY:
+            self._progress = None
+            self._wired_loaded = self._host.wired_bytes()
+            fields["seconds"] = round(after.since_s - before.since_s, 3)
+        if after.state is State.BACKOFF and after.deadline_s is not None:
+            fields["next_start_in_s"] = round(after.deadline_s - after.since_s, 3)
+        report = self._log.error if after.state is State.FAILED else self._log.info
+        report("engine_state", **fields)
+        if after.state not in {State.LOADING, State.READY}:
+            self._cancel("probe")
+        if after.state in lifecycle.AT_REST:
+            self._forget_process()
+
+    def _wake_waiters(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _refuse_if_hopeless(self) -> None:
+        if self._is_closing:
+            raise NotReady(self._life.state.value, "emberd is shutting down", _RETRY_AFTER_S)
+        if self._life.state in lifecycle.AT_REST:
+            reason = self._life.reason.splitlines()[0] if self._life.reason else "the engine is stopped"
+            raise NotReady(self._life.state.value, reason, 60)
+
+    def _act(self, effect: Effect) -> None:
+        match effect:
+            case Effect.LAUNCH:
+                self._spawn("launch", self._launch())
+            case Effect.WATCH:
+                self._spawn("probe", self._probe())
+            case Effect.DRAIN:
+                if not self._in_flight:
+                    self.post(lifecycle.Drained())
+            case Effect.TERMINATE:
+                self._spawn("terminate", self._terminate())
+            case Effect.SWEEP:
+                self._spawn("terminate", self._sweep())
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run one named piece of work; a bug in it must not leave the state machine waiting for ever."""
+        self._cancel(name)
+        task = asyncio.get_running_loop().create_task(self._guard(name, work), name=f"supervisor-{name}")
+        self._tasks[name] = task
+
+    async def _guard(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever it is, the state machine must hear of it
+            self._log.exception("supervisor_bug", work=name)
+            if name == "launch":
+                self.post(lifecycle.LaunchFailed(f"internal error: {error!r}", is_permanent=False))
+            elif name == "terminate":
+                self.post(lifecycle.Gone())
+            else:
+                self.post(lifecycle.Stuck(f"internal error: {error!r}"))
+
+    def _cancel(self, name: str) -> None:
+        task = self._tasks.pop(name, None)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+
+    # --- start ----------------------------------------------------------------------------------------------
+
+    async def _launch(self) -> None:
+        await self._sweep()
+        try:
+            await self._await_memory_release()
+            self._wired_before = self._host.wired_bytes()
+            self._wired_loaded = None
+            plan = await self._engine.plan(free_port())
+            self._start_process(plan)
+        except EmberdError as error:
+            self.launch_error = error
+            permanent = not isinstance(error, StateUnusable)
+            self.post(lifecycle.LaunchFailed(str(error), is_permanent=permanent))
+        except OSError as error:
+            self.post(lifecycle.LaunchFailed(f"cannot start the engine: {error}", is_permanent=False))
+
+    def _start_process(self, plan: LaunchPlan) -> None:
+        """Start the process and write down what is needed to adopt it, in this order and without a pause."""
+        shutil.rmtree(self._paths.scratch, ignore_errors=True)  # no engine lives: what a killed one left is garbage
+        make_private_folder(self._paths.scratch)
+        for name, text in plan.files.items():
+            write_atomically(Path(name), text)
+        self._follower.skip_to_end()
+        output = open_for_engine(self._paths.output)
+        try:
+            process = launch(plan, output, self._host)
+        finally:
+            os.close(output)
+        if self._died_s is not None:
+            gap_ms = round((process.started_s - self._died_s) * 1000, 1)
+            self._log.info("engine_restarted", pid=process.pid, milliseconds_since_death=gap_ms)
+            self._died_s = None
+        self._plan = plan
+        record = records.EngineRecord(
+            pid=process.pid,
+            start_token=self._host.start_token(process.pid) or "",
+            command_digest=records.digest(records.observed_command(process.pid) or ()),
+            command=plan.shown_arguments(),
+            plan_digest=_plan_digest(plan),
+            port=plan.port,
+            engine=self._engine.name,
+            started_at=time.time(),
+        )
+        self._take(process, record)
+        self._starts += 1
+        self._is_adopted = False
+        try:
+            records.save(self._paths.record, record)
+        except StateUnusable as error:
+            # The engine serves all the same; only a crash of emberd would now cost a reload.
+            self._log.error("state_not_saved", error=error.message, remedy=error.remedy)
+        for notice in plan.notices:
+            self._log.warning("engine_settings_notice", code=notice.code, message=notice.message)
+        self._log.info("engine_started", pid=process.pid, port=plan.port, command=" ".join(plan.shown_arguments()))
+        self.post(lifecycle.Launched())
+
+    def _take(self, process: EngineProcess, record: records.EngineRecord) -> None:
+        self._process, self._record, self._progress = process, record, None
+        self._spawn("exit", self._watch_exit(process))
+        self._spawn("output", self._follow_output())
+
+    async def adopt(self) -> bool:
+        """Take over the engine that an earlier emberd left running.
+
+        Returns:
+            False if there is none, or what is there is not it; a stranger is left alone.
+        """
+        record = records.load(self._paths.record)
+        if record is None:
+            return False
+        refusal = records.refusal(record, self._host, None)
+        if refusal is None and record.engine != self._engine.name:
+            refusal = f"it is a {record.engine}, and the settings ask for {self._engine.name}"
+            await self._end_foreign(record)
+        if refusal is not None:
+            self._log.info("engine_not_adopted", pid=record.pid, reason=refusal)
+            self._paths.record.unlink(missing_ok=True)
+            return False
+        try:
+            process = EngineProcess(record.pid, self._host)
+        except ProcessLookupError:
+            return False
+        listening = self._host.listeners(process.members())
+        if listening and record.port not in listening:
+            process.close()
+            self._log.info("engine_not_adopted", pid=record.pid, reason="it listens on another port")
+            return False
+        self._follower.skip_to_end()
+        self._is_adopted = True
+        self._take(process, record)
+        self._log.info("engine_adopted", pid=record.pid, port=record.port)
+        self.post(lifecycle.Adopted())
+        return True
+
+    async def _end_foreign(self, record: records.EngineRecord) -> None:
+        """End our own earlier engine that the settings no longer ask for."""
+        with contextlib.suppress(ProcessLookupError):
+            process = EngineProcess(record.pid, self._host)
+            await process.terminate(self._engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
+            process.close()
+
+    async def restart_if_changed(self) -> None:
+        """After an adoption: restart the engine if it was started with other settings than today's."""
+        if self._record is None:
+            return
+        plan = await self._engine.plan(self._record.port)
+        self._plan = plan
+        if _plan_digest(plan) != self._record.plan_digest:
+            self.post(lifecycle.Restart("settings changed since this engine was started"))
+
+    # --- watch ----------------------------------------------------------------------------------------------
+
+    async def _watch_exit(self, process: EngineProcess) -> None:
+        await process.wait()
+        self._died_s = time.monotonic()
+        is_asked = self._life.state is State.STOPPING
+        ended = exit_status.EngineExit(
+            status=process.status,
+            lived_s=time.monotonic() - process.started_s,
+            asked_to_stop=is_asked,
+            said_anything=bool(self._follower.tail),
+            is_macos=self._host.name == "darwin",
+        )
+        self._read_output()
+        self._last_exit = exit_status.explain(ended)
+        report = self._log.info if is_asked else self._log.warning
+        report("engine_exited", pid=process.pid, status=process.status, meaning=self._last_exit)
+        self.post(lifecycle.Exited(self._with_tail(self._last_exit)))
+
+    def _with_tail(self, text: str) -> str:
+        return "\n".join([text, *(f"  | {line}" for line in self._follower.last_words(_TAIL_IN_MESSAGE))])
+
+    async def _follow_output(self) -> None:
+        watch = self._host.watch_file(self._paths.output)
+        try:
+            while True:
+                self._read_output()
+                await watch.wait()
+        finally:
+            watch.close()
+
+    def _read_output(self) -> None:
+        for line in self._follower.read_lines():
+            self._engine_log.info("engine_line", line=line)
+            progress = self._engine.read_progress(line)
+            if progress is not None and progress != self._progress:
+                self._progress = progress
+                self._look_now.set()
+                self._engine_log.info("engine_loading", phase=progress.phase, detail=progress.detail)
+            if self._engine.is_fatal(line):
+                self.post(lifecycle.Stuck(self._with_tail("the engine says that it cannot serve")))
+
+    async def _probe(self) -> None:
+        """Earn READY, then ask again and again whether it lives."""
+        record = self._record
+        if record is None:
+            return
+        pause_s = _FIRST_PROBE_S
+        while True:
+            seen = await self._engine.probe_readiness(record.port, _PROBE_TIMEOUT_S)
+            if seen is Readiness.READY and not self._is_ours(record.port):
+                seen = Readiness.STRANGER
+            if seen is Readiness.READY:
+                break
+            if seen is Readiness.STRANGER:
+                self.post(lifecycle.Stuck(f"another program answers on port {record.port}"))
+                return
+            self._look_now.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._look_now.wait()
+            pause_s = min(pause_s * 1.5, _SLOWEST_PROBE_S)
+        self.post(lifecycle.BecameReady())
+        await self._probe_liveness(record.port)
+
+    def _is_ours(self, port: int) -> bool:
+        """Tell whether the listener belongs to our process tree; True where that cannot be told."""
+        listening = self._host.listeners(self._process.members()) if self._process else None
+        return listening is None or port in listening
+
+    async def _probe_liveness(self, port: int) -> None:
+        watch = liveness.begin(time.monotonic())
+        while True:
+            await asyncio.sleep(self._settings.lifecycle.probe_interval_s)
+            seen = await self._engine.probe_activity(port, _PROBE_TIMEOUT_S)
+            if (not seen.answered or seen.is_generating) and self._process:
+                seen = _with_evidence(seen, self._process.cpu_seconds(), self._flowed_bytes)
+            watch, verdict = liveness.judge(watch, seen, time.monotonic(), self._settings.lifecycle)
+            if verdict is liveness.Verdict.HUNG:
+                silent_s = time.monotonic() - watch.alive_at
+                self.post(
+                    lifecycle.Stuck(self._with_tail(f"hung: no sign of life or progress for {silent_s:.0f} s"))
+                )
+                return
+            if verdict is liveness.Verdict.SILENT:
+                self._log.warning("engine_silent", answered=seen.answered, generating=seen.is_generating)
+
+    def _flowed(self, count: int) -> None:
+        self._flowed_bytes += count
+
+    # --- stop -----------------------------------------------------------------------------------------------
+
+    async def _terminate(self) -> None:
+        await self._end_tree()
+        if "exit" in self._tasks:  # its report comes first
+            await asyncio.wait({self._tasks["exit"]}, timeout=_REPORT_LIMIT_S)
+        self.post(lifecycle.Gone())
+
+    async def _sweep(self) -> None:
+        """End what a main process that died by itself left behind (a worker under --admin)."""
+        if self._process is not None and self._process.has_ended and self._process.has_group():
+            self._log.warning("engine_left_processes", pid=self._process.pid)
+            await self._end_tree()
+
+    async def _end_tree(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        began_s = time.monotonic()
+        killed = await process.terminate(self._engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
+        seconds = round(time.monotonic() - began_s, 3)
+        if killed:
+            self._log.warning(
+                "engine_killed",
+                pids=list(killed),
+                seconds=seconds,
+                message="it did not stop in time; on macOS killing a process that holds locked memory can leak it",
+            )
+        else:
+            self._log.info("engine_stopped", pid=process.pid, seconds=seconds)
+        left = process.members()
+        if left:
+            self._log.error("engine_will_not_die", pids=left, message="waiting in the kernel; look at its disk")
+
+    def _forget_process(self) -> None:
+        if self._process is not None:
+            self._process.close()
+        self._process, self._record = None, None
+        self._died_s = None
+        self._cancel("output")
+        self._paths.record.unlink(missing_ok=True)
+
+    async def _await_memory_release(self) -> None:
+        """See locked memory fall before the next start: loading on top of it would choke the machine."""
+        began_s = time.monotonic()
+        while True:
+            released = is_released(self._wired_before, self._wired_loaded, self._host.wired_bytes())
+            waited_s = time.monotonic() - began_s
+            if released is not False:
+                if waited_s > _RELEASE_POLL_S:
+                    self._log.info("wired_memory_released", seconds=round(waited_s, 3))
+                return
+            if waited_s > _RELEASE_LIMIT_S:
+                self._log.warning("wired_memory_not_released", seconds=round(waited_s, 3))
+                return
+            await asyncio.sleep(_RELEASE_POLL_S)
+
+    def _make_follower(self) -> OutputFollower:
+        log = self._settings.log
+        return OutputFollower(
+            self._paths.output, self._engine.is_private, log.engine_file_mib * 1024 * 1024, log.engine_files
+        )
+
+
+def _with_evidence(seen: Activity, cpu_seconds: float | None, flowed_bytes: int) -> Activity:
+    """Add what emberd itself knows: CPU time of the tree, and bytes of replies that went through."""
+    return replace(seen, cpu_seconds=cpu_seconds, generated_units=(seen.generated_units or 0) + flowed_bytes)
+
+
+def _plan_digest(plan: LaunchPlan) -> str:
+    """Digest what an engine was started with, its port aside."""
+    environment = [f"{name}={value}" for name, value in sorted(plan.environment.items())]
+    files = [f"{name}={text}" for name, text in sorted(plan.files.items())]
+    words = [word for word in plan.arguments if word != str(plan.port)]
+    return records.digest([*words, *environment, *files])
