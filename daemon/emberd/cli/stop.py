@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import click
-import psutil
 
 from emberd.cli.talk import as_json, ask_daemon, show
 from emberd.core.errors import EngineFailed
-from emberd.host import config_file
+from emberd.host import ThisHost, config_file
 
 
 @click.command("stop")
@@ -22,13 +22,10 @@ def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click
     limit_s = settings.lifecycle.drain_timeout_s + settings.lifecycle.stop_timeout_s + 15
     began_s = time.monotonic()
     try:
-        psutil.Process(pid).wait(limit_s)
-    except psutil.NoSuchProcess:
-        pass
-    except psutil.TimeoutExpired:
+        asyncio.run(_ended(pid, limit_s))
+    except TimeoutError:
         raise EngineFailed(
-            f"emberd (pid {pid}) has not ended within {limit_s:.0f} s",
-            "Look at its log; `emberd status` may answer.",
+            f"emberd (pid {pid}) has not ended within {limit_s:.0f} s", "Look at its log; `emberd status` may answer."
         ) from None
     seconds = time.monotonic() - began_s
     show(
@@ -36,3 +33,16 @@ def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click
         is_json,
         lambda _: click.echo(f"stopped (pid {pid}, {seconds:.1f} s)"),
     )
+
+
+async def _ended(pid: int, limit_s: float) -> None:
+    """Return when the process has ended, whether or not its parent has taken note."""
+    try:
+        watch = ThisHost().watch_exit(pid)
+    except ProcessLookupError:
+        return
+    try:
+        async with asyncio.timeout(limit_s):
+            await watch.wait()
+    finally:
+        watch.close()

@@ -1,0 +1,48 @@
+"""Fixtures that more than one room of the tests uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from daemon_process import Daemon
+from synthetic_gguf import write_gguf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+STANDIN = Path(__file__).parent / "koboldcpp_standin"
+
+
+@pytest.fixture(scope="session")
+def standin() -> Path:
+    """Folder of the KoboldCPP stand-in, shaped like a checkout."""
+    return STANDIN
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that llama.cpp really loads."""
+    path = tmp_path_factory.mktemp("models") / "small-model.gguf"
+    write_gguf(path)
+    return path
+
+
+@pytest.fixture
+def make_daemon(tmp_path: Path, standin: Path, model: Path) -> Iterator[Callable[..., Daemon]]:
+    """Make daemons on the stand-in; settings as `table.key`, stand-in switches by their STANDIN_ names."""
+    made: list[Daemon] = []
+
+    def make(settings: Mapping[str, Any] | None = None, **switches: str) -> Daemon:
+        folder = tmp_path / f"daemon{len(made)}"
+        folder.mkdir()
+        base = {"model.path": str(model), "engine.path": str(standin), "lifecycle.crash_limit": 4}
+        daemon = Daemon(folder, {**base, **(settings or {})}, {"STANDIN_PROMPT_MS_PER_TOKEN": "1", **switches})
+        made.append(daemon)
+        return daemon
+
+    yield make
+    for daemon in made:
+        daemon.close()
