@@ -61,6 +61,8 @@ class _Daemon:
         self._config_path = config_path
         self._paths = paths
         self._listener = listener
+        host, port = listener.getsockname()[:2]
+        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._host = ThisHost()
         self._stop = asyncio.Event()
         self._started_s = time.monotonic()
@@ -98,7 +100,7 @@ class _Daemon:
         self._endpoint = Endpoint()
         proxy = Proxy(supervisor, lambda: self._settings.endpoint.hold_timeout_s, self._log)
         app = make_app(proxy, lambda: supervisor.state.value)
-        control = ControlServer(self._paths.control, self._verbs())
+        control = ControlServer(self._paths.control, self._verbs(), self._log)
         self._take_signals()
         await control.start()
         owner = asyncio.create_task(supervisor.run(), name="supervisor")
@@ -107,7 +109,7 @@ class _Daemon:
             "emberd_started",
             version=__version__,
             pid=os.getpid(),
-            endpoint=self._endpoint_url(),
+            endpoint=self._url,
             settings=str(self._config_path),
             state_directory=str(self._paths.directory),
         )
@@ -235,15 +237,11 @@ class _Daemon:
             "version": __version__,
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self._started_s, 3),
-            "endpoint": self._endpoint_url(),
+            "endpoint": self._url,
             "model": self._settings.model.path,
             "settings_file": str(self._config_path),
             **self._supervisor.status(),
         }
-
-    def _endpoint_url(self) -> str:
-        host, port = self._listener.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     # --- stop -----------------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click
         asyncio.run(_ended(pid, limit_s))
     except TimeoutError:
         raise EngineFailed(
-            f"emberd (pid {pid}) has not ended within {limit_s:.0f} s", "Look at its log; `emberd status` may answer."
+            f"emberd (pid {pid}) has not ended within {limit_s:.0f} s",
+            "Look at its log; `emberd status` may answer.",
         ) from None
     seconds = time.monotonic() - began_s
     show(

@@ -38,6 +38,7 @@ _OWNED = {
 _MODES_WITHOUT_SERVER = frozenset({"-h", "--help", "--usage", "--version", "--completion-bash", "--list-devices"})
 _VERBOSE = frozenset({"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"})
 _IDLE_UNLOADING = frozenset({"--sleep-idle-seconds"})
+_HELP_COLUMN = 40
 _NO_MMAP = frozenset({"--no-mmap"})
 
 
@@ -198,12 +199,16 @@ def _sizes(context_size: int, gpu_layers: int) -> list[str]:
 def read_options(help_text: str) -> frozenset[str]:
     """Return every option word that llama-server's --help shows.
 
-    A line that describes options begins at its first column with a dash, all spellings separated by commas.
+    A line that describes options begins in the first column with a dash. Descriptions stand from column 40 on, or
+    on lines of their own where the options need more room (llama.cpp, common/arg.cpp, `common_arg::to_string`).
     """
     words: set[str] = set()
     for line in help_text.splitlines():
-        if line.startswith("-") and not line.startswith("-----"):
-            words.update(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", line.split("  ")[0]))
+        if not line.startswith("-") or line.startswith("-----"):
+            continue
+        has_description = line[_HELP_COLUMN - 1 : _HELP_COLUMN].isspace()
+        spelled = line[:_HELP_COLUMN] if has_description else line
+        words.update(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", spelled))
     return frozenset(words)
 
 

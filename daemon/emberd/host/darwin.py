@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _kqueue: Any = select
 """typeshed knows kqueue on macOS only."""
+_XATTR = "/usr/bin/xattr"
 _QUARANTINE = "com.apple.quarantine"
 _XATTR_TIMEOUT_S = 5.0
 
@@ -96,7 +97,7 @@ class DarwinHost(PosixHost):
         """Return the value of com.apple.quarantine, None if the file has none; xattr(1) exits 1 then."""
         try:
             asked = subprocess.run(
-                ["/usr/bin/xattr", "-p", _QUARANTINE, str(path)],
+                [_XATTR, "-p", _QUARANTINE, str(path)],
                 capture_output=True,
                 text=True,
                 timeout=_XATTR_TIMEOUT_S,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from pathlib import Path
 
+    from structlog.typing import FilteringBoundLogger
+
 _LONGEST_LINE_BYTES = 1024 * 1024
 _REQUEST_LIMIT_S = 5.0
 _ASK_LIMIT_S = 10.0
@@ -31,9 +33,13 @@ class ControlServer:
     Args:
         path: the socket's path.
         verbs: what each verb does; its result is the answer.
+        log: where a bug in a verb is reported.
     """
 
-    def __init__(self, path: Path, verbs: Mapping[str, Callable[[], Awaitable[dict[str, Any]]]]) -> None:
+    def __init__(
+        self, path: Path, verbs: Mapping[str, Callable[[], Awaitable[dict[str, Any]]]], log: FilteringBoundLogger
+    ) -> None:
+        self._log = log
         self._path = path
         self._verbs = verbs
         self._server: asyncio.Server | None = None
@@ -79,6 +85,9 @@ class ControlServer:
             return await verb()
         except EmberdError as error:
             return {"error": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+        except Exception as error:  # noqa: BLE001  # a bug is answered too: the asker waits
+            self._log.exception("control_bug", verb=name)
+            return {"error": f"internal error: {error!r}", "remedy": "Look at emberd's log."}
 
 
 def ask(path: Path, verb: str, timeout_s: float = _ASK_LIMIT_S) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import httpx
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 
 from emberd.core.errors import NotReady
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
     from starlette.responses import Response
-    from starlette.types import Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from structlog.typing import FilteringBoundLogger
 
 _HOP_BY_HOP = frozenset(
@@ -266,8 +266,8 @@ async def _answer(send: Send, status: int, headers: dict[str, str], content: dic
     await send({"type": "http.response.body", "body": body})
 
 
-def make_app(proxy: Proxy, state: Callable[[], str]) -> Starlette:
-    """Return the front port's app: emberd's own paths, and the proxy for everything else.
+def make_app(proxy: Proxy, state: Callable[[], str]) -> ASGIApp:
+    """Return the front port's app: everything under /emberd is emberd's own, everything else the engine's.
 
     Args:
         proxy: passes requests on.
@@ -281,14 +281,10 @@ def make_app(proxy: Proxy, state: Callable[[], str]) -> Starlette:
         name = state()
         return JSONResponse({"status": name}, 200 if name == "READY" else 503)
 
-    async def reserved(_: Request) -> Response:
-        return JSONResponse({"error": {"type": "not_found", "message": "emberd has no such page"}}, 404)
+    own = Starlette(routes=[Route("/emberd/healthz", healthz), Route("/emberd/readyz", readyz)])
 
-    return Starlette(
-        routes=[
-            Route("/emberd/healthz", healthz),
-            Route("/emberd/readyz", readyz),
-            Route("/emberd/{rest:path}", reserved),
-            Mount("/", app=proxy),
-        ]
-    )
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        is_own = scope["path"] == "/emberd" or scope["path"].startswith("/emberd/")
+        await (own if is_own else proxy)(scope, receive, send)
+
+    return app

@@ -1,0 +1,157 @@
+"""llama.cpp's server, external and embedded: flags, readiness, and the whole daemon on the real embedded engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from emberd.core.errors import ConfigError
+from emberd.engine.llama_server import check_arguments, read_options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from daemon_process import Daemon
+
+needs_xllamacpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="the embedded engine's wheel is not installed"
+)
+
+HELP = """usage: llama-server [options]
+
+----- common params -----
+
+-h,    --help, --usage                  say how it is used
+-t,    --threads N                      threads (default: -1)
+                                        --not-an-option in a description
+-c,    --ctx-size N                     context
+-ngl,  --gpu-layers, --n-gpu-layers N   layers
+{lock}
+-m,    --model FNAME                    model
+--host HOST                             address
+--port PORT                             port
+--no-mmap                               no mapping
+--sleep-idle-seconds N                  unload
+-v,    --verbose, --log-verbose         more words
+"""
+NEW_HELP = HELP.format(lock="-lm,   --load-mode MODE                 how to load")
+OLD_HELP = HELP.format(lock="--mlock                                 lock")
+
+LLAMA_SERVER_STANDIN = """#!{python}
+# A stand-in for llama-server's command line over the real server of the embedded engine.
+import sys
+HELP = {help!r}
+if "--help" in sys.argv:
+    print(HELP)
+    sys.exit(0)
+sys.path.insert(0, {source!r})
+from emberd.engine.embedded import main
+words = sys.argv[1:]
+if "--mlock" in words:
+    words[words.index("--mlock"):words.index("--mlock") + 1] = ["--load-mode", "mmap+mlock"]
+sys.exit(main(words))
+"""
+
+
+def test_options_are_read_from_the_first_column_only():
+    options = read_options(NEW_HELP)
+    assert {"-c", "--ctx-size", "-ngl", "--gpu-layers", "--n-gpu-layers", "--load-mode", "-lm"} <= options
+    assert "--not-an-option" not in options
+    assert "-----" not in options
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--thread", "4"], "did you mean --threads?"),
+        (["--host", "0.0.0.0"], "127.0.0.1 only"),
+        (["--port=1"], "private port"),
+        (["--verbose"], "prompts into the log"),
+        (["--help"], "starts no server"),
+        (["-m", "x"], "model.path"),
+    ],
+)
+def test_an_argument_that_would_break_the_job_is_refused(words: list[str], message: str):
+    with pytest.raises(ConfigError, match=r".") as refused:
+        check_arguments(words, read_options(NEW_HELP))
+    assert message in refused.value.message
+
+
+def test_arguments_that_undo_keep_warm_are_named():
+    notices = check_arguments(["--sleep-idle-seconds", "-1", "--no-mmap"], read_options(NEW_HELP))
+    assert [notice.code for notice in notices] == ["idle_unloading", "mmap_off"]
+
+
+@pytest.fixture
+def llama_server(tmp_path: Path) -> Callable[[str], Path]:
+    def write(help_text: str) -> Path:
+        path = tmp_path / "llama-server"
+        source = os.path.dirname(os.path.dirname(importlib.util.find_spec("emberd").origin))  # type: ignore[union-attr,arg-type,type-var]
+        path.write_text(LLAMA_SERVER_STANDIN.format(python=sys.executable, help=help_text, source=source))
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+@needs_xllamacpp
+@pytest.mark.parametrize(
+    ("help_text", "lock"), [(NEW_HELP, ["--load-mode", "mmap+mlock"]), (OLD_HELP, ["--mlock"])]
+)
+def test_an_external_server_is_locked_by_what_its_help_offers(
+    make_daemon: Callable[..., Daemon], llama_server: Callable[[str], Path], help_text: str, lock: list[str]
+):
+    daemon = make_daemon(
+        {"engine.kind": "llama-server", "engine.path": str(llama_server(help_text)), "engine.context_size": 256}
+    )
+    daemon.start()
+    command = daemon.wait_ready()["engine"]["command"]
+    assert command[command.index(lock[0]) :][: len(lock)] == lock
+    assert complete(daemon)
+
+
+@needs_xllamacpp
+def test_the_embedded_engine_serves_survives_a_kill_and_is_adopted(make_daemon: Callable[..., Daemon]):
+    daemon = make_daemon({"engine.kind": "embedded", "engine.path": "", "engine.context_size": 256})
+    daemon.start()
+    first = daemon.wait_ready()["engine"]["pid"]
+    assert "--load-mode" in daemon.status()["engine"]["command"]
+    text = complete(daemon)
+    os.kill(first, signal.SIGKILL)
+    assert complete(daemon) == text
+    second = daemon.wait_ready(other_than=first)["engine"]["pid"]
+    daemon.kill()
+    daemon.start()
+    adopted = daemon.wait_ready()
+    assert (adopted["engine"]["pid"], adopted["engine"]["adopted"]) == (second, True)
+    assert complete(daemon) == text
+    daemon.signal(signal.SIGTERM)
+    assert daemon.end() == 0
+
+
+def complete(daemon: Daemon) -> str:
+    """Stream a completion and return its text."""
+    text = ""
+    body: dict[str, Any] = {"prompt": "a b c", "max_tokens": 8, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{daemon.url}/v1/completions", json=body, timeout=40, trust_env=False) as reply:
+        assert reply.status_code == 200
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+    return text
+
+
+@needs_xllamacpp
+def test_settings_that_the_embedded_engine_does_not_know_are_refused(make_daemon: Callable[..., Daemon]):
+    daemon = make_daemon({"engine.kind": "embedded", "engine.extra_args": ["--quiet"]})
+    daemon.start()
+    assert daemon.end() == 78
+    assert "mean nothing to the embedded engine" in daemon.log.read_text()
