@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from contract.targets import LONG_PROMPT
+from engine_process import wait_until
+
+if TYPE_CHECKING:
+    from contract.targets import Server
+
+
+def timed_s(server: Server, prompt: str, length: int = 1) -> float:
+    """Return the seconds of one generation on an idle server."""
+    wait_until(server.is_idle)
+    began = time.monotonic()
+    server.generate(prompt, length)
+    return time.monotonic() - began
+
+
+def test_a_replay_keeps_the_cache_and_a_foreign_prompt_destroys_it(server: Server) -> None:
+    timed_s(server, "xu")
+    cold_s = timed_s(server, LONG_PROMPT)
+    replay_s = timed_s(server, LONG_PROMPT)
+    timed_s(server, "xu")
+    after_foreign_s = timed_s(server, LONG_PROMPT)
+    assert min(cold_s, after_foreign_s) > 3 * replay_s, (cold_s, replay_s, after_foreign_s)
+
+
+def test_prompt_and_reply_replayed_leave_only_the_new_turn_to_process(server: Server) -> None:
+    prompt = "na " + LONG_PROMPT
+    reply = server.generate(prompt, 30)
+    server.generate(prompt + reply, 1)
+    assert server.processed_tokens() <= 3
+    server.generate(prompt + reply + " ba ke lo", 1)
+    assert server.processed_tokens() <= 8
+
+
+def test_a_replay_of_the_prompt_alone_loses_the_reply(server: Server) -> None:
+    prompt = "ma " + LONG_PROMPT
+    reply = server.generate(prompt, 30)
+    server.generate(prompt, 1)
+    server.generate(prompt + reply + " ba", 1)
+    assert 25 <= server.processed_tokens() <= 40
+
+
+def test_a_shorter_prefix_truncates_the_cache(server: Server) -> None:
+    prompt = "ta " + LONG_PROMPT
+    server.generate(prompt, 1)
+    server.generate(prompt[:60], 1)
+    server.generate(prompt, 1)
+    assert server.processed_tokens() > 1000
+
+
+def test_a_generation_of_no_length_with_another_prompt_destroys_the_cache(server: Server) -> None:
+    prompt = "sa " + LONG_PROMPT
+    server.generate(prompt, 1)
+    server.generate("xu xu xu xu xu xu", 0)
+    server.generate(prompt, 1)
+    assert server.processed_tokens() > 1000
+
+
+def test_the_perf_counter_tells_tokens_of_the_whole_prompt(server: Server) -> None:
+    server.generate(LONG_PROMPT, 1)
+    server.generate(LONG_PROMPT, 1)
+    wait_until(server.is_idle)
+    assert server.processed_tokens() <= 3
+    if not server.target.is_old:
+        assert server.perf()["last_input_count"] > 1000

