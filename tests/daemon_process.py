@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -21,6 +20,7 @@ from emberd.services.control import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 WAIT_S = 40.0
 FAST = {
@@ -74,12 +74,24 @@ class Daemon:
 
     def command(self, *words: str) -> list[str]:
         """Return the command line of an emberd verb on these settings."""
-        return [sys.executable, "-c", "from emberd.cli.main import main; main()", "--config", str(self.config), *words]
+        return [
+            sys.executable,
+            "-c",
+            "from emberd.cli.main import main; main()",
+            "--config",
+            str(self.config),
+            *words,
+        ]
 
     def verb(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a verb and return what it printed."""
         return subprocess.run(
-            self.command(*words), capture_output=True, text=True, timeout=WAIT_S, check=False, env=self._environment()
+            self.command(*words),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+            env=self._environment(),
         )
 
     def _environment(self) -> dict[str, str]:
@@ -108,7 +120,9 @@ class Daemon:
             try:
                 status = self.status()
             except EmberdError:
-                assert self.child is None or self.child.poll() is None, f"emberd ended: {self.log.read_text()[-3000:]}"
+                assert self.child is None or self.child.poll() is None, (
+                    f"emberd ended: {self.log.read_text()[-3000:]}"
+                )
             else:
                 if is_so(status):
                     return status

@@ -20,7 +20,19 @@ MAY_IMPORT = {
     "cli": {"core", "host", "engine", "services", "cli", "app"},
     "app": {"core", "host", "engine", "services"},
 }
-IMPURE = {"asyncio", "os", "sys", "time", "ctypes", "logging", "socket", "subprocess", "threading", "random", "pathlib"}
+IMPURE = {
+    "asyncio",
+    "os",
+    "sys",
+    "time",
+    "ctypes",
+    "logging",
+    "socket",
+    "subprocess",
+    "threading",
+    "random",
+    "pathlib",
+}
 THIRD_PARTY = {"click", "httpx", "platformdirs", "psutil", "rich", "starlette", "structlog", "uvicorn", "xllamacpp"}
 
 
@@ -28,7 +40,9 @@ def imported(path: Path, *, at_run_time_only: bool = False) -> set[str]:
     """Return the dotted names that a module imports, anywhere in it."""
     tree = ast.parse(path.read_text())
     if at_run_time_only:
-        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
+        tree.body = [
+            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ]
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -62,9 +76,7 @@ def test_the_core_is_pure(path: Path):
 
 def test_there_is_one_platform_branch():
     branches = [
-        str(path.relative_to(SOURCE))
-        for path in SOURCE.rglob("*.py")
-        if "sys.platform" in path.read_text()
+        str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py") if "sys.platform" in path.read_text()
     ]
     # model_file only chooses the words of a message.
     assert sorted(branches) == ["host/__init__.py", "host/model_file.py"]
@@ -89,6 +101,9 @@ print(','.join(sorted(heavy)))
 
 
 def test_the_command_line_works_after_the_lean_imports():
-    code = "from emberd.services.lean import import_lean; import_lean(); import rich.console, httpx; print(httpx.get.__name__)"
+    code = (
+        "from emberd.services.lean import import_lean; import_lean(); "
+        "import rich.console, httpx; print(httpx.get.__name__)"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout.strip() == "get"

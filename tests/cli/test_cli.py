@@ -12,14 +12,11 @@ import subprocess
 import sys
 import time
 import tomllib
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from emberd.cli.talk import duration
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MAIN = "from emberd.cli.main import main; main()"
 LIMIT_S = 90
@@ -54,7 +51,8 @@ def test_help_names_every_verb_and_the_exit_codes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("words", "hint"), [(["statsu"], "Did you mean 'status'?"), (["status", "--jsn"], "--json"), (["config"], "check")]
+    ("words", "hint"),
+    [(["statsu"], "Did you mean 'status'?"), (["status", "--jsn"], "--json"), (["config"], "check")],
 )
 def test_a_typing_mistake_is_a_usage_error_with_a_hint(tmp_path: Path, words: list[str], hint: str):
     said = emberd(*words, home=tmp_path)
@@ -76,7 +74,7 @@ def test_a_first_user_makes_checks_and_shows_the_settings(tmp_path: Path, model:
     assert (none_yet.returncode, "config init" in none_yet.stderr) == (78, True)
     made = emberd("config", "init", "--model", str(model), "--engine", str(standin), home=tmp_path)
     assert made.returncode == 0
-    assert os.stat(place).st_mode & 0o777 == 0o600
+    assert Path(place).stat().st_mode & 0o777 == 0o600
     checked = emberd("config", "check", "--json", home=tmp_path)
     assert checked.returncode == 0
     assert "--usemlock" in json.loads(checked.stdout)["command"]
@@ -122,7 +120,9 @@ def test_completion_scripts_are_printed(tmp_path: Path, shell: str):
     assert said.returncode == 0
     assert "_EMBERD_COMPLETE" in said.stdout
     if shell == "bash" and shutil.which("bash"):
-        subprocess.run(["bash", "-n"], input=said.stdout, text=True, check=True, timeout=LIMIT_S)
+        subprocess.run(
+            [shutil.which("bash") or "", "-n"], input=said.stdout, text=True, check=True, timeout=LIMIT_S
+        )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ needs_xllamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="the embedded engine's wheel is not installed"
 )
 
-MODEL_PACKAGE_STANDIN = '''"""A stand-in for the package of the demo's model (0.25 GB): the same interface over a small model in two parts."""
+MODEL_PACKAGE_STANDIN = '''"""A stand-in for the package of the demo's model: the same interface over a small model in two parts."""
 from pathlib import Path
 MODEL_NAME = "small.gguf"
 EXPECTED_SHA256 = "{sha256}"

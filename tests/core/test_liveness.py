@@ -34,7 +34,8 @@ def test_silence_with_rising_cpu_time_is_a_long_prompt():
 
 def test_a_generation_that_uses_the_cpu_and_never_produces_anything_is_a_hang_in_the_end():
     spinning = [
-        Activity(answered=True, is_generating=True, generated_units=7, cpu_seconds=float(20 * n)) for n in range(300)
+        Activity(answered=True, is_generating=True, generated_units=7, cpu_seconds=float(20 * n))
+        for n in range(300)
     ]
     found = verdicts(spinning)
     assert found.index(Verdict.HUNG) * 10 >= SETTINGS.generation_silence_s - 20

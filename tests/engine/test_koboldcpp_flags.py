@@ -48,9 +48,7 @@ def parser_of(*, is_new: bool, version: str = "9.9") -> OneRefusal:
         return words if is_new else ()
 
     model = parser.add_mutually_exclusive_group()
-    model.add_argument(
-        "--model", *aliases("-m"), metavar="[files]", nargs="+" if is_new else None, help="text"
-    )
+    model.add_argument("--model", *aliases("-m"), metavar="[files]", nargs="+" if is_new else None, help="text")
     model.add_argument("model_param", nargs="?")
     port = parser.add_mutually_exclusive_group()
     port.add_argument("--port", metavar="[portnumber]", type=int, default=5001)
@@ -62,9 +60,7 @@ def parser_of(*, is_new: bool, version: str = "9.9") -> OneRefusal:
     backend.add_argument("--usecpu", action="store_true")
     backend.add_argument("--noblas", action="store_true", help=argparse.SUPPRESS)
     mapping = parser.add_mutually_exclusive_group()
-    hidden = (
-        argparse.SUPPRESS if is_new else "a help text that is long enough to be wrapped by argparse itself"
-    )
+    hidden = argparse.SUPPRESS if is_new else "a help text that is long enough to be wrapped by argparse itself"
     mapping.add_argument("--nommap", *aliases("--no-mmap"), action="store_true", help=hidden)
     parser.add_argument("--usemlock", *aliases("--mlock"), action="store_true")
     parser.add_argument("--contextsize", *aliases("--ctx-size", "-c"), metavar="[256 to 9]", type=int)
@@ -113,9 +109,7 @@ def with_words(*words: str, build: Build = NEW, **changes: object) -> CommandLin
     return compose(build, dataclasses.replace(PLAIN, extra_args=words, **changes))  # type: ignore[arg-type]
 
 
-def with_file(
-    content: Mapping[str, object], *words: str, build: Build = NEW, **changes: object
-) -> CommandLine:
+def with_file(content: Mapping[str, object], *words: str, build: Build = NEW, **changes: object) -> CommandLine:
     return with_words(*words, build=build, kcpps=content, **changes)
 
 
@@ -214,9 +208,7 @@ def test_values_stay_with_their_option() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "word", ["--contextsize=4096", "--ctx-size=4096", "-c4096", "-c=4096", "--contexts=4096"]
-)
+@pytest.mark.parametrize("word", ["--contextsize=4096", "--ctx-size=4096", "-c4096", "-c=4096", "--contexts=4096"])
 def test_every_way_of_joining_a_value_is_understood(word: str) -> None:
     (one,) = read_arguments(NEW, [word])
     assert (one.dest, one.values) == ("contextsize", ("4096",))
@@ -234,9 +226,7 @@ def test_an_unknown_option_takes_its_values_along() -> None:
     ]
 
 
-@given(
-    st.lists(st.sampled_from(["--gpulayers", "--quiet", "--lora", "-c", "-1", "a", "--x=1", "--", "-", ""]))
-)
+@given(st.lists(st.sampled_from(["--gpulayers", "--quiet", "--lora", "-c", "-1", "a", "--x=1", "--", "-", ""])))
 def test_no_word_is_lost(words: list[str]) -> None:
     assert [word for one in read_arguments(NEW, words) for word in one.words] == words
 
@@ -262,9 +252,7 @@ def test_the_model_is_mapped_by_the_name_that_the_build_has_for_it() -> None:
 
 
 def test_nothing_is_added_that_the_build_does_not_offer() -> None:
-    without = (
-        parser_of(is_new=True).format_help().replace("--quiet", "--silent").replace("--skipl", "--skipl-")
-    )
+    without = parser_of(is_new=True).format_help().replace("--quiet", "--silent").replace("--skipl", "--skipl-")
     line = with_words(build=read_help(without))
     assert not {"--quiet", "--skiplauncher"} & set(line.arguments)
 
@@ -287,9 +275,7 @@ def test_the_folk_recipe_composes_without_a_second_lock_or_gpulayers(build: Buil
     assert (parsed(build, line).gpulayers, parsed(build, line).noblas) == (1, True)
 
 
-@pytest.mark.parametrize(
-    "words", [("--mlock",), ("--usemlo",), ("--quiet",), ("--skiplauncher",), ("--usemmap",)]
-)
+@pytest.mark.parametrize("words", [("--mlock",), ("--usemlo",), ("--quiet",), ("--skiplauncher",), ("--usemmap",)])
 def test_what_the_owner_has_given_is_not_added_again(words: tuple[str, ...]) -> None:
     dests = [one.dest for one in read_arguments(NEW, with_words(*words).arguments)]
     assert len(dests) == len(set(dests))
@@ -620,9 +606,7 @@ def test_the_settings_model_wins_over_the_files() -> None:
     assert not with_file({"model": "/models/a.gguf"}).notices
 
 
-@given(
-    st.dictionaries(st.sampled_from(sorted({*RULES, "usemlock", "threads", "gpulayers"})), st.integers(0, 9))
-)
+@given(st.dictionaries(st.sampled_from(sorted({*RULES, "usemlock", "threads", "gpulayers"})), st.integers(0, 9)))
 def test_what_emberd_decides_is_never_left_in_the_file(content: dict[str, object]) -> None:
     try:
         line = with_file(content)

@@ -7,17 +7,18 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
+import emberd
 from emberd.core.errors import ConfigError
 from emberd.engine.llama_server import check_arguments, read_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from daemon_process import Daemon
 
@@ -94,7 +95,7 @@ def test_arguments_that_undo_keep_warm_are_named():
 def llama_server(tmp_path: Path) -> Callable[[str], Path]:
     def write(help_text: str) -> Path:
         path = tmp_path / "llama-server"
-        source = os.path.dirname(os.path.dirname(importlib.util.find_spec("emberd").origin))  # type: ignore[union-attr,arg-type,type-var]
+        source = str(Path(emberd.__file__).parents[1])
         path.write_text(LLAMA_SERVER_STANDIN.format(python=sys.executable, help=help_text, source=source))
         path.chmod(0o755)
         return path

@@ -112,7 +112,11 @@ def test_a_large_file_is_rotated_and_the_writer_goes_on(engine: Engine):
         seen += reader.read_lines()
     assert [line.split()[1] for line in seen] == [f"{number:03}" for number in range(100)]
     assert engine.path.stat().st_size < 1100
-    assert sorted(path.name for path in engine.path.parent.iterdir()) == ["engine.log", "engine.log.1", "engine.log.2"]
+    assert sorted(path.name for path in engine.path.parent.iterdir()) == [
+        "engine.log",
+        "engine.log.1",
+        "engine.log.2",
+    ]
     assert {path.stat().st_mode & 0o777 for path in engine.path.parent.iterdir()} == {0o600}
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import kqueue_standin
@@ -25,7 +26,6 @@ from emberd.host.paths import StatePaths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 LIMIT_S = 20
 
@@ -94,11 +94,11 @@ async def test_each_write_to_a_file_wakes_the_watcher(host: LinuxHost | DarwinHo
 
 
 def test_a_missing_file_cannot_be_watched_and_leaks_nothing(host: LinuxHost | DarwinHost, tmp_path: Path):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(10):
         with pytest.raises(OSError, match="No such file"):
             host.watch_file(tmp_path / "missing")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_the_start_token_tells_processes_apart(host: LinuxHost | DarwinHost, sleeper: subprocess.Popen[bytes]):
@@ -182,7 +182,9 @@ def test_quarantine_is_read_by_xattr(
 ):
     """xattr -p prints the value and exits 0, or exits 1 if the file has none."""
     standin = tmp_path / "xattr_standin"
-    standin.write_text(f'#!/bin/sh\n[ "$1 $2" = "-p com.apple.quarantine" ] || exit 64\nprintf %s "{out}"\nexit {exit_code}\n')
+    standin.write_text(
+        f'#!/bin/sh\n[ "$1 $2" = "-p com.apple.quarantine" ] || exit 64\nprintf %s "{out}"\nexit {exit_code}\n'
+    )
     standin.chmod(0o755)
     monkeypatch.setattr(darwin, "_XATTR", str(standin))
     assert DarwinHost().quarantine(tmp_path / "engine") == mark
@@ -242,7 +244,10 @@ def test_a_model_is_opened_and_not_only_looked_at(tmp_path: Path):
         check_model(str(page))
 
 
-@pytest.mark.parametrize(("number", "system", "words"), [(1, "darwin", "Full Disk Access"), (13, "darwin", "chmod"), (1, "linux", "chmod")])
+@pytest.mark.parametrize(
+    ("number", "system", "words"),
+    [(1, "darwin", "Full Disk Access"), (13, "darwin", "chmod"), (1, "linux", "chmod")],
+)
 def test_a_refused_model_tells_privacy_from_permissions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, system: str, words: str
 ):

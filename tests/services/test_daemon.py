@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -19,7 +20,6 @@ from daemon_process import group_members, is_alive, read_text_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from daemon_process import Daemon
 
@@ -41,7 +41,7 @@ class Background(threading.Thread):
     def run(self) -> None:
         try:
             self.result = self._call()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # handed to the test
             self.error = error
 
     def get(self) -> Any:
@@ -84,11 +84,11 @@ def test_the_folk_recipe_works_on_old_and_new_builds(make_daemon: MakeDaemon, ve
     assert engine["command"].count("--usemlock") == 1
     assert ("--usemmap" in engine["command"]) == (version == "1.104")
     locked_kib = int(read_status(engine["pid"])["VmLck"].split()[0])
-    assert locked_kib * 1024 >= 0.9 * os.path.getsize(daemon.settings["model.path"])
+    assert locked_kib * 1024 >= 0.9 * Path(daemon.settings["model.path"]).stat().st_size
 
 
 def read_status(pid: int) -> dict[str, str]:
-    with open(f"/proc/{pid}/status") as file:
+    with Path(f"/proc/{pid}/status").open() as file:
         return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
 
 
@@ -218,7 +218,9 @@ def test_a_broken_model_ends_in_failed_and_restart_tries_again(make_daemon: Make
     assert "exit code 3" in tried.stderr
 
 
-def test_a_worker_that_outlives_a_killed_parent_is_ended_before_the_next_start(make_daemon: MakeDaemon, tmp_path: Path):
+def test_a_worker_that_outlives_a_killed_parent_is_ended_before_the_next_start(
+    make_daemon: MakeDaemon, tmp_path: Path
+):
     daemon = make_daemon({"engine.extra_args": ["--admin", "--admindir", str(tmp_path)]})
     daemon.start()
     parent = daemon.wait_ready()["engine"]["pid"]
@@ -282,9 +284,7 @@ def test_a_second_interrupt_does_not_wait_for_running_requests(make_daemon: Make
 
 
 def test_an_engine_that_ignores_signals_is_killed_and_that_is_said(make_daemon: MakeDaemon):
-    daemon = make_daemon(
-        {"lifecycle.stop_timeout_s": 0.5}, STANDIN_IGNORE_SIGTERM="1", STANDIN_IGNORE_SIGINT="1"
-    )
+    daemon = make_daemon({"lifecycle.stop_timeout_s": 0.5}, STANDIN_IGNORE_SIGTERM="1", STANDIN_IGNORE_SIGINT="1")
     daemon.start()
     engine = daemon.wait_ready()["engine"]["pid"]
     assert daemon.verb("stop").returncode == 0

@@ -1,4 +1,4 @@
-"""The front port between a real client and a real (raw) engine socket: nothing added, nothing lost, nothing held back."""
+"""The front port between a real client and a raw engine socket: nothing added, lost or held back."""
 
 from __future__ import annotations
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from emberd.core.types import LoadProgress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _PHASES: tuple[tuple[re.Pattern[str], str], ...] = (
     (
@@ -31,4 +35,27 @@ def read_progress(line: str) -> LoadProgress | None:
         found = pattern.search(line)
         if found:
             return LoadProgress(phase, found.groupdict().get("detail") or "")
+    return None
+
+
+_CAUSES = (
+    re.compile(r"error loading model: (?:error loading model: )?(?P<cause>.+)"),
+    re.compile(r"(?P<cause>failed to allocate buffer for kv cache.*)"),
+    re.compile(r"(?P<cause>(?:Cannot find|Could not load) text model.*)"),
+    re.compile(r"(?P<cause>GGML_ASSERT.*)"),
+    re.compile(r"\berror: (?P<cause>.+)"),
+)
+"""In the order of how much they tell."""
+
+
+def find_cause(lines: Sequence[str]) -> str | None:
+    """Return what the engine itself gives as the cause of a failure, None if it names none.
+
+    Exit statuses say little (a broken model is SIGSEGV); one line of the log says why.
+    """
+    for pattern in _CAUSES:
+        for line in lines:
+            found = pattern.search(line)
+            if found:
+                return found["cause"].strip()
     return None

@@ -19,6 +19,7 @@ from emberd.core.lifecycle import Effect, Event, Lifecycle, State
 from emberd.core.types import Readiness
 from emberd.core.wired import is_released
 from emberd.engine import record as records
+from emberd.engine.llama_log import find_cause
 from emberd.engine.output import OutputFollower, open_for_engine
 from emberd.engine.process import EngineProcess, launch
 from emberd.host.files import make_private_folder, write_atomically
@@ -467,7 +468,8 @@ class Supervisor:
             is_macos=self._host.name == "darwin",
         )
         self._read_output()
-        self._last_exit = exit_status.explain(ended)
+        cause = None if is_asked else find_cause(self._follower.tail)
+        self._last_exit = exit_status.explain(ended) + (f" (the engine says: {cause})" if cause else "")
         report = self._log.info if is_asked else self._log.warning
         report("engine_exited", pid=process.pid, status=process.status, meaning=self._last_exit)
         self.post(lifecycle.Exited(self._with_tail(self._last_exit)))
