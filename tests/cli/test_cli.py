@@ -138,7 +138,7 @@ needs_xllamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="the embedded engine's wheel is not installed"
 )
 
-MODEL_PACKAGE_STANDIN = '''"""A stand-in for the package of the demo's model: the same interface over a small model in two parts."""
+MODEL_PACKAGE_STANDIN = '''"""A stand-in for the package of the demo's model: a small model in two parts."""
 from pathlib import Path
 MODEL_NAME = "small.gguf"
 EXPECTED_SHA256 = "{sha256}"
