@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
+import termios
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,8 @@ class _Daemon:
         self._stop = asyncio.Event()
         self._started_s = time.monotonic()
         self._interrupts = 0
+        self._has_terminal = sys.stderr.isatty()
+        self._reloading: asyncio.Future[None] | None = None
         self._log: FilteringBoundLogger
         self._http: EngineHttp
         self._supervisor: Supervisor
@@ -170,7 +174,14 @@ class _Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ask_to_stop)
-        loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(self._reload_and_report()))
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+
+    def _hang_up(self) -> None:
+        """Reload; or stop, if the signal says that the terminal emberd was started on has gone."""
+        if self._has_terminal and not _terminal_answers():
+            self._ask_to_stop()
+        else:
+            self._reloading = asyncio.ensure_future(self._reload_and_report())
 
     def _ask_to_stop(self) -> None:
         """First time: drain and stop. Again: do not wait for running requests any longer."""
@@ -250,3 +261,12 @@ class _Daemon:
         self._log.info("emberd_stopping", requests_in_flight=self._supervisor.status()["requests_in_flight"])
         await self._supervisor.shut_down()
         await self._endpoint.stop(_LAST_ANSWERS_S)
+
+
+def _terminal_answers() -> bool:
+    """Tell whether the terminal on standard error still exists; tcgetattr fails with EIO after a hang-up."""
+    try:
+        termios.tcgetattr(sys.stderr.fileno())
+    except (termios.error, OSError):
+        return False
+    return True

@@ -24,7 +24,7 @@ REAL_BUILDS_VARIABLE = "EMBERD_TEST_KOBOLDCPP"
 """Paths of real builds (a `koboldcpp.py`, a checkout, or a binary), separated as in PATH."""
 STANDIN = Path(__file__).parent.parent / "koboldcpp_standin" / "koboldcpp.py"
 LIFETIME_S = "150"
-SPEED = {"STANDIN_TOKEN_MS": "5", "STANDIN_PROMPT_MS_PER_TOKEN": "0.3"}
+SPEED = {"STANDIN_TOKEN_MS": "4", "STANDIN_PROMPT_MS_PER_TOKEN": "0.2"}
 """Fast, and yet a long prompt takes many times as long as a token."""
 START_S = 90.0
 LONG_PROMPT = " ".join(["ba ke lo mi"] * 300)

@@ -193,7 +193,7 @@ def test_a_signal_ends_it_also_while_it_generates(model: Path, sent: signal.Sign
         lines = response.iter_lines()
         next(lines)
         process.send(sent)
-        assert process.wait_for_exit(within_s=PROMPTLY_S) in codes
+        assert process.wait_for_exit(within_s=2) in codes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

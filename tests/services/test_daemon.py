@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -310,6 +312,32 @@ def test_restart_gives_a_fresh_engine_and_waits_for_it(make_daemon: MakeDaemon):
     assert answer["ready"]
     assert answer["pid"] != first
     assert daemon.complete()
+
+
+def test_a_closed_terminal_ends_emberd_in_order(make_daemon: MakeDaemon):
+    """SIGHUP reloads; but when the terminal that emberd was started on has gone, it means the end."""
+    daemon = make_daemon()
+    daemon.write_settings()
+    leader, terminal = os.openpty()
+    daemon.child = subprocess.Popen(
+        daemon.command("run"),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, **daemon.environment},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509  # no threads yet
+    )
+    os.close(terminal)
+    reader = Background(lambda: os.read(leader, 100))
+    daemon.log.touch()
+    engine = daemon.wait_ready()["engine"]["pid"]
+    assert reader.get()
+    daemon.signal(signal.SIGHUP)  # the terminal is there: a reload
+    assert daemon.complete()
+    os.close(leader)  # the kernel sends SIGHUP
+    assert daemon.end() == 0
+    assert group_members(engine) == []
 
 
 # --- settings while running ---------------------------------------------------------------------------------

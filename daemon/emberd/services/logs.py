@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import structlog
 
@@ -14,6 +15,21 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.settings import LogSettings
+
+
+_EVENT_WIDTH = 20
+
+
+class _Sink:
+    """Standard error, except that a full disk or a terminal that went away loses lines, not the daemon."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
 
 
 class _ForwardToStructlog(logging.Handler):
@@ -41,24 +57,29 @@ def _with_category(_: object, __: str, event: MutableMapping[str, Any]) -> Mutab
 def configure(settings: LogSettings) -> FilteringBoundLogger:
     """Set up logging to standard error and return the logger; called again, it takes over new settings."""
     is_console = settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
-    shared: list[Any] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=not is_console),
-        _with_category,
-    ]
+    shared: list[Any] = [structlog.processors.add_log_level]
     if is_console:
         # Plain tracebacks: the rich ones show local variables, which may hold a prompt.
         renderer: list[Any] = [
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-            )
+                colors=sys.stderr.isatty(),
+                pad_event_to=_EVENT_WIDTH,
+                sort_keys=False,
+                exception_formatter=structlog.dev.plain_traceback,
+            ),
         ]
     else:
-        renderer = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        renderer = [
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _with_category,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ]
     structlog.configure(
         processors=[*shared, *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Sink())),
         cache_logger_on_first_use=False,
     )
     log: FilteringBoundLogger = structlog.get_logger()
