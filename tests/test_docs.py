@@ -1,0 +1,110 @@
+"""What the documentation says is what the code does, where a machine can tell."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from emberd.core import errors, lifecycle
+from emberd.core.errors import EmberdError
+from emberd.core.lifecycle import Lifecycle, State
+from emberd.core.settings import LifecycleSettings, Settings, read, to_toml
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+EVENTS = (
+    lifecycle.Start(),
+    lifecycle.Stop(),
+    lifecycle.Restart("asked"),
+    lifecycle.Launched(),
+    lifecycle.Adopted(),
+    lifecycle.LaunchFailed("disk full", is_permanent=False),
+    lifecycle.LaunchFailed("no model", is_permanent=True),
+    lifecycle.BecameReady(),
+    lifecycle.LostReadiness(),
+    lifecycle.Exited("crashed"),
+    lifecycle.Stuck("hung"),
+    lifecycle.Drained(),
+    lifecycle.Gone(),
+    lifecycle.DeadlinePassed(),
+)
+
+
+def test_the_table_of_settings_is_up_to_date():
+    checked = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "settings-doc", "--check"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_example_file_is_the_defaults_and_is_read_back_as_them():
+    text = (DOCS / "example.toml").read_text(encoding="utf-8")
+    assert text == to_toml(Settings())
+    assert read(tomllib.loads(text), "example.toml") == Settings()
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as hosts of Markdown make them."""
+    headings = re.findall(r"^#+ +(.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page: Path):
+    broken = []
+    for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        is_there = target.exists() and target.is_relative_to(ROOT)
+        if not is_there or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_exit_code_is_documented():
+    text = (DOCS / "exit-codes.md").read_text(encoding="utf-8")
+    documented = {name: int(code) for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.MULTILINE)}
+    family = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, EmberdError)]
+    assert documented == {each.__name__: each.exit_code for each in family}
+
+
+def test_the_diagram_of_states_has_exactly_the_arrows_of_the_lifecycle():
+    text = (DOCS / "lifecycle.md").read_text(encoding="utf-8")
+    drawn = {
+        (State[here], State[there]) for here, there in re.findall(r"^ +([A-Z]+) --> ([A-Z]+):", text, re.MULTILINE)
+    }
+    assert drawn == possible_arrows(LifecycleSettings(crash_limit=4))
+
+
+def possible_arrows(settings: LifecycleSettings) -> set[tuple[State, State]]:
+    """Return every change of state that some sequence of events can bring about."""
+    waiting, seen = [Lifecycle()], {Lifecycle()}
+    arrows: set[tuple[State, State]] = set()
+    while waiting:
+        here = waiting.pop()
+        for event in EVENTS:
+            # All deadlines are in the past, so that DeadlinePassed always counts.
+            there, _ = lifecycle.step(here, event, 0.0, settings, random.random())  # noqa: S311  # jitter
+            if there.state is not here.state:
+                arrows.add((here.state, there.state))
+            there = replace(there, reason="", deadline_s=None if there.deadline_s is None else 0.0)
+            if there not in seen:
+                seen.add(there)
+                waiting.append(there)
+    return arrows
