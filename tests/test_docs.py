@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import subprocess
 import sys
@@ -100,10 +99,12 @@ def possible_arrows(settings: LifecycleSettings) -> set[tuple[State, State]]:
         here = waiting.pop()
         for event in EVENTS:
             # All deadlines are in the past, so that DeadlinePassed always counts.
-            there, _ = lifecycle.step(here, event, 0.0, settings, random.random())  # noqa: S311  # jitter
+            there, _ = lifecycle.step(here, event, 0.0, settings)
             if there.state is not here.state:
                 arrows.add((here.state, there.state))
-            there = replace(there, reason="", deadline_s=None if there.deadline_s is None else 0.0)
+            crashes = min(there.crashes, settings.crash_limit)  # more make no difference
+            deadline_s = None if there.deadline_s is None else 0.0
+            there = replace(there, reason="", crashes=crashes, deadline_s=deadline_s)
             if there not in seen:
                 seen.add(there)
                 waiting.append(there)

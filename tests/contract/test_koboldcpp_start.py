@@ -31,7 +31,7 @@ def locked_bytes(pid: int) -> int:
 def test_the_port_is_closed_until_the_model_is_loaded(target: Target, model: Path) -> None:
     port = free_port()
     arguments = ("--model", model, "--host", "127.0.0.1", "--port", str(port), "--gpulayers", "0")
-    with target.start(*arguments, STANDIN_LOAD_SECONDS="0.5") as process:
+    with target.start(*arguments, STANDIN_LOAD_SECONDS="0.3") as process:
         process.wait_for_output(
             "Loading Text Model: " if not target.is_old else "Loading model: ", within_s=START_S
         )

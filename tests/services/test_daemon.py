@@ -414,6 +414,18 @@ def test_an_adopted_engine_is_replaced_if_the_settings_have_changed(make_daemon:
     assert not is_alive(engine)
 
 
+def test_wrong_settings_do_not_take_an_adopted_engine_away(make_daemon: MakeDaemon):
+    daemon = make_daemon()
+    daemon.start()
+    engine = daemon.wait_ready()["engine"]["pid"]
+    daemon.kill()
+    daemon.settings["engine.extra_args"] = ["--nosuchflag"]
+    daemon.start()
+    assert "--nosuchflag" in daemon.wait_event("settings_not_usable")["error"]
+    assert daemon.wait_ready()["engine"]["pid"] == engine
+    assert daemon.complete()
+
+
 def test_a_stranger_with_the_recorded_pid_is_neither_adopted_nor_touched(make_daemon: MakeDaemon):
     daemon = make_daemon()
     daemon.start()

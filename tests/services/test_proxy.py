@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import httpx
@@ -12,6 +14,7 @@ import structlog
 
 from emberd.core.errors import NotReady
 from emberd.host.listener import bind
+from emberd.services import proxy as proxy_module
 from emberd.services.endpoint import Endpoint
 from emberd.services.proxy import MAX_ENGINE_CONNECTIONS, Proxy, make_app
 
@@ -32,17 +35,25 @@ class OpenGate:
         self.in_flight = 0
         self.flowed = 0
         self.refused: list[int] = []
+        self.asked = self.held = 0
+        self.stays_ready = False
 
     async def ensure_ready(self, timeout_s: float) -> int:
+        """Wait for `ready`."""
+        self.asked += 1
+        self.held += 1
         try:
             async with asyncio.timeout(timeout_s):
                 await self.ready.wait()
         except TimeoutError:
             raise NotReady("LOADING", "still loading", 7) from None
+        finally:
+            self.held -= 1
         return self.port
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[Callable[[int], None]]:
+        """Count."""
         self.in_flight += 1
         try:
             yield self._flow
@@ -53,8 +64,10 @@ class OpenGate:
         self.flowed += count
 
     def unreachable(self, port: int) -> None:
+        """Close, unless told to lie."""
         self.refused.append(port)
-        self.ready.clear()
+        if not self.stays_ready:
+            self.ready.clear()
 
 
 class Engine:
@@ -67,11 +80,13 @@ class Engine:
         self.closed = asyncio.Event()
 
     async def start(self) -> int:
+        """Listen, and return the port."""
         self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         port: int = self.server.sockets[0].getsockname()[1]
         return port
 
     async def close(self) -> None:
+        """Listen no more."""
         self.server.close()
         await self.server.wait_closed()
 
@@ -98,11 +113,14 @@ class Front:
         self.url = ""
         self.port = 0
         self.engines: list[Engine] = []
+        self.endpoint = Endpoint()
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a connection that says nothing yet."""
         return await asyncio.open_connection("127.0.0.1", self.port)
 
     async def exchange(self, request: bytes) -> bytes:
+        """Send raw bytes and return the raw answer."""
         reader, writer = await self.connect()
         writer.write(request)
         async with asyncio.timeout(LIMIT_S):
@@ -119,7 +137,7 @@ async def front() -> AsyncIterator[Front]:
     made.port = listener.getsockname()[1]
     made.url = f"http://127.0.0.1:{made.port}"
     proxy = Proxy(gate, lambda: made.hold_s, structlog.get_logger())
-    endpoint = Endpoint()
+    endpoint = made.endpoint
     serving = asyncio.create_task(endpoint.serve(make_app(proxy, lambda: "READY"), listener))
     try:
         yield made
@@ -246,9 +264,7 @@ async def test_a_refused_connection_is_tried_again_when_an_engine_is_ready(front
     front.gate.ready.set()
     async with client() as user:
         waiting = asyncio.create_task(user.post(front.url, content=b"body"))
-        async with asyncio.timeout(LIMIT_S):
-            while not front.gate.refused:
-                await asyncio.sleep(0.01)
+        await until(lambda: bool(front.gate.refused))
         await serve(front, hello)
         assert (await waiting).text == "hello"
 
@@ -322,8 +338,7 @@ async def test_a_client_that_leaves_ends_its_generation(front: Front):
     writer.close()
     async with asyncio.timeout(LIMIT_S):
         await engine.closed.wait()
-        while front.gate.in_flight:
-            await asyncio.sleep(0.01)
+        await until(lambda: not front.gate.in_flight)
 
 
 async def test_a_client_that_leaves_while_it_waits_is_forgotten(front: Front):
@@ -363,9 +378,7 @@ async def test_no_more_connections_reach_the_engine_than_it_has_threads_for(fron
     engine = await serve(front, slow)
     async with client() as user:
         calls = [asyncio.create_task(user.get(front.url)) for _ in range(40)]
-        async with asyncio.timeout(LIMIT_S):
-            while most < MAX_ENGINE_CONNECTIONS:
-                await asyncio.sleep(0.01)
+        await until(lambda: most == MAX_ENGINE_CONNECTIONS)
         release.set()
         assert {(await call).status_code for call in calls} == {200}
     assert most == MAX_ENGINE_CONNECTIONS
@@ -435,3 +448,314 @@ async def test_nothing_below_emberd_is_passed_on(front: Front):
         assert (await user.get(f"{front.url}/emberd/secret")).status_code == 404
         assert (await user.post(f"{front.url}/emberd/healthz")).status_code == 405
     assert engine.heads == []
+
+
+# --- what must not hang, loop or lie ------------------------------------------------------------------------
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait, bounded, for something that no event tells."""
+    async with asyncio.timeout(LIMIT_S):
+        while not is_so():  # plain counters of the code under test
+            await asyncio.sleep(0.005)
+
+
+async def test_the_engine_sees_exactly_the_clients_head(front: Front):
+    """Not even a header that httpx finds useful is added, and an unusual method keeps its spelling."""
+    engine = await serve(front, hello)
+    await front.exchange(b"MkCol /%e4?q HTTP/1.1\r\nHost: x\r\nProxy-X: a\r\nB: 1\r\nConnection: close\r\n\r\n")
+    await front.exchange(b"POST /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert engine.heads == [
+        b"MkCol /%e4?q HTTP/1.1\r\nhost: x\r\nb: 1\r\n\r\n",
+        b"POST /nothing HTTP/1.1\r\nhost: x\r\n\r\n",
+    ]
+
+
+async def test_a_length_beside_chunks_is_not_believed(front: Front):
+    """The chunks are right (RFC 9112, 6.3): an engine that got both could read the rest as another request."""
+    bodies = []
+
+    async def keep(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert b"transfer-encoding" not in head.lower()
+        bodies.append(await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])))
+        await hello(head, reader, writer)
+
+    await serve(front, keep)
+    answer = await front.exchange(
+        b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"5\r\nhello\r\n0\r\n\r\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert bodies == [b"hello"]
+
+
+async def test_a_large_chunked_body_stays_chunked(front: Front):
+    part, taken = bytes(range(256)) * 256, bytearray()
+
+    async def keep(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert b"transfer-encoding: chunked\r\n" in head.lower()
+        while length := int(await reader.readline(), 16):
+            taken.extend(await reader.readexactly(length))
+            await reader.readline()
+        await hello(head, reader, writer)
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(16):
+            yield part
+
+    await serve(front, keep)
+    async with client() as user:
+        assert (await user.post(front.url, content=parts())).text == "hello"
+    assert bytes(taken) == part * 16
+
+
+async def test_a_client_that_waits_for_100_continue_is_told_to_go_on(front: Front):
+    engine = await serve(front, hello)
+    reader, writer = await front.connect()
+    writer.write(
+        b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n"
+    )
+    async with asyncio.timeout(LIMIT_S):
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
+        assert engine.heads == []
+        writer.write(b"body")
+        assert b"hello" in await reader.read()
+    assert b"expect" not in engine.heads[0].lower()
+    writer.close()
+
+
+async def test_a_websocket_is_refused_and_never_reaches_the_engine(front: Front):
+    engine = await serve(front, hello)
+    answer = await front.exchange(
+        b"GET /ws HTTP/1.1\r\nHost: x\r\nConnection: close, Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 501")
+    assert b'"no_websocket"' in answer
+    assert engine.heads == []
+
+
+async def test_an_offer_to_speak_http_2_is_ignored(front: Front):
+    engine = await serve(front, hello)
+    async with client() as user:
+        headers = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABk"}
+        assert (await user.get(front.url, headers=headers)).text == "hello"
+    assert b"upgrade" not in engine.heads[0].lower()
+    assert b"http2-settings" not in engine.heads[0].lower()
+
+
+_ENGINE_TO_KILL = """
+import signal, socket
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+connection, _ = listener.accept()
+request = b""
+while not request.endswith(b"{}"):  # with something unread the kernel would reset the connection instead
+    request += connection.recv(65536)
+connection.sendall(b"HTTP/1.0 200 OK\\r\\nconnection: keep-alive\\r\\n\\r\\ndata: 1\\n\\n")
+signal.pause()
+"""
+
+
+async def test_a_killed_engine_is_seen_as_truncation_although_its_streams_have_no_length(front: Front):
+    """The kernel closes a dead process's connection exactly as KoboldCPP ends a stream."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _ENGINE_TO_KILL, stdout=asyncio.subprocess.PIPE
+    )
+    assert child.stdout is not None
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            front.gate.port = int(await child.stdout.readline())
+        front.gate.ready.set()
+        async with client() as user, user.stream("POST", front.url, json={}) as answer:
+            chunks = answer.aiter_raw()
+            assert await anext(chunks) == b"data: 1\n\n"
+            child.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                await anext(chunks)
+        assert front.gate.refused == [front.gate.port]
+    finally:
+        if child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+        await child.wait()
+
+
+async def test_a_reply_shorter_than_its_length_is_seen_as_truncation(front: Front):
+    async def short(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nhello")
+
+    await serve(front, short)
+    async with client() as user:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await user.get(front.url)
+
+
+async def test_a_port_that_stays_closed_is_asked_a_few_times_and_only_until_the_deadline(front: Front):
+    """The supervisor may go on saying READY; that must neither spin nor last longer than the hold time-out."""
+    dead = bind("127.0.0.1", 0)
+    front.gate.port = dead.getsockname()[1]
+    dead.close()
+    front.hold_s = 0.3
+    front.gate.stays_ready = True
+    front.gate.ready.set()
+    async with client() as user:
+        answer = await user.post(front.url, content=b"body")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "engine_not_ready")
+    assert int(answer.headers["retry-after"]) > 0
+    assert 1 < len(front.gate.refused) < 20
+
+
+async def test_a_client_that_leaves_while_it_is_held_is_no_longer_waited_for(front: Front):
+    reader, writer = await front.connect()
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+    await until(lambda: front.gate.held == 1)
+    writer.close()
+    await until(lambda: front.gate.held == 0)
+    assert await reader.read() == b""
+
+
+async def test_requests_beyond_the_engines_connections_wait_in_order_and_not_for_ever(front: Front):
+    release = asyncio.Event()
+
+    async def slow(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            await release.wait()
+        await hello(head, reader, writer)
+
+    engine = await serve(front, slow)
+    async with client() as user:
+        running = [asyncio.create_task(user.get(front.url)) for _ in range(MAX_ENGINE_CONNECTIONS)]
+        await until(lambda: len(engine.heads) == MAX_ENGINE_CONNECTIONS)
+        queued = []
+        for number in range(3):
+            asked = front.gate.asked
+            queued.append(asyncio.create_task(user.get(f"{front.url}/{number}")))
+            await until(lambda asked=asked: front.gate.asked > asked)
+        front.hold_s = 0.05
+        refused = await user.get(front.url)
+        assert (refused.status_code, refused.json()["error"]["state"]) == (503, "BUSY")
+        assert len(engine.heads) == MAX_ENGINE_CONNECTIONS
+        release.set()
+        assert {(await call).status_code for call in [*running, *queued]} == {200}
+    assert [head.split()[1] for head in engine.heads[MAX_ENGINE_CONNECTIONS:]] == [b"/0", b"/1", b"/2"]
+
+
+async def test_a_request_that_queued_for_the_old_engine_goes_to_the_new_one(front: Front):
+    release = asyncio.Event()
+
+    async def slow(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            await release.wait()
+        await hello(head, reader, writer)
+
+    old = await serve(front, slow)
+    async with client() as user:
+        running = [asyncio.create_task(user.get(front.url)) for _ in range(MAX_ENGINE_CONNECTIONS)]
+        await until(lambda: len(old.heads) == MAX_ENGINE_CONNECTIONS)
+        asked = front.gate.asked
+        queued = asyncio.create_task(user.get(front.url))
+        await until(lambda: front.gate.asked > asked)
+        front.gate.ready.clear()  # as a drain does
+        release.set()
+        assert {(await call).status_code for call in running} == {200}
+        new = await serve(front, hello)
+        assert (await queued).status_code == 200
+    assert (len(old.heads), len(new.heads)) == (MAX_ENGINE_CONNECTIONS, 1)
+
+
+@pytest.mark.parametrize("sent", [4, 600_000])
+async def test_a_client_that_stops_within_its_body_is_told_and_lets_the_engine_go(
+    front: Front, monkeypatch: pytest.MonkeyPatch, sent: int
+):
+    """Below the first part the engine is not even connected; beyond it, it has one connection that comes free."""
+    monkeypatch.setattr(proxy_module, "_CLIENT_SILENCE_S", 0.2)
+
+    async def read_all(_: bytes, reader: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:
+        await reader.read(-1)
+
+    engine = await serve(front, read_all)
+    reader, writer = await front.connect()
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + bytes(sent))
+    async with asyncio.timeout(LIMIT_S):
+        assert (await reader.read()).startswith(b"HTTP/1.1 408")
+    await until(lambda: engine.connections == front.gate.in_flight == 0)
+    assert len(engine.heads) == (sent > 4)
+    writer.close()
+
+
+async def test_a_client_that_reads_nothing_does_not_keep_the_engine(front: Front, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(proxy_module, "_CLIENT_SILENCE_S", 0.2)
+
+    async def flood(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\n")
+        while True:
+            writer.write(bytes(65536))
+            await writer.drain()
+
+    engine = await serve(front, flood)
+    _, writer = await front.connect()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]  # of every socket transport
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    await until(lambda: len(engine.heads) == 1)
+    await until(lambda: engine.connections == front.gate.in_flight == 0)
+    writer.transport.abort()
+
+
+async def test_large_bodies_pass_in_both_directions_without_being_held(front: Front):
+    """64 MiB up and 64 MiB down; engine, proxy and client together never hold more than a few MiB."""
+    part, count = bytes(65536), 1024
+
+    async def mirror(_: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _number in range(count):
+            await reader.readexactly(len(part))
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\n")
+        for _number in range(count):
+            writer.write(part)
+            await writer.drain()
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield part
+
+    await serve(front, mirror)
+    taken = 0
+    tracemalloc.start()
+    try:
+        headers = {"content-length": str(count * len(part))}
+        async with client() as user, user.stream("POST", front.url, content=parts(), headers=headers) as answer:
+            async for chunk in answer.aiter_raw():
+                taken += len(chunk)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken == count * len(part)
+    assert peak_bytes < 8 * 1024 * 1024
+
+
+async def test_a_held_request_is_told_that_emberd_stops(front: Front):
+    reader, writer = await front.connect()
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+    await until(lambda: front.gate.held == 1)
+    await front.endpoint.stop(0.05)
+    async with asyncio.timeout(LIMIT_S):
+        answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b'"STOPPING"' in answer
+    writer.close()
+
+
+async def test_a_reply_that_runs_when_emberd_stops_is_cut_at_both_ends(front: Front):
+    async def begin(_: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\ntoken")
+        await reader.read()
+
+    engine = await serve(front, begin)
+    async with client() as user, user.stream("GET", front.url) as answer:
+        chunks = answer.aiter_raw()
+        assert await anext(chunks) == b"token"
+        await front.endpoint.stop(0.05)
+        with pytest.raises(httpx.RemoteProtocolError):
+            await anext(chunks)
+    await until(lambda: engine.connections == front.gate.in_flight == 0)

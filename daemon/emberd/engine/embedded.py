@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         sys.stderr.write(f"error: the embedded engine needs the package xllamacpp: {error}\n")
         return 2
+    # Python would turn SIGINT into an exception, and the server's teardown then waits for its clients.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(options.model)
     parameters.hostnames = [options.host]

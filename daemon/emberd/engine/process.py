@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 KILL_WAIT_S = 5.0
 """How long the kernel may take to bury a killed process; tens of GB of locked memory are freed in this time."""
+FIRST_SIGNAL_S = 3.0
+"""How long a signal that is not the last may take: KoboldCPP obeys SIGINT in 0.1 s when idle, and after the end of a
+streamed generation otherwise."""
 
 
 class EngineProcess:
@@ -95,19 +98,20 @@ class EngineProcess:
     async def terminate(self, signals: Sequence[signal.Signals], timeout_s: float) -> tuple[int, ...]:
         """End the whole tree: each signal in turn, then SIGKILL, within `timeout_s` plus KILL_WAIT_S.
 
-        The first signals share the time; each goes to the group, since a signal to the parent alone
-        orphans a worker (KoboldCPP with --admin).
+        Each goes to the group, since a signal to the parent alone orphans a worker (KoboldCPP with --admin).
 
         Returns:
             The pids that had to be killed, empty if all ended by themselves.
         """
         deadline_s = time.monotonic() + timeout_s
-        for left, number in zip(range(len(signals), 0, -1), signals, strict=True):
+        for number in signals:
             living = self.members()
             if not living:
                 break
             self._signal(living, number)
-            await self._wait_for(living, (deadline_s - time.monotonic()) / left)
+            left_s = deadline_s - time.monotonic()
+            is_last = number is signals[-1]
+            await self._wait_for(living, left_s if is_last else min(FIRST_SIGNAL_S, left_s / len(signals)))
         killed = tuple(self.members())
         if killed:
             self._signal(list(killed), signal.SIGKILL)

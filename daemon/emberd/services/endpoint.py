@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if TYPE_CHECKING:
     import socket
@@ -15,7 +16,47 @@ if TYPE_CHECKING:
 
 _KEEP_ALIVE_S = 75
 """Clients poll; reopening a connection for each poll costs them more than an idle one costs us."""
+_LARGEST_HEAD_BYTES = 128 * 1024
+"""KoboldCPP takes request lines of 64 KiB (Python's http.server), and its /noscript page puts prompts there."""
+_CANCEL_LIMIT_S = 1.0
+_SHUTDOWN_POLL_S = 0.01
 _TRUNCATED = "ASGI callable returned without completing response."
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop what the proxy reports itself: a reply that broke off with its engine."""
+    return record.getMessage() != _TRUNCATED
+
+
+class _Protocol(H11Protocol):
+    """One client's connection; uvicorn limits its silence only after a reply, here also before and within a head.
+
+    A silent connection costs a file descriptor, and launchd gives a daemon 256 of them.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._limit_silence()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn forgets it after a reset
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # uvicorn's annotation hides that there is no cycle before the first head.
+        if self.cycle is None or self.cycle.response_complete:  # type: ignore[redundant-expr]
+            self._limit_silence()
+
+    def _limit_silence(self) -> None:
+        self._unset_keepalive_if_required()
+        if not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: the proxy answers, and uvicorn would advise to install a WebSocket library."""
 
 
 class _Server(uvicorn.Server):
@@ -25,29 +66,61 @@ class _Server(uvicorn.Server):
     a core has no such ticks. Signals belong to the daemon.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
         super().__init__(config)
-        self.stopping = asyncio.Event()
+        self.patience_s = 0.0
+        self._stopping = stopping
 
     async def main_loop(self) -> None:
-        await self.stopping.wait()
+        try:
+            await self._stopping.wait()
+        except asyncio.CancelledError:
+            await self.shutdown()
+            raise
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002  # uvicorn's
+        """Stop accepting, let running requests end for `patience_s`, cancel the rest, close every connection."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await self._await_end(self.patience_s)
+        for task in self.server_state.tasks:
+            task.cancel()
+        await self._await_end(_CANCEL_LIMIT_S)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()  # what is left is a client that reads nothing
+
+    async def _await_end(self, limit_s: float) -> None:
+        """Return when no request runs and every reply is on its way, at the latest after `limit_s`."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + limit_s
+        state = self.server_state
+        while (state.tasks or state.connections) and loop.time() < deadline_s:  # noqa: ASYNC110  # plain sets
+            await asyncio.sleep(_SHUTDOWN_POLL_S)
 
 
 class Endpoint:
-    """Serves one ASGI app on one socket."""
+    """Serves one ASGI app on one socket.
 
-    def __init__(self) -> None:
+    Args:
+        silence_s: how long a connection may say nothing before and between requests, whole seconds.
+    """
+
+    def __init__(self, silence_s: int = _KEEP_ALIVE_S) -> None:
+        self._silence_s = silence_s
         self._server: _Server | None = None
+        self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
 
     async def serve(self, app: ASGIApp, listener: socket.socket) -> None:
-        """Serve until `stop`; returns when running requests have ended or were cut."""
-        # A reply that breaks off with its engine is reported by the proxy; uvicorn's words add nothing.
-        logging.getLogger("uvicorn.error").addFilter(lambda record: record.getMessage() != _TRUNCATED)
+        """Serve until `stop`; returns when running requests have ended or were cut. Cancelled, it cuts at once."""
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
         server = self._server = _Server(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=_Protocol,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
@@ -56,8 +129,10 @@ class Endpoint:
                 server_header=False,
                 date_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-            )
+                timeout_keep_alive=self._silence_s,
+                h11_max_incomplete_event_size=_LARGEST_HEAD_BYTES,
+            ),
+            self._stopping,
         )
         try:
             # `_serve` is `serve` without uvicorn's signal handlers.
@@ -66,10 +141,8 @@ class Endpoint:
             self._ended.set()
 
     async def stop(self, timeout_s: float) -> None:
-        """Stop accepting, give running requests `timeout_s`, then cut them."""
-        if self._server is None:
-            return
-        self._server.config.timeout_graceful_shutdown = max(round(timeout_s), 1)
-        self._server.should_exit = True
-        self._server.stopping.set()
-        await self._ended.wait()
+        """Accept no more, give running requests `timeout_s`, then cut them; a later `serve` ends at once."""
+        self._stopping.set()
+        if self._server is not None:
+            self._server.patience_s = timeout_s
+            await self._ended.wait()

@@ -1,8 +1,8 @@
 """Importing httpx and structlog without what only a terminal needs.
 
-httpx imports its own command line if click, rich and pygments are installed, and structlog.dev imports rich: about
-5.5 MiB (PSS, Linux, CPython 3.11) that a daemon carries for ever. emberd's command line needs rich, so it is
-installed; here it is hidden for the time of the two imports.
+httpx imports its own command line if click, rich and pygments are installed, and structlog.dev imports rich. With
+those hidden the two imports cost 6.6 MiB instead of 11.6 (PSS, Linux, CPython 3.11); once uvicorn and starlette are
+loaded, which share modules with rich, 3.7 MiB remain saved. emberd's command line needs rich, so it is installed.
 """
 
 from __future__ import annotations
@@ -24,4 +24,4 @@ def import_lean() -> None:
             importlib.import_module(name)
     finally:
         for name in hidden:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
