@@ -59,8 +59,9 @@ class _Daemon:
     """One run of the daemon."""
 
     def __init__(self, settings: Settings, config_path: Path, paths: StatePaths, listener: socket.socket) -> None:
-        self._settings = settings
+        self._first = self._settings = settings
         self._config_path = config_path
+        self._had_config = config_path.exists()
         self._paths = paths
         self._listener = listener
         host, port = listener.getsockname()[:2]
@@ -200,13 +201,13 @@ class _Daemon:
         from emberd.services import logs  # noqa: PLC0415
 
         try:
-            settings, _ = config_file.load(str(self._config_path) if self._config_path.exists() else None)
+            settings, _ = config_file.load(str(self._config_path) if self._had_config else None)
             fixed = [
                 key
                 for key, old, new in (
-                    ("endpoint.host", self._settings.endpoint.host, settings.endpoint.host),
-                    ("endpoint.port", self._settings.endpoint.port, settings.endpoint.port),
-                    ("state.directory", self._settings.state.directory, settings.state.directory),
+                    ("endpoint.host", self._first.endpoint.host, settings.endpoint.host),
+                    ("endpoint.port", self._first.endpoint.port, settings.endpoint.port),
+                    ("state.directory", self._first.state.directory, settings.state.directory),
                 )
                 if old != new
             ]

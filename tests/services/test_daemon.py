@@ -526,3 +526,103 @@ def test_engine_lines_are_events_and_loading_is_recognised(make_daemon: MakeDaem
     daemon.wait_ready()
     assert {event["category"] for event in daemon.events("engine_line")} == {"engine"}
     assert "reading the model" in {event["phase"] for event in daemon.events("engine_loading")}
+
+
+# --- leftovers ----------------------------------------------------------------------------------------------
+
+
+def test_failed_leaves_no_worker_behind(make_daemon: MakeDaemon, tmp_path: Path):
+    daemon = make_daemon({"engine.extra_args": ["--admin", "--admindir", str(tmp_path)], "lifecycle.crash_limit": 1})
+    daemon.start()
+    parent = daemon.wait_ready()["engine"]["pid"]
+    tree = group_members(parent)
+    assert len(tree) > 1
+    os.kill(parent, signal.SIGKILL)
+    daemon.wait_for(lambda status: status["state"] == "FAILED")
+    daemon.wait_event("engine_stopped")
+    assert not any(is_alive(pid) for pid in tree)
+
+
+def test_workers_of_an_engine_that_died_with_emberd_are_ended_before_the_next_load(
+    make_daemon: MakeDaemon, tmp_path: Path
+):
+    daemon = make_daemon({"engine.extra_args": ["--admin", "--admindir", str(tmp_path)]})
+    daemon.start()
+    parent = daemon.wait_ready()["engine"]["pid"]
+    tree = group_members(parent)
+    daemon.kill()
+    os.kill(parent, signal.SIGKILL)
+    daemon.start()
+    daemon.wait_ready(other_than=parent)
+    assert "it has ended" in daemon.wait_event("engine_not_adopted")["reason"]
+    assert not any(is_alive(pid) for pid in tree)
+
+
+def test_an_engine_behind_a_wrapper_script_is_adopted(make_daemon: MakeDaemon, standin: Path):
+    """The wrapper becomes the engine by exec after it was started: the command line changes, the process does not."""
+    daemon = make_daemon()
+    wrapper = daemon.folder / "koboldcpp"
+    wrapper.write_text(f'#!/bin/sh\nsleep 0.3\nexec {sys.executable} {standin}/koboldcpp.py "$@"\n')
+    wrapper.chmod(0o755)
+    daemon.settings["engine.path"] = str(wrapper)
+    daemon.start()
+    engine = daemon.wait_ready()["engine"]["pid"]
+    daemon.kill()
+    daemon.start()
+    status = daemon.wait_ready()
+    assert (status["engine"]["pid"], status["engine"]["adopted"]) == (engine, True)
+
+
+def test_a_stop_does_not_wait_for_a_program_that_does_not_answer(make_daemon: MakeDaemon):
+    daemon = make_daemon()
+    silent = daemon.folder / "koboldcpp"
+    silent.write_text("#!/bin/sh\nexec sleep 100\n")
+    silent.chmod(0o755)
+    daemon.settings["engine.path"] = str(silent)
+    daemon.start()
+    daemon.wait_for(lambda status: status["state"] == "STARTING")
+    daemon.signal(signal.SIGTERM)
+    assert daemon.end() == 0
+
+
+def test_a_program_that_failed_once_is_asked_again(make_daemon: MakeDaemon, standin: Path):
+    daemon = make_daemon()
+    flaky = daemon.folder / "koboldcpp"
+    broken = daemon.folder / "broken"
+    broken.touch()
+    flaky.write_text(
+        f'#!/bin/sh\n[ -e {broken} ] && {{ echo "No module named x" >&2; exit 1; }}\n'
+        f'exec {sys.executable} {standin}/koboldcpp.py "$@"\n'
+    )
+    flaky.chmod(0o755)
+    daemon.settings["engine.path"] = str(flaky)
+    daemon.start()
+    assert daemon.end() == 72
+    broken.unlink()
+    daemon.start()
+    assert daemon.wait_ready()
+
+
+def test_reload_takes_over_the_log_level(make_daemon: MakeDaemon):
+    daemon = make_daemon({"log.level": "error"})
+    daemon.start()
+    daemon.wait_ready()
+    assert not daemon.events("engine_line")
+    daemon.write_settings(log__level="info")
+    assert daemon.verb("reload").returncode == 0
+    daemon.complete()
+    assert daemon.wait_event("engine_line")
+
+
+def test_a_reload_names_what_needs_a_restart_each_time_and_refuses_a_lost_file(make_daemon: MakeDaemon):
+    daemon = make_daemon()
+    daemon.start()
+    daemon.wait_ready()
+    daemon.write_settings(endpoint__port=daemon.port + 1)
+    for _ in range(2):
+        answer = json.loads(daemon.verb("reload", "--json").stdout)
+        assert answer["needs_emberd_restart"] == ["endpoint.port"]
+    daemon.config.unlink()
+    daemon.signal(signal.SIGHUP)
+    assert "not found" in daemon.wait_event("reload_refused")["error"]
+    assert daemon.complete()

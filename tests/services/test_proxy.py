@@ -63,7 +63,7 @@ class OpenGate:
     def _flow(self, count: int) -> None:
         self.flowed += count
 
-    def unreachable(self, port: int) -> None:
+    def doubt(self, port: int) -> None:
         """Close, unless told to lie."""
         self.refused.append(port)
         if not self.stays_ready:

@@ -190,10 +190,10 @@ async def test_memory_that_never_comes_back_is_said_and_does_not_block_for_ever(
 async def test_a_refused_connection_makes_the_supervisor_look_again(rig: Rig):
     rig.begin()
     pid = await rig.pid()
-    rig.supervisor.unreachable(rig.supervisor.status()["engine"]["port"])
+    rig.supervisor.doubt(rig.supervisor.status()["engine"]["port"])
     await rig.reach(State.LOADING)
     assert await rig.pid() == pid
-    rig.supervisor.unreachable(1)
+    rig.supervisor.doubt(1)
     await asyncio.sleep(0)
     assert rig.supervisor.state is State.READY
 

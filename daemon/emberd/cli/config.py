@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -51,11 +52,18 @@ def init(config: str | None, model: str | None, engine: str | None, kind: Any, f
         settings = dataclasses.replace(
             settings, model=dataclasses.replace(settings.model, path=str(Path(model).expanduser().absolute()))
         )
-    chosen: dict[str, Any] = {"path": str(Path(engine).expanduser().absolute())} if engine else {}
+    chosen: dict[str, Any] = {}
+    if engine:
+        # A bare name is looked for on PATH; anything else must not depend on where emberd is started.
+        is_name = os.sep not in engine and not Path(engine).exists()
+        chosen["path"] = engine if is_name else str(Path(engine).expanduser().absolute())
     if kind:
         chosen["kind"] = kind
     settings = dataclasses.replace(settings, engine=dataclasses.replace(settings.engine, **chosen))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make {target.parent}: {error.strerror}", "Name another --config.") from error
     write_atomically(target, to_toml(settings))
     click.echo(f"wrote {target}")
     click.echo("next: emberd config check" if model else "next: set model.path in it, then: emberd config check")

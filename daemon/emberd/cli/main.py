@@ -64,7 +64,7 @@ class _LazyGroup(click.Group):
 )
 @click.pass_context
 def group(context: click.Context, config: str | None) -> None:
-    r"""Keep a local LLM warm behind one endpoint that is always there.
+    """Keep a local LLM warm behind one endpoint that is always there.
 
     emberd supervises KoboldCPP (or llama.cpp's server) and listens on http://127.0.0.1:5001. Point SillyTavern,
     Kobold Lite or any OpenAI client at it.

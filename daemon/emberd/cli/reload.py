@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from emberd.cli.talk import as_json, ask_daemon, show
+from emberd.services.control import SLOW_ASK_LIMIT_S
 
 
 @click.command("reload")
@@ -14,7 +15,7 @@ from emberd.cli.talk import as_json, ask_daemon, show
 @click.pass_obj
 def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
     """Read the settings again; the engine restarts only if its command line changes."""
-    show(ask_daemon(config, "reload"), is_json, _print)
+    show(ask_daemon(config, "reload", SLOW_ASK_LIMIT_S), is_json, _print)
 
 
 def _print(answer: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from emberd.host import config_file
 @click.command("run")
 @click.pass_obj
 def command(config: str | None) -> int:
-    r"""Run the daemon in the foreground.
+    """Run the daemon in the foreground.
 
     Starts the engine, waits until it answers, and keeps it alive. Clients may connect at once: their requests
     wait until the engine is ready. An engine that an emberd left running (after a crash) is taken over without

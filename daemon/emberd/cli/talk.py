@@ -9,7 +9,7 @@ import click
 
 from emberd.host import config_file
 from emberd.host.paths import state_paths
-from emberd.services.control import ask
+from emberd.services.control import ASK_LIMIT_S, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON instead of text.")
 
 
-def ask_daemon(config: str | None, verb: str) -> dict[str, Any]:
+def ask_daemon(config: str | None, verb: str, timeout_s: float = ASK_LIMIT_S) -> dict[str, Any]:
     """Ask the daemon that the settings point to.
 
     Raises:
@@ -25,7 +25,7 @@ def ask_daemon(config: str | None, verb: str) -> dict[str, Any]:
         ConfigError: the settings are wrong.
     """
     settings, _ = config_file.load(config)
-    return ask(state_paths(settings).control, verb)
+    return ask(state_paths(settings).control, verb, timeout_s)
 
 
 def show(content: dict[str, Any], is_json: bool, to_text: Callable[[dict[str, Any]], None]) -> None:  # noqa: FBT001  # click's flag

@@ -5,7 +5,7 @@ A leaf module, so that any room can raise without an import loop::
     EmberdError                 1
     ├── NotRunning              3   no daemon answers the control socket
     ├── AlreadyRunning          4   another emberd holds this state directory
-    ├── EngineFailed            5   the engine crashed until emberd gave up
+    ├── EngineFailed            5   the engine failed, or did not do what was asked in time
     ├── ModelError             66   the model is missing, unreadable or not a GGUF
     ├── PortTaken              69   another program listens on emberd's port
     ├── EngineNotUsable        72   engine not found, not executable, quarantined
@@ -52,7 +52,7 @@ class AlreadyRunning(EmberdError):
 
 
 class EngineFailed(EmberdError):
-    """The engine crashed until emberd gave up, or did not do what was asked in time."""
+    """The engine or emberd did not do what was asked: it failed, ended by itself, or not in time."""
 
     exit_code = 5
 

@@ -34,17 +34,12 @@ class EngineExit:
     is_macos: bool
 
 
-def is_normal(ended: EngineExit) -> bool:
-    """Tell whether this end is what emberd asked for.
-
-    Any status after our own signal is: KoboldCPP ends with -15, 0 or -2 by state, and on macOS Metal's
-    teardown aborts (SIGABRT) while buffers are alive (llama.cpp issues 19206, 22593).
-    """
-    return ended.asked_to_stop
-
-
 def explain(ended: EngineExit) -> str:
-    """Return one sentence for a person: what the status is and what it usually means."""
+    """Return one sentence for a person: what the status is and what it usually means.
+
+    After our own signal any status is a normal end: KoboldCPP ends with -15, 0, -2 or -11 by what it was doing, and
+    on macOS Metal's teardown aborts (SIGABRT) while buffers are alive (llama.cpp issues 19206, 22593).
+    """
     status = ended.status
     if status is None:
         return "the engine ended (emberd had adopted it, so its exit status is not known)"

@@ -185,7 +185,7 @@ def backoff_s(crashes: int, settings: LifecycleSettings, random_unit: float) -> 
         return 0.0
     doublings = min(crashes - 2, 64)
     wait_s = min(settings.backoff_initial_s * 2.0**doublings, settings.backoff_max_s)
-    return wait_s * (1 + settings.backoff_jitter * (2 * random_unit - 1))
+    return min(wait_s * (1 + settings.backoff_jitter * (2 * random_unit - 1)), settings.backoff_max_s)
 
 
 def step(  # noqa: C901, PLR0911, PLR0912  # the one door: a branch an arrow
@@ -249,7 +249,7 @@ def _asked(
         case State.STOPPED | State.FAILED | State.BACKOFF if is_wanted:
             return _enter(replace(asked, crashes=0), State.STARTING, now_s, reason), (Effect.LAUNCH,)
         case State.STOPPED | State.FAILED | State.BACKOFF:
-            return _enter(asked, State.STOPPED, now_s), ()
+            return _enter(replace(asked, crashes=0), State.STOPPED, now_s), ()
         case State.LOADING | State.READY if isinstance(event, Start):
             return asked, ()
         case State.LOADING:

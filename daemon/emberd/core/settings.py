@@ -211,8 +211,12 @@ class Declaration:
         if self.choices():
             return " | ".join(self.choices())
         if self.low is not None and self.high is not None:
-            return f"{self.low:g} to {self.high:g}"
+            return f"{_plain(self.low)} to {_plain(self.high)}"
         return ""
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if number == int(number) else str(number)
 
 
 def declarations() -> Iterator[Declaration]:

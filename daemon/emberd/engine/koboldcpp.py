@@ -35,7 +35,7 @@ _HTTP_OK = 200
 _PRIVATE = re.compile(r"^(?:Namespace\(|Body Err:|Input:|Output:)|password='")
 """`Namespace(` shows passwords and `Body Err:` whole request bodies, both also under --quiet."""
 _WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bind")
-"""Up to 1.104 it then spins on the unbound socket for ever instead of exiting."""
+"""1.104 then spins on the unbound socket for ever; 1.76 exits with 1, later builds with 0."""
 _PROTECTED_MODEL = "koboldcpp/protected-model"
 _UNITS_OF_A_GENERATION = 1_000_000
 """Keeps the count of finished generations above any length of a running reply."""
@@ -172,7 +172,7 @@ class KoboldCpp:
         found = find_program(self._settings.engine.path, _USUAL_NAMES, "KoboldCPP's binary, or its koboldcpp.py")
         program = found / _SCRIPT if found.is_dir() and (found / _SCRIPT).is_file() else found
         if program.suffix == ".py":
-            return program, (self._settings.engine.python or sys.executable, str(program))
+            return program, (os.path.expanduser(self._settings.engine.python) or sys.executable, str(program))  # noqa: PTH111  # may be a name on PATH
         check_executable(program, self._host)
         return program, (str(program),)
 

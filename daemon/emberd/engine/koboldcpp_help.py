@@ -146,7 +146,7 @@ def unknown_arguments(build: Build, extra_args: Sequence[str]) -> tuple[str, ...
 
 
 def read_probe(build: Build, extra_args: Sequence[str], exit_code: int, stderr: str) -> None:
-    """Judge a run of the composed command line with PROBE_ARGUMENT behind it.
+    """Judge a run of the build on the user's arguments with PROBE_ARGUMENT behind them.
 
     Returns if the probe is the only argument that the build refuses.
 

@@ -177,14 +177,12 @@ RULES: Mapping[str, Rule] = {
         "It opens a browser at every restart, on the engine's own port and not on emberd's endpoint.",
         "opens_browser",
     ),
-    "nofastforward": Rule(
-        Act.WARN, Act.WARN, "Every turn and every ping processes the whole prompt again.", "no_fast_forward"
-    ),
+    "nofastforward": Rule(Act.WARN, Act.WARN, "Every turn processes the whole prompt again.", "no_fast_forward"),
     "onready": Rule(Act.KEEP, Act.REPLACE, f"KoboldCPP ignores it in a file; it works in {ARGUMENTS}."),
     "ratelimit": Rule(
         Act.WARN,
         Act.WARN,
-        "It counts by address, and behind emberd's endpoint all clients and the pings share one.",
+        "It counts by address, and behind emberd's endpoint all clients share one.",
         "rate_limit",
     ),
     "smartcontext": Rule(

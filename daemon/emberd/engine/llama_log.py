@@ -43,7 +43,7 @@ _CAUSES = (
     re.compile(r"(?P<cause>failed to allocate buffer for kv cache.*)"),
     re.compile(r"(?P<cause>(?:Cannot find|Could not load) text model.*)"),
     re.compile(r"(?P<cause>GGML_ASSERT.*)"),
-    re.compile(r"\berror: (?P<cause>.+)"),
+    re.compile(r"^(?:\S+: )?error: (?P<cause>.+)"),
 )
 """In the order of how much they tell."""
 
@@ -54,7 +54,7 @@ def find_cause(lines: Sequence[str]) -> str | None:
     Exit statuses say little (a broken model is SIGSEGV); one line of the log says why.
     """
     for pattern in _CAUSES:
-        for line in lines:
+        for line in reversed(lines):
             found = pattern.search(line)
             if found:
                 return found["cause"].strip()

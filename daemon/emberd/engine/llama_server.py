@@ -103,8 +103,9 @@ class LlamaServer:
 def _read_slots(slots: list[Any]) -> Activity:
     decoded = 0
     for slot in slots:
-        for part in slot.get("next_token") or ():
-            decoded += part.get("n_decoded", 0)
+        part = slot.get("next_token")  # an object in older builds, a list of one in newer
+        for one in part if isinstance(part, list) else [part]:
+            decoded += one.get("n_decoded", 0) if isinstance(one, dict) else 0
         decoded += slot.get("id_task", 0) if isinstance(slot.get("id_task"), int) else 0
     return Activity(
         answered=True,

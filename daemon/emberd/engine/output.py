@@ -8,7 +8,6 @@ in place as soon as they are read: bytes once written are never touched again by
 from __future__ import annotations
 
 import os
-import shutil
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -77,7 +76,7 @@ class OutputFollower:
         finally:
             os.close(descriptor)
         self.tail.extend(lines)
-        if self._offset >= self._rotate_bytes:
+        if self._offset >= self._rotate_bytes and not self._pending:
             self._rotate()
         return lines
 
@@ -113,9 +112,9 @@ class OutputFollower:
         return lines
 
     def _rotate(self) -> None:
-        """Copy the file aside and empty it; a writer in append mode goes on at its new end.
+        """Copy what was read (and scrubbed) aside and empty the file; its writer goes on at the new end.
 
-        Between the last copied byte and the truncation a line can be lost: microseconds, and only chatter.
+        What is written between the last look and the truncation is lost: microseconds, and only chatter.
         """
         for number in range(self._kept_files, 1, -1):
             older = self._path.with_name(f"{self._path.name}.{number - 1}")
@@ -124,10 +123,18 @@ class OutputFollower:
         if self._kept_files:
             newest = self._path.with_name(f"{self._path.name}.1")
             try:
-                shutil.copyfile(self._path, newest)
-                newest.chmod(0o600)
+                self._copy(newest)
             except OSError:
                 # A full disk must not keep the file growing: its content is given up instead.
                 newest.unlink(missing_ok=True)
         os.truncate(self._path, 0)
         self._offset, self._pending = 0, b""
+
+    def _copy(self, target: Path) -> None:
+        """Copy no further than was read: bytes beyond have not been looked at for private lines."""
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as copy, self._path.open("rb") as source:
+            left = self._offset
+            while left and (chunk := source.read(min(_CHUNK_BYTES, left))):
+                copy.write(chunk)
+                left -= len(chunk)

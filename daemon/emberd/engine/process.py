@@ -23,43 +23,21 @@ if TYPE_CHECKING:
 KILL_WAIT_S = 5.0
 """How long the kernel may take to bury a killed process; tens of GB of locked memory are freed in this time."""
 FIRST_SIGNAL_S = 3.0
-"""How long a signal that is not the last may take: KoboldCPP obeys SIGINT in 0.1 s when idle, and after the end of a
-streamed generation otherwise."""
+"""How long a signal that is not the last may take. KoboldCPP obeys SIGINT in 0.1 s when idle, but in a streamed
+generation only at its end."""
 
 
-class EngineProcess:
-    """A process tree that leads a session of its own.
+class ProcessTree:
+    """A main process that leads (or led) a session of its own, and everything that it started.
 
     Args:
-        pid: the main process; its pid is also its process group.
+        pid: the main process; its pid is also the process group, which outlives it while a worker does.
         host: this computer.
-        child: the handle if this emberd started it, None if it was adopted.
-
-    Raises:
-        ProcessLookupError: the process has ended already.
     """
 
-    def __init__(self, pid: int, host: Host, child: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(self, pid: int, host: Host) -> None:
         self.pid = pid
-        self.status: int | None = None
-        """Exit code or negative signal number; None while it lives, and for ever if it was adopted."""
-        self.has_ended = False
-        self.started_s = time.monotonic()
         self._host = host
-        self._child = child
-        self._watch: EventWatch = host.watch_exit(pid)
-
-    async def wait(self) -> None:
-        """Return when the main process has ended; at once, not by polling."""
-        if not self.has_ended:
-            await self._watch.wait()
-            self.has_ended = True
-            if self._child is not None:
-                self.status = self._child.wait(timeout=KILL_WAIT_S)
-
-    def close(self) -> None:
-        """Let go of the watch; the process is not touched."""
-        self._watch.close()
 
     def members(self) -> list[int]:
         """Return the pids of the living tree: the process group and every descendant.
@@ -74,7 +52,7 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if os.getpgid(process.pid) == self.pid:
                     found.add(process.pid)
-        return sorted(pid for pid in found if _is_alive(pid))
+        return sorted(pid for pid in found if is_alive(pid))
 
     def has_group(self) -> bool:
         """Tell cheaply whether anything of the process group is left, zombies included."""
@@ -116,9 +94,6 @@ class EngineProcess:
         if killed:
             self._signal(list(killed), signal.SIGKILL)
             await self._wait_for(list(killed), KILL_WAIT_S)
-        if self._child is not None and not self.has_ended and not _is_alive(self.pid):
-            self.has_ended = True
-            self.status = self._child.wait(timeout=KILL_WAIT_S)
         return killed
 
     def _signal(self, living: list[int], number: signal.Signals) -> None:
@@ -150,7 +125,52 @@ class EngineProcess:
             watch.close()
 
 
-def _is_alive(pid: int) -> bool:
+class EngineProcess(ProcessTree):
+    """A tree whose main process is watched.
+
+    Args:
+        pid: the main process.
+        host: this computer.
+        child: the handle if this emberd started it, None if it was adopted.
+
+    Raises:
+        ProcessLookupError: the process has ended already.
+    """
+
+    def __init__(self, pid: int, host: Host, child: subprocess.Popen[bytes] | None = None) -> None:
+        super().__init__(pid, host)
+        self.status: int | None = None
+        """Exit code or negative signal number; None while it lives, and for ever if it was adopted."""
+        self.has_ended = False
+        self.started_s = time.monotonic()
+        self._child = child
+        self._watch: EventWatch = host.watch_exit(pid)
+
+    async def wait(self) -> None:
+        """Return when the main process has ended; at once, not by polling."""
+        if not self.has_ended:
+            await self._watch.wait()
+            self._note_end()
+
+    async def terminate(self, signals: Sequence[signal.Signals], timeout_s: float) -> tuple[int, ...]:
+        """End the tree as ProcessTree does, and take note of the main process's status."""
+        killed = await super().terminate(signals, timeout_s)
+        if not self.has_ended and not is_alive(self.pid):
+            self._note_end()
+        return killed
+
+    def _note_end(self) -> None:
+        self.has_ended = True
+        if self._child is not None:
+            self.status = self._child.wait(timeout=KILL_WAIT_S)
+
+    def close(self) -> None:
+        """Let go of the watch; the process is not touched."""
+        self._watch.close()
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process lives; one that has ended and was not yet waited for does not."""
     try:
         status: str = psutil.Process(pid).status()
     except psutil.Error:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ASK_TIMEOUT_S = 120.0
 """KoboldCPP's single-file binary unpacks itself before it answers --help: 26 to 72 s are reported (issue 1406)."""
 _CACHE_ENTRIES = 16
+_ANSWERED = frozenset({0, 2})
+"""Help, and argparse's refusal; anything else may have passed by the next time (a missing module, a full disk)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,8 @@ class Asker:
         if key in remembered:
             return remembered[key]
         said = await _run((*command, *arguments), {**os.environ, **environment})
+        if said.exit_code not in _ANSWERED:
+            return said
         remembered[key] = said
         newest = dict(list(remembered.items())[-_CACHE_ENTRIES:])
         self._remembered = newest

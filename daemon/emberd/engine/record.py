@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import psutil
 
+from emberd.engine.process import is_alive
 from emberd.host.files import write_atomically
 
 if TYPE_CHECKING:
@@ -94,22 +96,27 @@ def load(path: Path) -> EngineRecord | None:
         return None
 
 
-def refusal(record: EngineRecord, host: Host, listening: frozenset[int] | None) -> str | None:
-    """Say why the process behind `record` must not be adopted, None if it is the engine that was started.
+class Claim(Enum):
+    """What the process behind a record is."""
 
-    Args:
-        record: what the state file says.
-        host: this computer.
-        listening: ports that the process tree listens on, None if unknown.
-    """
+    OURS = "ours"
+    """The engine that was started; it can be adopted."""
+    CHANGED = "changed"
+    """The process that was started, but not as it was written down; ours to end, not to adopt."""
+    ENDED = "ended"
+    """It has ended; what it started may live on in its process group."""
+    STRANGER = "stranger"
+    """Another process that got the same pid; it must not be touched."""
+
+
+def claim(record: EngineRecord, host: Host) -> Claim:
+    """Compare the process behind `record` with what was written down: start time, then command line."""
     token = host.start_token(record.pid)
     if token is None:
-        return "it has ended"
+        return Claim.ENDED
     if token != record.start_token:
-        return f"pid {record.pid} is another process now (started at another time)"
+        return Claim.STRANGER
+    if not is_alive(record.pid):
+        return Claim.ENDED
     command = observed_command(record.pid)
-    if command is None or digest(command) != record.command_digest:
-        return f"pid {record.pid} runs another command line"
-    if listening and record.port not in listening:
-        return f"pid {record.pid} listens on another port than {record.port}"
-    return None
+    return Claim.OURS if command is not None and digest(command) == record.command_digest else Claim.CHANGED

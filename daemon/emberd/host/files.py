@@ -45,7 +45,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def make_private_folder(path: Path) -> Path:
-    """Make a folder that only its owner may enter, parents included.
+    """Make a folder that only its owner may enter, and its parents with their usual mode.
 
     Raises:
         StateUnusable: it cannot be made, or belongs to somebody else.

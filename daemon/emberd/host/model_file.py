@@ -23,6 +23,8 @@ def check_model(text: str) -> Path:
     Raises:
         ModelError: missing, a folder, unreadable, or not a GGUF.
     """
+    if not text:
+        raise ModelError("no model is set", "Set model.path to the GGUF file.")
     path = Path(text).expanduser().absolute()
     try:
         with path.open("rb") as file:

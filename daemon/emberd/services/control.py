@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 _LONGEST_LINE_BYTES = 1024 * 1024
 _REQUEST_LIMIT_S = 5.0
-_ASK_LIMIT_S = 10.0
+ASK_LIMIT_S = 10.0
+SLOW_ASK_LIMIT_S = 180.0
+"""A reload may ask an engine's program about itself, which is given 120 s."""
 
 
 class ControlServer:
@@ -90,7 +92,7 @@ class ControlServer:
             return {"error": f"internal error: {error!r}", "remedy": "Look at emberd's log."}
 
 
-def ask(path: Path, verb: str, timeout_s: float = _ASK_LIMIT_S) -> dict[str, Any]:
+def ask(path: Path, verb: str, timeout_s: float = ASK_LIMIT_S) -> dict[str, Any]:
     """Ask the daemon and return its answer; for the command line.
 
     Raises:

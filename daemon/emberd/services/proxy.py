@@ -75,8 +75,8 @@ class Gate(Protocol):
         """Count a request on its way to the engine; yields what is told of reply bytes that pass."""
         ...
 
-    def unreachable(self, port: int) -> None:
-        """Hear that connecting to `port` was refused."""
+    def doubt(self, port: int) -> None:
+        """Hear that the engine on `port` refused or broke a connection; it must show again that it is ready."""
         ...
 
 
@@ -167,7 +167,7 @@ class Proxy:
                     self._log.warning("request_failed", error=type(error).__name__, was_sent=sends)
                 finally:
                     self._slots.release()
-                self._gate.unreachable(port)
+                self._gate.doubt(port)
                 if not _left(deadline_s):
                     break
                 await asyncio.sleep(min(_PAUSE_AFTER_REFUSAL_S, _left(deadline_s)))
@@ -175,7 +175,7 @@ class Proxy:
             await _refuse(client, not_ready)
             return
         if sends:
-            await _answer(client, 502, {}, _error("engine_died", "the engine ended before it answered", "READY"))
+            await _answer(client, 502, {}, _error("engine_died", "the engine ended before it answered"))
         else:
             await _refuse(client, NotReady("LOADING", "the engine accepts no connections", _RETRY_BUSY_S))
 
@@ -221,7 +221,7 @@ class Proxy:
             await response.aclose()
         if not _tells_its_length(response) and not await _is_alive(port):
             self._log.warning("reply_broken_off", error="engine_died")
-            self._gate.unreachable(port)
+            self._gate.doubt(port)
             raise _ReplyBrokenOffError
         await client.send({"type": "http.response.body", "body": b""})
 

@@ -21,7 +21,7 @@ from emberd.core.wired import is_released
 from emberd.engine import record as records
 from emberd.engine.llama_log import find_cause
 from emberd.engine.output import OutputFollower, open_for_engine
-from emberd.engine.process import EngineProcess, launch
+from emberd.engine.process import EngineProcess, ProcessTree, launch
 from emberd.host.files import make_private_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings
-    from emberd.core.types import Activity, LaunchPlan, LoadProgress
+    from emberd.core.types import LaunchPlan, LoadProgress
 
 _PORTS = range(20000, 30000)
 """Below the ephemeral ranges of macOS (49152 up) and Linux (32768 up): no outgoing connection can take the port
@@ -43,6 +43,9 @@ _RELEASE_LIMIT_S = 10.0
 _RELEASE_POLL_S = 0.05
 _REPORT_LIMIT_S = 1.0
 _TAIL_IN_MESSAGE = 8
+_FOLLOW_POLL_S = 1.0
+_HAS_ENDED = "it has ended"
+_IS_A_STRANGER = "its pid belongs to another process now"
 _RETRY_AFTER_S = 5
 
 
@@ -89,7 +92,6 @@ class Supervisor:
         self._host = host
         self._paths = paths
         self._log = log
-        self._engine_log = log.bind(category="engine")
         self._life = Lifecycle(since_s=time.monotonic())
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._changed = asyncio.Event()
@@ -105,6 +107,7 @@ class Supervisor:
         self._in_flight = 0
         self._held = 0
         self._flowed_bytes = 0
+        self._generated_units = 0
         self._starts = 0
         self._is_adopted = False
         self._is_closing = False
@@ -157,8 +160,8 @@ class Supervisor:
             if not self._in_flight and self._life.state is State.DRAINING:
                 self.post(lifecycle.Drained())
 
-    def unreachable(self, port: int) -> None:
-        """Take note that connecting to the engine was refused: it is loading again, or has just died."""
+    def doubt(self, port: int) -> None:
+        """Take note that the engine refused or broke a connection: it is loading again, or has just died."""
         if self._record and port == self._record.port:
             self.post(lifecycle.LostReadiness())
 
@@ -222,6 +225,8 @@ class Supervisor:
         self._wake_waiters()
         self.post(lifecycle.Stop())
         await self.wait_for(State.STOPPED)
+        if "end" in self._tasks:  # a sweep of what the engine left
+            await asyncio.wait({self._tasks["end"]})
 
     def hurry(self) -> None:
         """Cut a drain short; for a second Ctrl-C."""
@@ -237,12 +242,15 @@ class Supervisor:
             EmberdError: the engine cannot run with the new settings; the old ones stay in force.
         """
         plan = await engine.plan(self._record.port if self._record else free_port())
+        is_starting = self._life.state is State.STARTING and not self._is_done("launch")
         must_restart = self._record is not None and self._record.plan_digest != _plan_digest(plan)
         self._settings, self._engine = settings, engine
         self._follower.set_limits(
             engine.is_private, settings.log.engine_file_mib * 1024 * 1024, settings.log.engine_files
         )
-        if must_restart:
+        if is_starting:
+            self._spawn("launch", self._launch())  # the start under way is composed from the old settings
+        elif must_restart:
             self.post(lifecycle.Restart("settings changed"))
         elif self._life.state is State.FAILED:
             self.post(lifecycle.Start())
@@ -271,6 +279,11 @@ class Supervisor:
             self._announce(before)
         for effect in effects:
             self._act(effect)
+        if self._life.state in lifecycle.AT_REST and Effect.SWEEP not in effects:
+            self._forget_process()
+        if self._life.state is State.STARTING and not self._life.is_wanted and not self._is_done("launch"):
+            self._cancel("launch")
+            self.post(lifecycle.LaunchFailed("no longer wanted", is_permanent=True))
         self._wake_waiters()
 
     def _announce(self, before: Lifecycle) -> None:
@@ -283,6 +296,7 @@ class Supervisor:
         if after.state is State.READY:
             self._progress = None
             self._wired_loaded = self._host.wired_bytes()
+            self._write_record()
             fields["seconds"] = round(after.since_s - before.since_s, 3)
         if after.state is State.BACKOFF and after.deadline_s is not None:
             fields["next_start_in_s"] = round(after.deadline_s - after.since_s, 3)
@@ -290,8 +304,6 @@ class Supervisor:
         report("engine_state", **fields)
         if after.state not in {State.LOADING, State.READY}:
             self._cancel("probe")
-        if after.state in lifecycle.AT_REST:
-            self._forget_process()
 
     def _wake_waiters(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -314,9 +326,9 @@ class Supervisor:
                 if not self._in_flight:
                     self.post(lifecycle.Drained())
             case Effect.TERMINATE:
-                self._spawn("terminate", self._terminate())
+                self._spawn("end", self._terminate())
             case Effect.SWEEP:
-                self._spawn("terminate", self._sweep())
+                self._spawn("end", self._sweep())
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Run one named piece of work; a bug in it must not leave the state machine waiting for ever."""
@@ -333,10 +345,13 @@ class Supervisor:
             self._log.exception("supervisor_bug", work=name)
             if name == "launch":
                 self.post(lifecycle.LaunchFailed(f"internal error: {error!r}", is_permanent=False))
-            elif name == "terminate":
+            elif name == "end":
                 self.post(lifecycle.Gone())
             else:
                 self.post(lifecycle.Stuck(f"internal error: {error!r}"))
+
+    def _is_done(self, name: str) -> bool:
+        return name not in self._tasks or self._tasks[name].done()
 
     def _cancel(self, name: str) -> None:
         task = self._tasks.pop(name, None)
@@ -390,15 +405,29 @@ class Supervisor:
         self._take(process, record)
         self._starts += 1
         self._is_adopted = False
-        try:
-            records.save(self._paths.record, record)
-        except StateUnusable as error:
-            # The engine serves all the same; only a crash of emberd would now cost a reload.
-            self._log.error("state_not_saved", error=error.message, remedy=error.remedy)
+        self._save_record()
         for notice in plan.notices:
             self._log.warning("engine_settings_notice", code=notice.code, message=notice.message)
         self._log.info("engine_started", pid=process.pid, port=plan.port, command=" ".join(plan.shown_arguments()))
         self.post(lifecycle.Launched())
+
+    def _write_record(self) -> None:
+        """Write down the command line again: a wrapper script has become the engine by now."""
+        if self._record is None:
+            return
+        command = records.observed_command(self._record.pid)
+        if command is not None and records.digest(command) != self._record.command_digest:
+            self._record = replace(self._record, command_digest=records.digest(command))
+            self._save_record()
+
+    def _save_record(self) -> None:
+        if self._record is None:
+            return
+        try:
+            records.save(self._paths.record, self._record)
+        except StateUnusable as error:
+            # The engine serves all the same; only a crash of emberd would now cost a reload.
+            self._log.error("state_not_saved", error=error.message, remedy=error.remedy)
 
     def _take(self, process: EngineProcess, record: records.EngineRecord) -> None:
         self._process, self._record, self._progress = process, record, None
@@ -414,22 +443,21 @@ class Supervisor:
         record = records.load(self._paths.record)
         if record is None:
             return False
-        refusal = records.refusal(record, self._host, None)
-        if refusal is None and record.engine != self._engine.name:
-            refusal = f"it is a {record.engine}, and the settings ask for {self._engine.name}"
-            await self._end_foreign(record)
-        if refusal is not None:
+        tree = ProcessTree(record.pid, self._host)
+        refusal = self._why_not_adopt(record, tree)
+        process: EngineProcess | None = None
+        if refusal is None:
+            try:
+                process = EngineProcess(record.pid, self._host)
+            except ProcessLookupError:
+                refusal = _HAS_ENDED
+        if process is None:
             self._log.info("engine_not_adopted", pid=record.pid, reason=refusal)
+            if refusal != _IS_A_STRANGER and tree.members():
+                # Ours, but of no use: a model loaded beside it would choke the machine.
+                self._log.warning("engine_left_processes", pid=record.pid)
+                await tree.terminate(self._engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
             self._paths.record.unlink(missing_ok=True)
-            return False
-        try:
-            process = EngineProcess(record.pid, self._host)
-        except ProcessLookupError:
-            return False
-        listening = self._host.listeners(process.members())
-        if listening and record.port not in listening:
-            process.close()
-            self._log.info("engine_not_adopted", pid=record.pid, reason="it listens on another port")
             return False
         self._follower.skip_to_end()
         self._is_adopted = True
@@ -438,12 +466,22 @@ class Supervisor:
         self.post(lifecycle.Adopted())
         return True
 
-    async def _end_foreign(self, record: records.EngineRecord) -> None:
-        """End our own earlier engine that the settings no longer ask for."""
-        with contextlib.suppress(ProcessLookupError):
-            process = EngineProcess(record.pid, self._host)
-            await process.terminate(self._engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
-            process.close()
+    def _why_not_adopt(self, record: records.EngineRecord, tree: ProcessTree) -> str | None:
+        """Return why the process of the state file is not adopted, None if it is."""
+        match records.claim(record, self._host):
+            case records.Claim.STRANGER:
+                return _IS_A_STRANGER
+            case records.Claim.ENDED:
+                return _HAS_ENDED
+            case records.Claim.CHANGED:
+                return "it runs another command line than it was started with"
+            case records.Claim.OURS:
+                if record.engine != self._engine.name:
+                    return f"it is {record.engine}, and the settings ask for {self._engine.name}"
+                listening = self._host.listeners(tree.members())
+                if listening and record.port not in listening:
+                    return "it listens on another port"
+                return None
 
     async def restart_if_changed(self) -> None:
         """After an adoption: restart the engine if it was started with other settings than today's."""
@@ -459,6 +497,7 @@ class Supervisor:
     async def _watch_exit(self, process: EngineProcess) -> None:
         await process.wait()
         self._died_s = time.monotonic()
+        self._read_output()
         is_asked = self._life.state is State.STOPPING
         ended = exit_status.EngineExit(
             status=process.status,
@@ -467,7 +506,6 @@ class Supervisor:
             said_anything=bool(self._follower.tail),
             is_macos=self._host.name == "darwin",
         )
-        self._read_output()
         cause = None if is_asked else find_cause(self._follower.tail)
         self._last_exit = exit_status.explain(ended) + (f" (the engine says: {cause})" if cause else "")
         report = self._log.info if is_asked else self._log.warning
@@ -478,22 +516,28 @@ class Supervisor:
         return "\n".join([text, *(f"  | {line}" for line in self._follower.last_words(_TAIL_IN_MESSAGE))])
 
     async def _follow_output(self) -> None:
-        watch = self._host.watch_file(self._paths.output)
+        try:
+            watch = self._host.watch_file(self._paths.output)
+        except OSError as error:
+            # The user's inotify instances can be used up by other programs; then the file is polled.
+            self._log.warning("output_polled", error=str(error))
+            watch = None
         try:
             while True:
                 self._read_output()
-                await watch.wait()
+                await (watch.wait() if watch is not None else asyncio.sleep(_FOLLOW_POLL_S))
         finally:
-            watch.close()
+            if watch is not None:
+                watch.close()
 
     def _read_output(self) -> None:
         for line in self._follower.read_lines():
-            self._engine_log.info("engine_line", line=line)
+            self._log.info("engine_line", category="engine", line=line)
             progress = self._engine.read_progress(line)
             if progress is not None and progress != self._progress:
                 self._progress = progress
                 self._look_now.set()
-                self._engine_log.info("engine_loading", phase=progress.phase, detail=progress.detail)
+                self._log.info("engine_loading", category="engine", phase=progress.phase, detail=progress.detail)
             if self._engine.is_fatal(line):
                 self.post(lifecycle.Stuck(self._with_tail("the engine says that it cannot serve")))
 
@@ -531,7 +575,13 @@ class Supervisor:
             await asyncio.sleep(self._settings.lifecycle.probe_interval_s)
             seen = await self._engine.probe_activity(port, _PROBE_TIMEOUT_S)
             if (not seen.answered or seen.is_generating) and self._process:
-                seen = _with_evidence(seen, self._process.cpu_seconds(), self._flowed_bytes)
+                if seen.generated_units is not None:
+                    self._generated_units = seen.generated_units
+                seen = replace(
+                    seen,
+                    cpu_seconds=self._process.cpu_seconds(),
+                    generated_units=self._generated_units + self._flowed_bytes,
+                )
             watch, verdict = liveness.judge(watch, seen, time.monotonic(), self._settings.lifecycle)
             if verdict is liveness.Verdict.HUNG:
                 silent_s = time.monotonic() - watch.alive_at
@@ -558,6 +608,8 @@ class Supervisor:
         if self._process is not None and self._process.has_ended and self._process.has_group():
             self._log.warning("engine_left_processes", pid=self._process.pid)
             await self._end_tree()
+        if self._life.state in lifecycle.AT_REST:
+            self._forget_process()
 
     async def _end_tree(self) -> None:
         process = self._process
@@ -607,11 +659,6 @@ class Supervisor:
         return OutputFollower(
             self._paths.output, self._engine.is_private, log.engine_file_mib * 1024 * 1024, log.engine_files
         )
-
-
-def _with_evidence(seen: Activity, cpu_seconds: float | None, flowed_bytes: int) -> Activity:
-    """Add what emberd itself knows: CPU time of the tree, and bytes of replies that went through."""
-    return replace(seen, cpu_seconds=cpu_seconds, generated_units=(seen.generated_units or 0) + flowed_bytes)
 
 
 def _plan_digest(plan: LaunchPlan) -> str:
