@@ -27,6 +27,8 @@ LIFETIME_S = "150"
 SPEED = {"STANDIN_TOKEN_MS": "4", "STANDIN_PROMPT_MS_PER_TOKEN": "0.2"}
 """Fast, and yet a long prompt takes many times as long as a token."""
 START_S = 90.0
+NO_REUSE = httpx.Limits(max_keepalive_connections=0)
+"""A server may close an idle connection just when a slow test asks again."""
 LONG_PROMPT = " ".join(["ba ke lo mi"] * 300)
 """About 1200 tokens, for the synthetic model and for the stand-in."""
 
@@ -75,7 +77,7 @@ class Target:
         with self.start(*words, *arguments, **environment) as process:
             url = f"http://127.0.0.1:{port}"
             process.wait_for_answer(url + "/api/v1/model", within_s=START_S)
-            with httpx.Client(base_url=url, timeout=60.0, trust_env=False) as client:
+            with httpx.Client(base_url=url, timeout=60.0, trust_env=False, limits=NO_REUSE) as client:
                 yield Server(self, process, client, port)
 
 

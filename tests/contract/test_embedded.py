@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from contract.targets import LONG_PROMPT, without_lock_permission
+from contract.targets import LONG_PROMPT, NO_REUSE, without_lock_permission
 from engine_process import EngineProcess, free_port, is_port_open, wait_until
 from synthetic_gguf import write_gguf, write_not_gguf, write_truncated, write_unknown_architecture
 
@@ -50,7 +50,9 @@ def serving(
     port = free_port()
     with start(model, port, *more, command=command) as process:
         process.wait_for_answer(f"http://127.0.0.1:{port}/health", within_s=START_S)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False) as client:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False, limits=NO_REUSE
+        ) as client:
             yield process, client
 
 

@@ -532,7 +532,9 @@ def test_engine_lines_are_events_and_loading_is_recognised(make_daemon: MakeDaem
 
 
 def test_failed_leaves_no_worker_behind(make_daemon: MakeDaemon, tmp_path: Path):
-    daemon = make_daemon({"engine.extra_args": ["--admin", "--admindir", str(tmp_path)], "lifecycle.crash_limit": 1})
+    daemon = make_daemon(
+        {"engine.extra_args": ["--admin", "--admindir", str(tmp_path)], "lifecycle.crash_limit": 1}
+    )
     daemon.start()
     parent = daemon.wait_ready()["engine"]["pid"]
     tree = group_members(parent)

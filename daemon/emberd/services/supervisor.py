@@ -96,6 +96,7 @@ class Supervisor:
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
         self._process: EngineProcess | None = None
         self._record: records.EngineRecord | None = None
         self._plan: LaunchPlan | None = None
@@ -215,9 +216,9 @@ class Supervisor:
             while True:
                 self._apply(await self._next_event())
         finally:
-            for task in self._tasks.values():
-                task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            for name in list(self._tasks):
+                self._cancel(name)
+            await asyncio.gather(*self._ending, return_exceptions=True)
 
     async def shut_down(self) -> None:
         """Drain and stop the engine; returns when it is gone. Held requests are refused."""
@@ -355,8 +356,10 @@ class Supervisor:
 
     def _cancel(self, name: str) -> None:
         task = self._tasks.pop(name, None)
-        if task is not None and task is not asyncio.current_task():
+        if task is not None and not task.done():
             task.cancel()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     # --- start ----------------------------------------------------------------------------------------------
 
