@@ -561,7 +561,7 @@ def test_workers_of_an_engine_that_died_with_emberd_are_ended_before_the_next_lo
 
 
 def test_an_engine_behind_a_wrapper_script_is_adopted(make_daemon: MakeDaemon, standin: Path):
-    """The wrapper becomes the engine by exec after it was started: the command line changes, the process does not."""
+    """The wrapper becomes the engine by exec: the command line changes, the process does not."""
     daemon = make_daemon()
     wrapper = daemon.folder / "koboldcpp"
     wrapper.write_text(f'#!/bin/sh\nsleep 0.3\nexec {sys.executable} {standin}/koboldcpp.py "$@"\n')
