@@ -121,7 +121,8 @@ class _Daemon:
         try:
             await self._start_engine()
             failed = await self._wait_for_end(owner, serving)
-            await self._shut_down()
+            if not owner.done():  # else nobody is left to stop the engine; the next emberd adopts it
+                await self._shut_down()
         finally:
             owner.cancel()
             serving.cancel()
