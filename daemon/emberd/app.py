@@ -119,7 +119,6 @@ class _Daemon:
             state_directory=str(self._paths.directory),
         )
         try:
-            await self._start_engine()
             failed = await self._wait_for_end(owner, serving)
             if not owner.done():  # else nobody is left to stop the engine; the next emberd adopts it
                 await self._shut_down()
@@ -137,7 +136,8 @@ class _Daemon:
 
     # --- start ----------------------------------------------------------------------------------------------
 
-    async def _start_engine(self) -> None:
+    async def _start_engine(self) -> EmberdError:
+        """Adopt or start the engine; return only if it can never start, with the error that says why."""
         if await self._supervisor.adopt():
             try:
                 await self._supervisor.restart_if_changed()
@@ -146,29 +146,25 @@ class _Daemon:
                 self._log.error("settings_not_usable", error=error.message, remedy=error.remedy)
         else:
             self._supervisor.post(lifecycle.Start())
+        await self._supervisor.wait_for(State.LOADING, State.READY, State.FAILED)
+        cause = self._supervisor.launch_error
+        while cause is None or self._supervisor.state is not State.FAILED:
+            await asyncio.Event().wait()  # it has started: from here on the supervisor's states tell all
+        return cause
 
     async def _wait_for_end(self, *services: asyncio.Task[None]) -> Exception | None:
-        """Return when it is time to stop, with the error if there is one."""
-        asked = asyncio.create_task(self._stop.wait())
-        hopeless = asyncio.create_task(self._cannot_start())
-        tasks: set[asyncio.Task[Any]] = {asked, hopeless, *services}
+        """Start the engine, and return when it is time to stop, with the error if there is one."""
+        asked = asyncio.create_task(self._stop.wait(), name="stop")
+        starting = asyncio.create_task(self._start_engine(), name="start")
+        tasks: set[asyncio.Task[Any]] = {asked, starting, *services}
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in (asked, hopeless):
+        for task in (asked, starting):
             task.cancel()
-        if hopeless in done:
-            return hopeless.result()
+        await asyncio.wait({asked, starting})
         for task in done - {asked}:
-            error = task.exception()
+            error = task.exception() or task.result()
             return error if isinstance(error, Exception) else EngineFailed(f"{task.get_name()} ended by itself")
         return None
-
-    async def _cannot_start(self) -> EmberdError:
-        """Return the error that keeps the engine from ever starting; wait for ever if it has once started."""
-        await self._supervisor.wait_for(State.LOADING, State.FAILED)
-        if self._supervisor.launch_error is None or self._supervisor.state is not State.FAILED:
-            await asyncio.Event().wait()
-        assert self._supervisor.launch_error is not None  # noqa: S101  # just seen
-        return self._supervisor.launch_error
 
     # --- while it runs --------------------------------------------------------------------------------------
 
