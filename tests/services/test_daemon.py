@@ -200,6 +200,25 @@ def test_a_request_whose_engine_dies_before_it_answers_is_sent_again(make_daemon
     assert answer.get()
 
 
+def test_a_stream_whose_engine_dies_is_seen_as_broken_and_the_next_is_whole(
+    make_daemon: MakeDaemon, tmp_path: Path
+):
+    """KoboldCPP's streams end by closing: a death must not look like a normal end."""
+    daemon = make_daemon(STANDIN_CRASH_AFTER_TOKENS="3", STANDIN_ONCE_FILE=str(tmp_path / "once"))
+    daemon.start()
+    first = daemon.wait_ready()["engine"]["pid"]
+    body = {"prompt": "Hello", "max_length": 10}
+    url = f"{daemon.url}/api/extra/generate/stream"
+    with (
+        pytest.raises(httpx.RemoteProtocolError),
+        httpx.stream("POST", url, json=body, timeout=30, trust_env=False) as broken,
+    ):
+        broken.read()
+    with httpx.stream("POST", url, json=body, timeout=30, trust_env=False) as whole:
+        assert b'"finish_reason": "length"' in whole.read()
+    assert daemon.status()["engine"]["pid"] != first
+
+
 def test_a_crash_loop_ends_in_failed_with_the_engines_last_words(make_daemon: MakeDaemon):
     daemon = make_daemon({"lifecycle.crash_limit": 3}, STANDIN_CRASH_AT_START="SIGSEGV")
     daemon.start()

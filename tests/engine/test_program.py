@@ -1,0 +1,110 @@
+"""Finding an engine's program, and asking it about itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from emberd.core.errors import EngineNotUsable
+from emberd.engine import program
+from emberd.engine.koboldcpp import model_name
+from emberd.engine.program import Asker, check_executable, find_program
+from emberd.host import ThisHost
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class QuarantiningHost(ThisHost):
+    """macOS after a browser's download."""
+
+    def quarantine(self, path: Path) -> str | None:
+        return f"0081;65f0;Safari;{path.name}"
+
+
+def write_program(path: Path, script: str) -> Path:
+    path.write_text("#!/bin/sh\n" + script)
+    path.chmod(0o755)
+    return path
+
+
+def test_a_program_is_found_by_path_by_name_and_by_usual_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = write_program(tmp_path / "koboldcpp", "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_program(str(made), (), "the engine") == made
+    assert find_program("koboldcpp", (), "the engine") == made
+    assert find_program("", ("other", "koboldcpp"), "the engine") == made
+
+
+def test_a_missing_program_names_where_it_was_looked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(EngineNotUsable, match="looked for koboldcpp") as missing:
+        find_program("", ("koboldcpp",), "KoboldCPP's binary")
+    assert "embedded" in missing.value.remedy
+    with pytest.raises(EngineNotUsable, match="engine not found: /nowhere/x"):
+        find_program("/nowhere/x", (), "the engine")
+
+
+def test_a_quarantined_program_is_refused_before_it_dies_without_a_word(tmp_path: Path):
+    made = write_program(tmp_path / "koboldcpp", "exit 0")
+    with pytest.raises(EngineNotUsable, match="quarantined by macOS") as refused:
+        check_executable(made, QuarantiningHost())
+    assert f"xattr -d com.apple.quarantine {made}" in refused.value.remedy
+    check_executable(made, ThisHost())
+
+
+def test_a_program_without_permission_and_a_folder_are_refused(tmp_path: Path):
+    plain = tmp_path / "koboldcpp"
+    plain.touch()
+    with pytest.raises(EngineNotUsable, match="not executable") as refused:
+        check_executable(plain, ThisHost())
+    assert refused.value.remedy == f"Run: chmod +x {plain}"
+    with pytest.raises(EngineNotUsable, match="is a folder"):
+        check_executable(tmp_path, ThisHost())
+
+
+async def test_an_unchanged_program_is_asked_once(tmp_path: Path):
+    count = tmp_path / "count"
+    made = write_program(tmp_path / "engine", f"echo x >> {count}; echo help; exit 0")
+    for _ in range(2):  # also after a restart of emberd
+        asker = Asker(tmp_path / "answers.json")
+        for _ in range(2):
+            assert (await asker.ask((str(made),), ("--help",), made, {})).out == "help\n"
+    assert count.read_text() == "x\n"
+    os.utime(made, (1, 1))
+    await Asker(tmp_path / "answers.json").ask((str(made),), ("--help",), made, {})
+    assert count.read_text() == "x\nx\n"
+    assert (tmp_path / "answers.json").stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_broken_memory_of_answers_is_no_error(tmp_path: Path):
+    (tmp_path / "answers.json").write_text('{"x": 5}')
+    made = write_program(tmp_path / "engine", "echo help")
+    assert (await Asker(tmp_path / "answers.json").ask((str(made),), ("--help",), made, {})).out == "help\n"
+
+
+async def test_a_program_that_never_answers_is_given_up_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(program, "ASK_TIMEOUT_S", 0.2)
+    pid = tmp_path / "pid"
+    made = write_program(tmp_path / "engine", f"echo $$ > {pid}; exec sleep 100")
+    began_s = time.monotonic()
+    with pytest.raises(EngineNotUsable, match="did not answer --help within"):
+        await Asker(tmp_path / "answers.json").ask((str(made),), ("--help",), made, {})
+    assert time.monotonic() - began_s < 10
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/models/Gemma-3 (270M).Q4_K_M.gguf", "koboldcpp/Gemma-3270M.Q4_K_M"),
+        ("/models/m.gguf", "koboldcpp/m"),
+        ("/models/a-00001-of-00002.gguf", "koboldcpp/a-00001-of-00002"),
+    ],
+)
+def test_the_name_under_which_koboldcpp_serves_a_model(path: str, name: str):
+    assert model_name(path) == name
