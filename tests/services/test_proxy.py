@@ -63,6 +63,14 @@ class OpenGate:
     def _flow(self, count: int) -> None:
         self.flowed += count
 
+    async def is_alive(self, port: int) -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            return False
+        writer.close()
+        return True
+
     def doubt(self, port: int) -> None:
         """Close, unless told to lie."""
         self.refused.append(port)

@@ -54,7 +54,6 @@ _WRITE_TIMEOUT_S = 120.0
 """An engine reads a body as soon as it has the head; one that does not for so long is hung."""
 _PAUSE_AFTER_REFUSAL_S = 0.05
 """The supervisor looks meanwhile; without a pause a closed port would be asked thousands of times a second."""
-_ALIVE_TIMEOUT_S = 1.0
 _CLIENT_SILENCE_S = 60.0
 """Longest pause within a request's body, and the longest time that a client may read nothing of its reply: either
 holds one of the engine's few connections."""
@@ -73,6 +72,10 @@ class Gate(Protocol):
 
     def admitted(self) -> AbstractContextManager[Callable[[int], None]]:
         """Count a request on its way to the engine; yields what is told of reply bytes that pass."""
+        ...
+
+    async def is_alive(self, port: int) -> bool:
+        """Tell whether the engine on `port` outlived the reply that has just ended; bounded."""
         ...
 
     def doubt(self, port: int) -> None:
@@ -219,7 +222,7 @@ class Proxy:
             raise _ReplyBrokenOffError from error
         finally:
             await response.aclose()
-        if not _tells_its_length(response) and not await _is_alive(port):
+        if not _tells_its_length(response) and not await self._gate.is_alive(port):
             self._log.warning("reply_broken_off", error="engine_died")
             self._gate.doubt(port)
             raise _ReplyBrokenOffError
@@ -361,19 +364,6 @@ def _tells_its_length(response: httpx.Response) -> bool:
     """Tell whether a cut reply shows by itself; KoboldCPP's streams and errors end by closing, as a death does."""
     framed = "content-length" in response.headers or "transfer-encoding" in response.headers
     return framed or response.status_code in {204, 304}
-
-
-async def _is_alive(port: int) -> bool:
-    """Tell whether the engine still listens: a process that dies closes connections and its listener together."""
-    try:
-        async with asyncio.timeout(_ALIVE_TIMEOUT_S):
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except TimeoutError:
-        return True  # a full backlog is a busy engine, not a dead one
-    except OSError:
-        return False
-    writer.close()
-    return True
 
 
 def _left(deadline_s: float) -> float:

@@ -47,6 +47,9 @@ _FOLLOW_POLL_S = 1.0
 _HAS_ENDED = "it has ended"
 _IS_A_STRANGER = "its pid belongs to another process now"
 _RETRY_AFTER_S = 5
+_LATE_EXIT_S = 0.5
+"""An exit is noticed within milliseconds; the rest is for a machine that swaps."""
+_SERVING = frozenset({State.READY, State.DRAINING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,23 @@ class Supervisor:
             self._in_flight -= 1
             if not self._in_flight and self._life.state is State.DRAINING:
                 self.post(lifecycle.Drained())
+
+    async def is_alive(self, port: int) -> bool:
+        """Tell whether the engine on `port` outlived the reply that has just ended.
+
+        A dying process closes its connections a moment before its listener, and its end is noticed later still:
+        only an answer proves life, and only the end of the process proves death.
+        """
+        record = self._record
+        if record is None or record.port != port or self._life.state not in _SERVING:
+            return False
+        if await self._engine.probe_readiness(port, _PROBE_TIMEOUT_S) is Readiness.READY:
+            return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LATE_EXIT_S):
+                while self._record is record and self._life.state in _SERVING:
+                    await self._changed.wait()
+        return self._record is record and self._life.state in _SERVING
 
     def doubt(self, port: int) -> None:
         """Take note that the engine refused or broke a connection: it is loading again, or has just died."""
