@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 EngineKind = Literal["koboldcpp", "llama-server", "embedded"]
-LockPolicy = Literal["always", "never"]
+LockPolicy = Literal["auto", "always", "never"]
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -68,7 +68,11 @@ class EngineSettings:
     gpu_layers: int = setting(
         -1, "Layers on the GPU. -1: the engine's own choice; 0: none.", unit="layers", low=-1, high=10_000
     )
-    lock: LockPolicy = setting("always", "Ask the engine to lock the model in memory: always or never.")
+    lock: LockPolicy = setting(
+        "auto",
+        "Ask the engine to lock the model in memory: auto (if enough memory remains for everything else), always "
+        "or never.",
+    )
     metal_keep_alive_s: int = setting(
         2_592_000,
         "macOS: how long the engine keeps the model resident for the GPU after its last use.",
@@ -156,6 +160,20 @@ class LogSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class MachineSettings:
+    """What emberd cannot measure of this computer."""
+
+    ssd_endurance_tb: float = setting(
+        600.0,
+        "Rated endurance of the SSD that holds the swap space; what is written to swap is shown as a share of it. "
+        "600 is usual for 1 TB.",
+        unit="TB written",
+        low=1,
+        high=1_000_000,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class StateSettings:
     """Where emberd keeps what it must remember."""
 
@@ -173,6 +191,7 @@ class Settings:
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
     lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    machine: MachineSettings = field(default_factory=MachineSettings)
     state: StateSettings = field(default_factory=StateSettings)
 
 

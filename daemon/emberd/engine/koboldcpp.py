@@ -93,7 +93,7 @@ class KoboldCpp:
             Wishes(
                 model=model,
                 port=port,
-                lock=engine.lock == "always",
+                lock=engine.lock != "never",
                 context_size=engine.context_size or None,
                 gpu_layers=engine.gpu_layers if engine.gpu_layers >= 0 else None,
                 extra_args=engine.extra_args,

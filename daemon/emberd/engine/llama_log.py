@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from emberd.core.load_facts import LoadFacts, MlockWarning, Place, WeightsBuffer
 from emberd.core.types import LoadProgress
 
 if TYPE_CHECKING:
@@ -59,3 +61,87 @@ def find_cause(lines: Sequence[str]) -> str | None:
             if found:
                 return found["cause"].strip()
     return None
+
+
+_MIB = 1024**2
+_MLOCK = re.compile(
+    r"failed to mlock (?P<asked>\d+)-byte buffer \(after previously locking (?P<locked>\d+) bytes\): (?P<text>.*\S)"
+)
+_NO_MLOCK = re.compile(r"warning: (?P<text>mlock not supported on this system)")
+_MODEL = re.compile(r"loaded meta data with .* tensors from (?P<path>.+) \(version ")
+_MAPPED = re.compile(r"loading model tensors.*\(mmap = (?P<is_mapped>true|false)")
+_BUFFER = re.compile(r"load_tensors:\s+(?P<name>\S+) (?:model )?buffer size\s*=\s*(?P<mib>[\d.]+) MiB")
+"""Until 2024, as in KoboldCPP 1.76, the word model is missing and the function is called llm_load_tensors."""
+_KEEP_ALIVE = re.compile(r"creating a residency set collection \(keep_alive = (?P<seconds>\d+) s\)")
+_RESIDENCY_SETS = re.compile(r"use residency sets\s*=\s*(?P<is_used>true|false)")
+_WORKING_SET = re.compile(r"recommendedMaxWorkingSetSize\s*=\s*(?P<mb>[\d.]+) MB")
+_REPACKED_NAMES = ("REPACK", "AARCH64", "AMX", "KLEIDIAI", "RISCV64")
+"""Layouts of ggml-cpu that are copies; CPU_AARCH64 was the name of CPU_REPACK until 2025."""
+
+
+def read_mlock_warning(line: str) -> MlockWarning | None:
+    """Recognise a lock that failed, None for any other line.
+
+    The words are those of src/llama-mmap.cpp (src/llama.cpp before 2025), unchanged since 2023. The
+    suggestion that may follow on a line of its own is not read: it is missing where it would matter, on macOS.
+    """
+    found = _MLOCK.search(line)
+    if found:
+        return MlockWarning(int(found["asked"]), int(found["locked"]), found["text"])
+    found = _NO_MLOCK.search(line)
+    return MlockWarning(0, 0, found["text"], is_supported=False) if found else None
+
+
+def read_weights_buffer(line: str) -> WeightsBuffer | None:
+    """Recognise the line that tells where a part of the weights lies and how large it is."""
+    found = _BUFFER.search(line)
+    if not found:
+        return None
+    return WeightsBuffer(found["name"], round(float(found["mib"]) * _MIB), _place(found["name"]))
+
+
+def _place(name: str) -> Place:
+    if name.endswith("_Mapped"):
+        return Place.MAPPED
+    if any(layout in name for layout in _REPACKED_NAMES):
+        return Place.REPACKED
+    if name.startswith(("CPU", "BLAS")) or name.endswith("_Host"):
+        return Place.HOST
+    return Place.METAL if name.startswith(("Metal", "MTL")) else Place.DEVICE
+
+
+def note(facts: LoadFacts, line: str) -> LoadFacts:
+    """Return what is known of the load after one more line; the same object if the line tells nothing.
+
+    A model that is read again (KoboldCPP's reload, a first pass that only measures) starts afresh; another
+    one (a draft model, a projector) adds to what is there.
+    """
+    warning = read_mlock_warning(line)
+    if warning is not None:
+        return replace(facts, warnings=(*facts.warnings, warning))
+    buffer = read_weights_buffer(line)
+    if buffer is not None:
+        return replace(facts, buffers=(*facts.buffers, buffer))
+    found = _MODEL.search(line)
+    if found:
+        if found["path"] != facts.model:
+            return replace(facts, model=facts.model or found["path"])
+        return replace(facts, is_mapped=None, warnings=(), buffers=())
+    found = _MAPPED.search(line)
+    if found:
+        is_mapped = found["is_mapped"] == "true"
+        # One part that is copied is enough for weights that can be swapped.
+        return replace(facts, is_mapped=is_mapped and facts.is_mapped is not False)
+    return _note_metal(facts, line)
+
+
+def _note_metal(facts: LoadFacts, line: str) -> LoadFacts:
+    found = _KEEP_ALIVE.search(line)
+    if found:
+        return replace(facts, keep_alive_s=int(found["seconds"]))
+    found = _RESIDENCY_SETS.search(line)
+    if found:
+        return replace(facts, uses_residency_sets=found["is_used"] == "true")
+    found = _WORKING_SET.search(line)
+    # ggml divides by 1e6 (ggml_metal_device_init in ggml/src/ggml-metal/ggml-metal-device.m).
+    return replace(facts, working_set_bytes=round(float(found["mb"]) * 1_000_000)) if found else facts

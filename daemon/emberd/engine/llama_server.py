@@ -97,7 +97,7 @@ class LlamaServer:
         return False
 
     def _load_mode(self) -> str:
-        return "mmap+mlock" if self._settings.engine.lock == "always" else "mmap"
+        return "mmap+mlock" if self._settings.engine.lock != "never" else "mmap"
 
 
 def _read_slots(slots: list[Any]) -> Activity:
@@ -189,7 +189,7 @@ class ExternalServer(LlamaServer):
             return []
         if "--load-mode" in offered:
             return ["--load-mode", self._load_mode()]
-        return ["--mlock"] if self._settings.engine.lock == "always" else []
+        return ["--mlock"] if self._settings.engine.lock != "never" else []
 
 
 def _sizes(context_size: int, gpu_layers: int) -> list[str]:

@@ -1,0 +1,174 @@
+"""What the system lets a process lock, and which limit is in the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+System = Literal["linux", "darwin"]
+
+UNLIMITED_BYTES = 2**63 - 1
+"""No limit. RLIM_INFINITY of macOS (<sys/resource.h>); Linux' own, 2^64-1, is -1 in Python. All three count."""
+
+
+class LockReason(Enum):
+    """Why a lock is not HELD. The values are stable, for filters and documentation."""
+
+    NOT_ASKED = "not_asked"
+    """emberd or its owner did not ask the engine for it."""
+    UNSUPPORTED = "unsupported"
+    """The engine was built without mlock."""
+    MEMLOCK_LIMIT = "memlock_limit"
+    """RLIMIT_MEMLOCK of the engine's process."""
+    NO_CAPABILITY = "no_capability"
+    """Linux: the limit is 0 and the process lacks CAP_IPC_LOCK (mlock(2), EPERM)."""
+    USER_WIRE_LIMIT = "user_wire_limit"
+    """macOS: vm.user_wire_limit, for one process."""
+    GLOBAL_WIRE_LIMIT = "global_wire_limit"
+    """macOS: vm.global_user_wire_limit, against all wired memory of the system."""
+    NO_MEMORY = "no_memory"
+    """The kernel could not bring in the pages (mlock(2), EAGAIN or ENOMEM with no limit in the way)."""
+    METAL_WITHOUT_MMAP = "metal_without_mmap"
+    """Weights in Metal buffers of their own, which the engine does not lock, without a word."""
+    NOT_MAPPED = "not_mapped"
+    """Weights copied or repacked into memory that the engine does not lock."""
+    REPACKED = "repacked"
+    """The file is locked, but the engine computes with a repacked copy, which it does not lock."""
+    ON_DEVICE = "on_device"
+    """All weights are in the memory of a graphics card, where there is nothing to lock."""
+    LOST = "lost"
+    """It was held, and is no longer."""
+    UNEXPLAINED = "unexplained"
+    """The engine was asked and gave no reason."""
+    NO_READING = "no_reading"
+    """The kernel did not say how much is locked."""
+    NO_WEIGHTS = "no_weights"
+    """It is not known how much there is to lock."""
+
+
+_GIB = 1024**3
+_WIRE_PERCENTS = (70, 73, 76, 79, 82, 85, 88, 91, 94, 97)
+"""By the power of two that RAM reaches, from 4 GiB on: wire_limit_percents of xnu's osfmk/vm/vm_kern.c."""
+_FIRST_WIRE_POWER = 32
+"""VM_USER_WIREABLE_MIN_CONFIG, same file: 2^32 bytes are 4 GiB."""
+_SERVER_WIRE_PERCENT = 95
+_SERVER_WIRE_POWER = 35
+"""VM_USER_SERVERPERF_WIREABLE_MIN_CONFIG, same file: from 32 GiB on."""
+_NOT_WIREABLE_MOST_BYTES = 32 * _GIB
+"""VM_NOT_USER_WIREABLE_MAX of xnu's osfmk/vm/vm_page.h."""
+
+
+def default_user_wire_limit(ram_bytes: int, *, is_server_mode: bool = False) -> int:
+    """Return what macOS sets vm.user_wire_limit and vm.global_user_wire_limit to at boot.
+
+    The rule of kmem_set_user_wire_limits (xnu, osfmk/vm/vm_kern.c), for kernels without jetsam, which macOS' are
+    (config/MASTER.arm64.MacOSX). To explain and to compare; the sysctl is what counts.
+
+    Args:
+        ram_bytes: memory that the kernel manages (hw.memsize; the kernel's own figure is slightly less).
+        is_server_mode: boot argument serverperfmode=1.
+    """
+    power = max(ram_bytes.bit_length() - 1, 0)
+    if is_server_mode and power >= _SERVER_WIRE_POWER:
+        percent = _SERVER_WIRE_PERCENT
+    else:
+        percent = _WIRE_PERCENTS[min(max(power - _FIRST_WIRE_POWER, 0), len(_WIRE_PERCENTS) - 1)]
+    return max(ram_bytes * percent // 100, ram_bytes - _NOT_WIREABLE_MOST_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class LockLimits:
+    """What the system lets the engine lock. Unknown is None; no limit is UNLIMITED_BYTES or a negative number.
+
+    Attributes:
+        system: the kernel.
+        memlock_bytes: soft RLIMIT_MEMLOCK of the engine.
+        can_ignore_memlock: Linux: the engine has CAP_IPC_LOCK.
+        user_wire_bytes: macOS: vm.user_wire_limit.
+        global_wire_bytes: macOS: vm.global_user_wire_limit.
+    """
+
+    system: System
+    memlock_bytes: int | None = None
+    can_ignore_memlock: bool | None = None
+    user_wire_bytes: int | None = None
+    global_wire_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WireRefusals:
+    """macOS: how often a lock was refused, by whichever program.
+
+    Attributes:
+        over_user_limit: vm.add_wire_count_over_user_limit.
+        over_global_limit: vm.add_wire_count_over_global_limit.
+    """
+
+    over_user_limit: int
+    over_global_limit: int
+
+    def since(self, before: WireRefusals) -> WireRefusals:
+        """Return the refusals between two readings.
+
+        The kernel sets both counters to 0 once a day (report_mlock_failures in xnu's osfmk/vm/analytics.c), so one
+        that went down counts from 0.
+        """
+        return WireRefusals(
+            _grown(before.over_user_limit, self.over_user_limit),
+            _grown(before.over_global_limit, self.over_global_limit),
+        )
+
+
+def _grown(before: int, after: int) -> int:
+    return after - before if after >= before else after
+
+
+def bounded(limit_bytes: int | None) -> int:
+    """Return a limit as a number of bytes, with unknown and unlimited as UNLIMITED_BYTES."""
+    return UNLIMITED_BYTES if limit_bytes is None or not 0 <= limit_bytes < UNLIMITED_BYTES else limit_bytes
+
+
+def lesser_of_process_limits(limits: LockLimits) -> LockReason:
+    """Return which of macOS' two limits for one process is the one that counts."""
+    is_memlock = bounded(limits.memlock_bytes) < bounded(limits.user_wire_bytes)
+    return LockReason.MEMLOCK_LIMIT if is_memlock else LockReason.USER_WIRE_LIMIT
+
+
+def judge_limits(
+    needed: int, limits: LockLimits, wired_bytes: int | None = None
+) -> tuple[bool | None, LockReason | None]:
+    """Tell whether the limits allow `needed` bytes to be locked, and which one does not.
+
+    macOS compares the process with the lesser of RLIMIT_MEMLOCK and vm.user_wire_limit, and the wired memory of the
+    whole system, the kernel's and the GPU's included, with vm.global_user_wire_limit (xnu, add_wire_counts in
+    osfmk/vm/vm_map.c).
+
+    Args:
+        needed: bytes to lock.
+        limits: the limits.
+        wired_bytes: macOS: wired memory of the system without them, None if unknown.
+
+    Returns:
+        True, False, or None if it cannot be told; and the first limit that is in the way.
+    """
+    if limits.system == "linux":
+        return _judge_memlock(needed, limits)
+    if needed > min(bounded(limits.memlock_bytes), bounded(limits.user_wire_bytes)):
+        return False, lesser_of_process_limits(limits)
+    if needed + (wired_bytes or 0) > bounded(limits.global_wire_bytes):
+        return False, LockReason.GLOBAL_WIRE_LIMIT
+    is_known = None not in {limits.user_wire_bytes, limits.global_wire_bytes, wired_bytes}
+    return (True if is_known else None), None
+
+
+def _judge_memlock(needed: int, limits: LockLimits) -> tuple[bool | None, LockReason | None]:
+    if limits.can_ignore_memlock:
+        return True, None
+    if limits.memlock_bytes is None:
+        return None, None
+    if needed <= bounded(limits.memlock_bytes):
+        return True, None
+    if limits.can_ignore_memlock is None:
+        return None, None
+    return False, LockReason.NO_CAPABILITY if limits.memlock_bytes == 0 else LockReason.MEMLOCK_LIMIT

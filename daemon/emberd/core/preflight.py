@@ -1,0 +1,219 @@
+"""Before the start: will the model lock and fit, and shall the engine be asked to lock it? Pure.
+
+A lock takes memory away from everything else on the computer, for as long as the engine lives. A model that is
+mapped and not locked is dropped under pressure and read again; a computer without memory for the rest thrashes, and
+its owner blames the computer. So `auto` locks where enough remains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emberd.core.lock_limits import default_user_wire_limit, judge_limits
+from emberd.core.lock_words import explain, find_remedy, shown
+from emberd.core.types import Notice
+
+if TYPE_CHECKING:
+    from emberd.core.lock_limits import LockLimits, LockReason
+    from emberd.core.settings import LockPolicy
+
+_GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """What must remain for everything else: a share of RAM between two bounds.
+
+    Attributes:
+        share: of RAM.
+        least_bytes: never less, for a system and a browser need it on the smallest computer.
+        most_bytes: never more, for on a large one it would lie idle.
+    """
+
+    share: float
+    least_bytes: int
+    most_bytes: int
+
+    def of(self, ram_bytes: int) -> int:
+        """Return the bytes to leave on a computer with so much RAM."""
+        return min(max(int(ram_bytes * self.share), self.least_bytes), self.most_bytes)
+
+
+ONE_USER = Reserve(0.2, 2 * _GIB, 16 * _GIB)
+"""About what macOS itself keeps from being wired by default: 27 % of 8 GiB, 18 % of 64 GiB."""
+SEVERAL_USERS = Reserve(0.35, 4 * _GIB, 32 * _GIB)
+"""The others have programs too, and nobody asked them. 32 GiB is the most that macOS ever keeps back."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreflightFacts:
+    """What is known before the start. Unknown is None.
+
+    Attributes:
+        limits: what the engine will be allowed to lock.
+        weights_bytes: size of the tensors that will be in this computer's RAM.
+        kv_bytes: size of the KV cache (core/kv_cache.py).
+        compute_bytes: size of the compute buffers.
+        ram_bytes: memory of the computer, or of the control group that emberd is confined to.
+        available_bytes: memory that could be used without swapping; pages of files count as available.
+        wired_bytes: memory that is locked by now, by the kernel, the GPU and other programs.
+        users: how many people have sessions on this computer, emberd's own included.
+    """
+
+    limits: LockLimits
+    weights_bytes: int | None
+    kv_bytes: int | None
+    compute_bytes: int | None
+    ram_bytes: int | None
+    available_bytes: int | None
+    wired_bytes: int | None
+    users: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What to do, and why.
+
+    Attributes:
+        will_lock: the engine is to be asked to lock the model.
+        fits: weights, context and buffers have room without swapping; None if it cannot be told.
+        is_allowed: the limits let all of the weights be locked; None if it cannot be told.
+        limit: the limit that is in the way, None if none is known to be.
+        needed_bytes: what the engine will take in all, as far as it is known.
+        remains_bytes: what is left then for everything else, None if unknown.
+        reserve_bytes: what should be left, None if unknown.
+        reasons: findings for the owner, with stable codes.
+        remedy: what a person can do about the first of them, empty if there is nothing.
+    """
+
+    will_lock: bool
+    fits: bool | None
+    is_allowed: bool | None
+    limit: LockReason | None = None
+    needed_bytes: int = 0
+    remains_bytes: int | None = None
+    reserve_bytes: int | None = None
+    reasons: tuple[Notice, ...] = ()
+    remedy: str = ""
+
+
+def preflight(facts: PreflightFacts, policy: LockPolicy) -> Preflight:
+    """Decide about the lock.
+
+    `never` does not lock, `always` does and says what is wrong with it. `auto` locks unless the computer would
+    choke: the engine does not fit into what is available, or less than the reserve would remain of RAM. A limit in
+    the way is no reason not to ask: what can be locked is locked, and the engine goes on.
+    """
+    needed = sum(part or 0 for part in (facts.weights_bytes, facts.kv_bytes, facts.compute_bytes))
+    fits = _fits(facts, needed)
+    remains = _remains(facts, needed)
+    reserve = _reserve(facts)
+    is_allowed, limit = (
+        (None, None)
+        if facts.weights_bytes is None
+        else judge_limits(facts.weights_bytes, facts.limits, facts.wired_bytes)
+    )
+    is_tight = remains is not None and reserve is not None and remains < reserve
+    is_known = facts.weights_bytes is not None and facts.ram_bytes is not None
+    chokes = fits is False or is_tight
+    found: list[tuple[Notice, str]] = []
+    if fits is False:
+        found.append(_does_not_fit(facts, needed))
+    if policy != "never":
+        if is_tight:
+            found.append(_too_little_remains(facts, remains or 0, reserve or 0, policy))
+        if policy == "auto" and not is_known:
+            found.append(_UNKNOWN)
+        if is_allowed is False and limit is not None and not (policy == "auto" and chokes):
+            found.append(_limit_in_the_way(facts, limit))
+    return Preflight(
+        will_lock=policy == "always" or (policy == "auto" and is_known and not chokes),
+        fits=fits,
+        is_allowed=is_allowed,
+        limit=limit,
+        needed_bytes=needed,
+        remains_bytes=remains,
+        reserve_bytes=reserve,
+        reasons=tuple(notice for notice, _ in found),
+        remedy=found[0][1] if found else "",
+    )
+
+
+def _fits(facts: PreflightFacts, needed: int) -> bool | None:
+    if facts.available_bytes is None or facts.weights_bytes is None:
+        return None
+    if needed > facts.available_bytes:
+        return False
+    return None if facts.kv_bytes is None or facts.compute_bytes is None else True
+
+
+def _remains(facts: PreflightFacts, needed: int) -> int | None:
+    """Return what is left of RAM beside the engine and all that is wired.
+
+    With unknown parts it is more than will be left, so it can only speak against a lock.
+    """
+    if facts.ram_bytes is None or facts.weights_bytes is None:
+        return None
+    return facts.ram_bytes - (facts.wired_bytes or 0) - needed
+
+
+def _reserve(facts: PreflightFacts) -> int | None:
+    if facts.ram_bytes is None:
+        return None
+    return (SEVERAL_USERS if (facts.users or 1) > 1 else ONE_USER).of(facts.ram_bytes)
+
+
+_UNKNOWN = (
+    Notice(
+        "lock_not_judged",
+        "The size of the model or of this computer's memory is not known; the model is mapped and not locked.",
+    ),
+    'Set engine.lock to "always" to lock it nevertheless.',
+)
+_SMALLER = "Take a smaller model or a shorter context (engine.context_size), or end other programs."
+
+
+def _does_not_fit(facts: PreflightFacts, needed: int) -> tuple[Notice, str]:
+    return (
+        Notice(
+            "does_not_fit",
+            f"The engine needs at least {shown(needed)} ({_parts(facts)}), and {shown(facts.available_bytes or 0)} "
+            "are available: this computer will swap, or read the model again and again.",
+        ),
+        _SMALLER,
+    )
+
+
+def _too_little_remains(
+    facts: PreflightFacts, remains: int, reserve: int, policy: LockPolicy
+) -> tuple[Notice, str]:
+    whose = f"{facts.users} people use this computer: " if (facts.users or 1) > 1 else ""
+    outcome = "it is mapped and not locked" if policy == "auto" else 'it is locked, for engine.lock is "always"'
+    left = f"{shown(remains)} would remain" if remains > 0 else "nothing would remain"
+    return (
+        Notice(
+            "lock_would_choke",
+            f"{whose}with the model locked, {left} of {shown(facts.ram_bytes or 0)} for everything else, and "
+            f"{shown(reserve)} should; {outcome}.",
+        ),
+        _SMALLER + (' Or set engine.lock to "always".' if policy == "auto" else ""),
+    )
+
+
+def _limit_in_the_way(facts: PreflightFacts, limit: LockReason) -> tuple[Notice, str]:
+    needed = facts.weights_bytes or 0
+    message = f"The model will not be locked whole: {explain(limit, facts.limits, needed)}."
+    if facts.limits.system == "darwin" and facts.ram_bytes is not None and limit.value.endswith("wire_limit"):
+        usual = default_user_wire_limit(facts.ram_bytes)
+        message += f" By default macOS lets {shown(usual)} of {shown(facts.ram_bytes)} be locked."
+    return Notice("lock_limited", message), find_remedy(limit, facts.limits.system, needed)
+
+
+def _parts(facts: PreflightFacts) -> str:
+    parts = (
+        ("weights", facts.weights_bytes),
+        ("context", facts.kv_bytes),
+        ("buffers", facts.compute_bytes),
+    )
+    return ", ".join(f"{name} {'unknown' if size is None else shown(size)}" for name, size in parts)

@@ -1,0 +1,122 @@
+"""Who wrote to the swap space, and was the engine idle? Pure accounting over two readings.
+
+An idle model that is swapped out costs its owner twice: the next reply is slow, and the SSD wears. Kernels count
+what the whole system writes to swap and what a process has there, not what a process has written. So the engine is
+charged with the growth of what it has there, at most with all that was written meanwhile.
+
+- Linux: `VmSwap` grows by what was swapped out of the process (proc_pid_status(5)), so the charge is a lower bound:
+  pages that came back and went again are not seen. With zswap or zram it counts what never reached a disk, as does
+  `pswpout` of /proc/vmstat.
+- macOS: what a process has compressed is known, and not how much of it went on to the swap files, so the charge is
+  an estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+TB = 10**12
+"""Endurance is rated in decimal terabytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReading:
+    """One look at the counters. Unknown is None.
+
+    Attributes:
+        written_bytes: written to swap by the whole system since boot.
+        engine_bytes: what the engine's processes have in swap (macOS: compressed or in swap).
+        engine: text that tells this engine from another one (pid and start token), None while there is none.
+    """
+
+    written_bytes: int | None
+    engine_bytes: int | None = None
+    engine: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SwapWrites:
+    """Bytes written to swap, by whom and when.
+
+    Attributes:
+        engine_idle: charged to the engine, while it was idle.
+        engine_busy: the same, while it worked or loaded.
+        other_idle: written by everybody else while the engine was idle.
+        other_busy: the same, while the engine worked, or there was none.
+        unknown_idle: written while the engine was idle, by nobody knows whom.
+        unknown_busy: the same, while the engine worked.
+    """
+
+    engine_idle: int = 0
+    engine_busy: int = 0
+    other_idle: int = 0
+    other_busy: int = 0
+    unknown_idle: int = 0
+    unknown_busy: int = 0
+
+    def __add__(self, more: SwapWrites) -> SwapWrites:
+        """Return both together."""
+        return SwapWrites(*(getattr(self, each.name) + getattr(more, each.name) for each in fields(self)))
+
+    @property
+    def engine(self) -> int:
+        """Everything that is charged to the engine."""
+        return self.engine_idle + self.engine_busy
+
+    @property
+    def total(self) -> int:
+        """Everything that was written."""
+        return self.engine + self.other_idle + self.other_busy + self.unknown_idle + self.unknown_busy
+
+
+def attribute(before: SwapReading, after: SwapReading, *, is_idle: bool) -> SwapWrites:
+    """Share out what was written between two readings.
+
+    A counter that went backwards (a reboot) says nothing about the time between: nothing is charged, and the later
+    reading is where counting begins again.
+
+    Args:
+        before: the earlier reading.
+        after: the later one.
+        is_idle: the engine was there and worked on nothing, from the one to the other.
+    """
+    written = _written(before, after)
+    if not written:
+        return SwapWrites()
+    grown = _grown(before, after)
+    if grown is None:
+        return SwapWrites(unknown_idle=written) if is_idle else SwapWrites(unknown_busy=written)
+    own = min(grown, written)
+    if is_idle:
+        return SwapWrites(engine_idle=own, other_idle=written - own)
+    return SwapWrites(engine_busy=own, other_busy=written - own)
+
+
+def _written(before: SwapReading, after: SwapReading) -> int:
+    if before.written_bytes is None or after.written_bytes is None:
+        return 0
+    return max(after.written_bytes - before.written_bytes, 0)
+
+
+def _grown(before: SwapReading, after: SwapReading) -> int | None:
+    """Return by how much the engine's part grew, None if that is unknown."""
+    if after.engine is None:
+        # None now: what an engine that has ended had in swap is gone from the books.
+        return 0 if before.engine is None else None
+    if after.engine_bytes is None:
+        return None
+    if before.engine != after.engine:
+        return after.engine_bytes  # it began after the earlier reading, with nothing in swap
+    if before.engine_bytes is None:
+        return None
+    return max(after.engine_bytes - before.engine_bytes, 0)
+
+
+def share_of_endurance(written_bytes: int, endurance_tb: float) -> float:
+    """Return which share of a rated endurance these bytes are; 1 is all of it.
+
+    Args:
+        written_bytes: bytes written.
+        endurance_tb: terabytes that the SSD is rated for (machine.ssd_endurance_tb).
+    """
+    return written_bytes / (endurance_tb * TB)

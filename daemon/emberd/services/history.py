@@ -1,0 +1,240 @@
+"""What emberd remembers over days: bytes written to swap, in a small SQLite file.
+
+Nothing here may stop the daemon. What cannot be written stays in memory and is written with the next; a file that
+cannot be understood is set aside, never guessed at and never deleted. All methods block: call them off the event
+loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from dataclasses import astuple, fields
+from datetime import UTC, date, datetime
+from typing import TYPE_CHECKING
+
+from emberd.core.swap_account import SwapWrites
+from emberd.host.files import PRIVATE_FILE_MODE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from structlog.typing import FilteringBoundLogger
+
+KEPT_DAYS = 366
+"""Days with writes, not days of the calendar: a clock that is wrong for an hour must not delete a year."""
+_BUSY_TIMEOUT_S = 2.0
+_PAGE_LIMIT = 1024
+"""4 MiB with SQLite's pages of 4 KiB; a year of days takes less than 64 KiB."""
+_CACHE_KIB = 64
+_COLUMNS = tuple(each.name for each in fields(SwapWrites))
+_MIGRATIONS = (
+    """
+    CREATE TABLE swap_writes (
+        day TEXT PRIMARY KEY,
+        engine_idle INTEGER NOT NULL,
+        engine_busy INTEGER NOT NULL,
+        other_idle INTEGER NOT NULL,
+        other_busy INTEGER NOT NULL,
+        unknown_idle INTEGER NOT NULL,
+        unknown_busy INTEGER NOT NULL
+    ) WITHOUT ROWID
+    """,
+)
+"""Step n brings a file of user_version n to n + 1. Only ever append."""
+_ADD = (
+    f"INSERT INTO swap_writes (day, {', '.join(_COLUMNS)}) VALUES (?{', ?' * len(_COLUMNS)}) "  # noqa: S608
+    f"ON CONFLICT (day) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in _COLUMNS)}"
+)
+_READ = f"SELECT day, {', '.join(_COLUMNS)} FROM swap_writes WHERE day >= ? ORDER BY day"  # noqa: S608
+_FORGET = "DELETE FROM swap_writes WHERE day NOT IN (SELECT day FROM swap_writes ORDER BY day DESC LIMIT ?)"
+
+
+class _NotUnderstood(Exception):
+    """The file is no history of this emberd's."""
+
+
+class History:
+    """Daily accounts, kept across restarts.
+
+    Opens its file when it is first used. Safe to call from several threads.
+
+    Args:
+        path: the SQLite file; its folder must exist.
+        log: events go here.
+        page_limit: bound on the size of the file, in SQLite's pages.
+    """
+
+    def __init__(self, path: Path, log: FilteringBoundLogger, page_limit: int = _PAGE_LIMIT) -> None:
+        self._path = path
+        self._log = log
+        self._page_limit = page_limit
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._pending: dict[date, SwapWrites] = {}
+        self._trouble = ""
+        self._inode = 0
+
+    def add(self, day: date, writes: SwapWrites) -> bool:
+        """Add to the account of a day.
+
+        Returns:
+            True if all accounts are on disk; False if they wait in memory, which is logged once.
+        """
+        with self._lock:
+            if writes.total:
+                self._pending[day] = self._pending.get(day, SwapWrites()) + writes
+                if len(self._pending) > KEPT_DAYS:
+                    del self._pending[min(self._pending)]
+            return self._flush()
+
+    def days(self, since: date) -> Mapping[date, SwapWrites]:
+        """Return the accounts from a day on, those included that wait in memory."""
+        with self._lock:
+            found: dict[date, SwapWrites] = {}
+            connection = self._ready()
+            if connection is not None:
+                try:
+                    rows = connection.execute(_READ, (since.isoformat(),)).fetchall()
+                    found = {date.fromisoformat(day): SwapWrites(*counts) for day, *counts in rows}
+                except (sqlite3.Error, ValueError, TypeError) as error:
+                    self._stumble(error)
+            for day, writes in self._pending.items():
+                if day >= since:
+                    found[day] = found.get(day, SwapWrites()) + writes
+            return dict(sorted(found.items()))
+
+    def close(self) -> None:
+        """Write what waits, if that is possible, and close the file. It opens again when it is used again."""
+        with self._lock:
+            if self._pending:
+                self._flush()
+            self._disconnect()
+
+    # --- inside the lock ------------------------------------------------------------------------------------
+
+    def _flush(self) -> bool:
+        # The second try is for a file that turns out to be damaged and has been set aside.
+        if self._pending and not self._write_pending() and not self._write_pending():
+            return False
+        if self._trouble and self._connection is not None:
+            self._log.info("history_written_again", path=str(self._path))
+            self._trouble = ""
+        return True
+
+    def _write_pending(self) -> bool:
+        connection = self._ready()
+        if connection is None:
+            return False
+        accounts = [(day.isoformat(), *astuple(writes)) for day, writes in self._pending.items()]
+        try:
+            # One transaction: after an error nothing of it is there, and all of it is still pending.
+            with connection:
+                connection.executemany(_ADD, accounts)
+                connection.execute(_FORGET, (KEPT_DAYS,))
+        except sqlite3.Error as error:
+            self._stumble(error)
+            return False
+        self._pending.clear()
+        return True
+
+    def _ready(self) -> sqlite3.Connection | None:
+        """Return an open connection, None if there is none to be had now."""
+        if self._connection is not None and not self._is_our_file():
+            # Deleted or replaced under our feet: what is written to the old one is lost to everybody.
+            self._disconnect()
+        if self._connection is None:
+            try:
+                self._connection = self._open_or_set_aside()
+            except (_NotUnderstood, sqlite3.Error, OSError) as error:
+                self._stumble(error)
+        return self._connection
+
+    def _is_our_file(self) -> bool:
+        try:
+            return self._path.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+    def _open_or_set_aside(self) -> sqlite3.Connection:
+        try:
+            return self._open()
+        except (_NotUnderstood, sqlite3.DatabaseError) as error:
+            if not _is_damage(error):
+                raise
+            self._set_aside(str(error))
+            return self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        # SQLite would make the file with the umask's mode; its -wal and -shm take over the mode of the file. One
+        # that is there is not opened here: closing it again would drop locks on it (sqlite.org/howtocorrupt.html).
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE_FILE_MODE))
+        with contextlib.suppress(PermissionError):
+            self._path.chmod(PRIVATE_FILE_MODE)
+        self._inode = self._path.stat().st_ino
+        connection = sqlite3.connect(
+            self._path, timeout=_BUSY_TIMEOUT_S, isolation_level="IMMEDIATE", check_same_thread=False
+        )
+        try:
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        connection.execute(f"PRAGMA max_page_count = {self._page_limit}")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > len(_MIGRATIONS):
+            raise _NotUnderstood(f"it was written by a newer emberd (format {version})")
+        (finding,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if finding != "ok":
+            raise _NotUnderstood(finding)
+        if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+            raise _NotUnderstood("it is another program's database")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        for step, statement in enumerate(_MIGRATIONS[version:], start=version + 1):
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {step}")
+
+    def _set_aside(self, reason: str) -> None:
+        """Move the file out of the way, with the journal that belongs to it."""
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+        aside = self._path.with_name(f"{self._path.name}.unreadable-{stamp}")
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                self._path.with_name(self._path.name + suffix).replace(aside.with_name(aside.name + suffix))
+        self._log.warning("history_set_aside", path=str(self._path), kept_as=str(aside), reason=reason)
+
+    def _stumble(self, error: Exception) -> None:
+        """Go on without the file; say so once until it works again."""
+        self._disconnect()
+        if _is_damage(error):
+            with contextlib.suppress(OSError):
+                self._set_aside(str(error))
+            return
+        if str(error) != self._trouble:
+            self._trouble = str(error)
+            self._log.warning("history_not_written", path=str(self._path), reason=self._trouble)
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
+
+
+def _is_damage(error: Exception) -> bool:
+    """Tell a file that is no use from one that cannot be used right now (full disk, no permission, busy)."""
+    if isinstance(error, _NotUnderstood):
+        return True
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
