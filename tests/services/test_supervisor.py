@@ -245,10 +245,10 @@ async def test_a_bug_in_a_piece_of_work_does_not_strand_the_state_machine(
     calls = iter([ZeroDivisionError("a bug")])
     real = rig.supervisor._engine.plan
 
-    async def plan(port: int) -> Any:
+    async def plan(port: int, *, will_lock: bool) -> Any:
         for error in calls:
             raise error
-        return await real(port)
+        return await real(port, will_lock=will_lock)
 
     monkeypatch.setattr(rig.supervisor._engine, "plan", plan)
     rig.begin()

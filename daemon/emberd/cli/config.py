@@ -111,10 +111,14 @@ async def _plan(settings: Settings) -> LaunchPlan:
     from emberd.engine.choose import choose_engine  # noqa: PLC0415
     from emberd.host import ThisHost  # noqa: PLC0415
     from emberd.host.paths import prepare, state_paths  # noqa: PLC0415
+    from emberd.services.meter import LockMeter  # noqa: PLC0415
     from emberd.services.supervisor import free_port  # noqa: PLC0415
 
     paths = state_paths(settings)
     prepare(paths)
     async with http.client() as client:
-        engine = choose_engine(settings, ThisHost(), http.EngineHttp(client), paths)
-        return await engine.plan(free_port())
+        host = ThisHost()
+        engine = choose_engine(settings, host, http.EngineHttp(client), paths)
+        decision = await LockMeter(host).decide(settings, engine.model_path())
+        plan = await engine.plan(free_port(), will_lock=decision.will_lock)
+        return dataclasses.replace(plan, notices=(*plan.notices, *decision.reasons))

@@ -52,10 +52,22 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
         age = duration(time.time() - engine["started_at"])
         adopted = ", adopted" if engine["adopted"] else ""
         rows.append(("process", f"{engine['kind']}, pid {engine['pid']}, up {age}{adopted}", ""))
+    if status["lock"]:
+        rows += _lock_rows(status["lock"])
     requests = f"{status['requests_in_flight']} running, {status['requests_held']} waiting"
     rows.append(("requests", requests, ""))
     if status["last_exit"]:
         rows.append(("last exit", status["last_exit"], "dim"))
     rows += [("notice", f"{notice['message']} ({notice['code']})", "yellow") for notice in status["notices"]]
     rows.append(("emberd", f"{status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}", "dim"))
+    return rows
+
+
+def _lock_rows(lock: dict[str, Any]) -> list[tuple[str, str, str]]:
+    sizes = ""
+    if lock["locked_bytes"] is not None and lock["needed_bytes"]:
+        sizes = f", {lock['locked_bytes'] >> 20} of {lock['needed_bytes'] >> 20} MiB"
+    style = {"HELD": "green", "PARTIAL": "yellow", "ABSENT": "yellow"}.get(lock["state"], "dim")
+    rows = [("lock", f"{lock['state']}{sizes}", style)]
+    rows += [("", text, "dim") for text in (lock["message"], lock["remedy"]) if text]
     return rows

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from signal import Signals
 
+    from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness
 
 
@@ -25,8 +26,12 @@ class Engine(Protocol):
         """Signals in the order they are tried on a stop, SIGKILL excepted."""
         ...
 
-    async def plan(self, port: int) -> LaunchPlan:
-        """Compose the command line for `port`.
+    def model_path(self) -> Path | None:
+        """Return the model that would be served, None if the settings name none that can be read."""
+        ...
+
+    async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
+        """Compose the command line for `port`, asking the engine to lock the model or not.
 
         Raises:
             ConfigError: an argument that this build refuses.
@@ -98,6 +103,22 @@ class Host(Protocol):
 
     def wired_bytes(self) -> int | None:
         """Return bytes of memory that the whole system holds locked (wired), None if it cannot be told."""
+        ...
+
+    def locked_bytes(self, pids: Sequence[int]) -> int | None:
+        """Return bytes that these processes hold locked in memory, None if it cannot be told of any of them."""
+        ...
+
+    def lock_limits(self, pid: int | None) -> LockLimits:
+        """Return what `pid` may lock; for None, what a child of this process may."""
+        ...
+
+    def wire_refusals(self) -> WireRefusals | None:
+        """Return the kernel's counters of refused locks, None where there are none."""
+        ...
+
+    def memory(self) -> tuple[int | None, int | None]:
+        """Return the computer's memory and what of it is available, in bytes; None if unknown."""
         ...
 
     def quarantine(self, path: Path) -> str | None:

@@ -16,6 +16,7 @@ from emberd.engine import llama_log
 from emberd.engine.http import NOTHING_LISTENS
 from emberd.engine.koboldcpp_flags import Wishes, compose
 from emberd.engine.koboldcpp_help import PROBE_ARGUMENT, read_help, read_probe
+from emberd.engine.koboldcpp_kcpps import model_of_file
 from emberd.engine.program import check_executable, find_program
 from emberd.host.files import make_private_folder
 from emberd.host.model_file import check_model
@@ -73,7 +74,17 @@ class KoboldCpp:
         self._scratch = scratch
         self._kcpps_target = kcpps_target
 
-    async def plan(self, port: int) -> LaunchPlan:
+    def model_path(self) -> Path | None:
+        """Return the model of model.path, else the one that the .kcpps file names."""
+        named = self._settings.model.path
+        if not named:
+            try:
+                named = model_of_file(self._read_kcpps() or {}) or ""
+            except ConfigError:
+                return None
+        return Path(named).expanduser().absolute() if named else None
+
+    async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
         """Compose the command line from what this build offers.
 
         Raises:
@@ -93,7 +104,7 @@ class KoboldCpp:
             Wishes(
                 model=model,
                 port=port,
-                lock=engine.lock != "never",
+                lock=will_lock,
                 context_size=engine.context_size or None,
                 gpu_layers=engine.gpu_layers if engine.gpu_layers >= 0 else None,
                 extra_args=engine.extra_args,

@@ -119,9 +119,7 @@ def compose(build: Build, wishes: Wishes) -> CommandLine:
 
 
 def _decided_by_settings(wishes: Wishes) -> Decided:
-    decided: dict[str, tuple[str, object]] = {
-        "usemlock": ("engine.lock" if wishes.lock else 'engine.lock = "never"', wishes.lock)
-    }
+    decided: dict[str, tuple[str, object]] = {"usemlock": ("engine.lock", wishes.lock)}
     if wishes.context_size is not None:
         decided["contextsize"] = ("engine.context_size", wishes.context_size)
     if wishes.gpu_layers is not None:

@@ -59,6 +59,11 @@ class LlamaServer:
         self._host = host
         self._http = http
 
+    def model_path(self) -> Path | None:
+        """Return the model of model.path."""
+        named = self._settings.model.path
+        return Path(named).expanduser().absolute() if named else None
+
     async def probe_readiness(self, port: int, timeout_s: float) -> Readiness:
         """Ask /health, then compare the model's path in /props."""
         health = await self._http.get(port, "/health", timeout_s)
@@ -71,8 +76,7 @@ class LlamaServer:
         served = (await self._http.get(port, "/props", timeout_s)).get("model_path")
         if served is None:
             return Readiness.LOADING
-        model = Path(self._settings.model.path).expanduser().absolute()
-        return Readiness.READY if served == str(model) else Readiness.STRANGER
+        return Readiness.READY if served == str(self.model_path()) else Readiness.STRANGER
 
     async def probe_activity(self, port: int, timeout_s: float) -> Activity:
         """Ask /slots, which the thread that runs the model answers; fall back to /health."""
@@ -96,8 +100,9 @@ class LlamaServer:
         """Return False: llama-server exits when it cannot serve."""
         return False
 
-    def _load_mode(self) -> str:
-        return "mmap+mlock" if self._settings.engine.lock != "never" else "mmap"
+
+def _load_mode(*, will_lock: bool) -> str:
+    return "mmap+mlock" if will_lock else "mmap"
 
 
 def _read_slots(slots: list[Any]) -> Activity:
@@ -119,7 +124,7 @@ class EmbeddedServer(LlamaServer):
 
     name = "embedded"
 
-    async def plan(self, port: int) -> LaunchPlan:
+    async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
         """Compose `python -m emberd.engine.embedded ...`.
 
         Raises:
@@ -139,7 +144,7 @@ class EmbeddedServer(LlamaServer):
             )
         model = check_model(self._settings.model.path)
         arguments = [sys.executable, "-m", "emberd.engine.embedded", "--model", str(model)]
-        arguments += ["--host", "127.0.0.1", "--port", str(port), "--load-mode", self._load_mode()]
+        arguments += ["--host", "127.0.0.1", "--port", str(port), "--load-mode", _load_mode(will_lock=will_lock)]
         arguments += _sizes(engine.context_size, engine.gpu_layers)
         return LaunchPlan(
             tuple(arguments),
@@ -155,7 +160,7 @@ class ExternalServer(LlamaServer):
         super().__init__(settings, host, http)
         self._asker = asker
 
-    async def plan(self, port: int) -> LaunchPlan:
+    async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
         """Compose the command line from what this build's --help offers.
 
         Raises:
@@ -177,19 +182,19 @@ class ExternalServer(LlamaServer):
         if engine.kcpps:
             notices += (Notice("kcpps_ignored", "engine.kcpps is for KoboldCPP; llama-server does not read it"),)
         arguments = [str(program), *engine.extra_args, "--model", str(model), "--host", "127.0.0.1"]
-        arguments += ["--port", str(port), *self._lock_arguments(offered)]
+        arguments += ["--port", str(port), *self._lock_arguments(offered, will_lock=will_lock)]
         arguments += _sizes(engine.context_size, engine.gpu_layers)
         environment = self._host.engine_environment(engine.metal_keep_alive_s)
         return LaunchPlan(tuple(arguments), environment, port, notices)
 
-    def _lock_arguments(self, offered: frozenset[str]) -> list[str]:
+    def _lock_arguments(self, offered: frozenset[str], *, will_lock: bool) -> list[str]:
         """Since 2026 one option names the load mode; before, mmap was the default and --mlock a switch."""
         extra = {word.partition("=")[0] for word in self._settings.engine.extra_args}
         if extra & (_NO_MMAP | {"--mlock", "--load-mode", "--mmap"}):
             return []
         if "--load-mode" in offered:
-            return ["--load-mode", self._load_mode()]
-        return ["--mlock"] if self._settings.engine.lock != "never" else []
+            return ["--load-mode", _load_mode(will_lock=will_lock)]
+        return ["--mlock"] if will_lock else []
 
 
 def _sizes(context_size: int, gpu_layers: int) -> list[str]:

@@ -35,6 +35,7 @@ class EngineRecord:
         plan_digest: SHA-256 of what it was started with, to see whether settings have changed since.
         port: loopback TCP port it was told to listen on.
         engine: name of the adapter.
+        will_lock: the engine was asked to lock the model.
         started_at: wall-clock time of the start, seconds since the epoch, for display only.
     """
 
@@ -46,6 +47,7 @@ class EngineRecord:
     port: int
     engine: str
     started_at: float
+    will_lock: bool
 
 
 def digest(words: Sequence[str]) -> str:
@@ -88,6 +90,7 @@ def load(path: Path) -> EngineRecord | None:
             port=int(content["port"]),
             engine=str(content["engine"]),
             started_at=float(content["started_at"]),
+            will_lock=bool(content["will_lock"]),
         )
     except FileNotFoundError:
         return None

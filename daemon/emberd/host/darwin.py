@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import resource
 import select
 import subprocess
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 _kqueue: Any = select
@@ -19,6 +22,15 @@ _kqueue: Any = select
 _XATTR = "/usr/bin/xattr"
 _QUARANTINE = "com.apple.quarantine"
 _XATTR_TIMEOUT_S = 5.0
+_RUSAGE_INFO_V4 = 4
+_RUSAGE_V4_BYTES = 296
+_WIRED_SIZE_OFFSET = 56
+"""struct rusage_info_v4: 16 bytes of UUID, then 64-bit numbers without padding; ri_wired_size is the sixth of them
+(xnu, bsd/sys/resource.h; unchanged since macOS 10.14)."""
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 class DarwinHost(PosixHost):
@@ -92,6 +104,43 @@ class DarwinHost(PosixHost):
         except (RuntimeError, psutil.Error):
             return None
         return wired or None
+
+    def locked_bytes(self, pids: Sequence[int]) -> int | None:
+        """Return the sum of `ri_wired_size`: what mlock wired in these processes (xnu, bsd/sys/resource.h).
+
+        Only processes of the same user can be read; None if none could.
+        """
+        known = [wired for wired in map(self._wired_size, pids) if wired is not None]
+        return sum(known) if known else None
+
+    def _wired_size(self, pid: int) -> int | None:
+        usage = ctypes.create_string_buffer(_RUSAGE_V4_BYTES)
+        if _libc().proc_pid_rusage(ctypes.c_int(pid), ctypes.c_int(_RUSAGE_INFO_V4), usage) != 0:
+            return None
+        return int.from_bytes(usage.raw[_WIRED_SIZE_OFFSET : _WIRED_SIZE_OFFSET + 8], "little")
+
+    def lock_limits(self, pid: int | None) -> LockLimits:  # noqa: ARG002  # a child has the limits of this process
+        """Return RLIMIT_MEMLOCK and the two wire limits, which anyone may read (xnu, bsd/kern/kern_sysctl.c)."""
+        return LockLimits(
+            "darwin",
+            memlock_bytes=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+            user_wire_bytes=self._sysctl("vm.user_wire_limit"),
+            global_wire_bytes=self._sysctl("vm.global_user_wire_limit"),
+        )
+
+    def wire_refusals(self) -> WireRefusals | None:
+        """Return vm.add_wire_count_over_user_limit and _global_limit (xnu, bsd/kern/kern_sysctl.c)."""
+        over_user = self._sysctl("vm.add_wire_count_over_user_limit")
+        over_global = self._sysctl("vm.add_wire_count_over_global_limit")
+        return None if over_user is None or over_global is None else WireRefusals(over_user, over_global)
+
+    def _sysctl(self, name: str) -> int | None:
+        """Return a number by sysctlbyname(3), 32 or 64 bits wide as the kernel says; None if there is none."""
+        value = ctypes.create_string_buffer(8)
+        length = ctypes.c_size_t(len(value))
+        if _libc().sysctlbyname(name.encode(), value, ctypes.byref(length), None, ctypes.c_size_t(0)) != 0:
+            return None
+        return int.from_bytes(value.raw[: length.value], "little")
 
     def quarantine(self, path: Path) -> str | None:
         """Return the value of com.apple.quarantine, None if the file has none; xattr(1) exits 1 then."""

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _linux_os: Any = os
 """typeshed knows pidfd_open on Linux only."""
@@ -19,6 +20,10 @@ _IN_MODIFY = 0x00000002
 _INOTIFY_BUFFER_BYTES = 4096
 _START_TIME_FIELD = 22
 """proc_pid_stat(5): starttime, clock ticks after boot; fields count from 1."""
+_CAP_IPC_LOCK = 14
+"""<linux/capability.h>"""
+_MEMLOCK_LINE = "Max locked memory"
+_KIB = 1024
 _FIELDS_BEFORE_STATE = 2
 """pid and (comm) come before the state; comm may hold spaces, so fields are counted after its ')'."""
 
@@ -81,6 +86,47 @@ class LinuxHost(PosixHost):
         for line in text.splitlines():
             if line.startswith("Mlocked:"):
                 return int(line.split()[1]) * 1024
+        return None
+
+    def locked_bytes(self, pids: Sequence[int]) -> int | None:
+        """Return the sum of `VmLck` (proc_pid_status(5)) in bytes, None if no process could be read."""
+        found = [self._status_number(pid, "VmLck:", 10) for pid in pids]
+        known = [kib * _KIB for kib in found if kib is not None]
+        return sum(known) if known else None
+
+    def lock_limits(self, pid: int | None) -> LockLimits:
+        """Return RLIMIT_MEMLOCK (proc_pid_limits(5)) and whether CAP_IPC_LOCK lifts it (capabilities(7))."""
+        pid = pid or os.getpid()
+        capabilities = self._status_number(pid, "CapEff:", 16)
+        return LockLimits(
+            "linux",
+            memlock_bytes=self._memlock(pid),
+            can_ignore_memlock=None if capabilities is None else bool(capabilities >> _CAP_IPC_LOCK & 1),
+        )
+
+    def wire_refusals(self) -> WireRefusals | None:
+        """Return None: Linux counts no refused locks."""
+        return None
+
+    def _status_number(self, pid: int, name: str, base: int) -> int | None:
+        try:
+            text = (self._proc / str(pid) / "status").read_text()
+        except OSError:
+            return None
+        for line in text.splitlines():
+            if line.startswith(name):
+                return int(line.split()[1], base)
+        return None
+
+    def _memlock(self, pid: int) -> int | None:
+        try:
+            text = (self._proc / str(pid) / "limits").read_text()
+        except OSError:
+            return None
+        for line in text.splitlines():
+            if line.startswith(_MEMLOCK_LINE):
+                soft = line.removeprefix(_MEMLOCK_LINE).split()[0]
+                return -1 if soft == "unlimited" else int(soft)
         return None
 
     def quarantine(self, path: Path) -> str | None:  # noqa: ARG002  # the Host protocol

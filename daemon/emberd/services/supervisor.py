@@ -23,6 +23,7 @@ from emberd.engine.llama_log import find_cause
 from emberd.engine.output import OutputFollower, open_for_engine
 from emberd.engine.process import EngineProcess, ProcessTree, launch
 from emberd.host.files import make_private_folder, write_atomically
+from emberd.services.meter import LockMeter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -39,6 +40,7 @@ while a large model loads."""
 _PROBE_TIMEOUT_S = 2.0
 _FIRST_PROBE_S = 0.05
 _SLOWEST_PROBE_S = 0.5
+_JUDGE_LOCK_S = 30.0
 _RELEASE_LIMIT_S = 10.0
 _RELEASE_POLL_S = 0.05
 _REPORT_LIMIT_S = 1.0
@@ -104,6 +106,7 @@ class Supervisor:
         self._record: records.EngineRecord | None = None
         self._plan: LaunchPlan | None = None
         self._follower = self._make_follower()
+        self._meter = LockMeter(host)
         self._progress: LoadProgress | None = None
         self._look_now = asyncio.Event()
         self._wired_before: int | None = None
@@ -221,6 +224,7 @@ class Supervisor:
                 "started_at": record.started_at,
                 "command": list(record.command),
             },
+            "lock": self._meter.status() if life.state in _SERVING else None,
             "notices": [
                 {"code": notice.code, "message": notice.message}
                 for notice in (self._plan.notices if self._plan else ())
@@ -262,7 +266,8 @@ class Supervisor:
         Raises:
             EmberdError: the engine cannot run with the new settings; the old ones stay in force.
         """
-        plan = await engine.plan(self._record.port if self._record else free_port())
+        will_lock = self._would_lock(settings)
+        plan = await engine.plan(self._record.port if self._record else free_port(), will_lock=will_lock)
         is_starting = self._life.state is State.STARTING and not self._is_done("launch")
         must_restart = self._record is not None and self._record.plan_digest != _plan_digest(plan)
         self._settings, self._engine = settings, engine
@@ -389,8 +394,10 @@ class Supervisor:
             await self._await_memory_release()
             self._wired_before = self._host.wired_bytes()
             self._wired_loaded = None
-            plan = await self._engine.plan(free_port())
-            self._start_process(plan)
+            decision = await self._meter.decide(self._settings, self._engine.model_path())
+            plan = await self._engine.plan(free_port(), will_lock=decision.will_lock)
+            plan = replace(plan, notices=(*plan.notices, *decision.reasons))
+            self._start_process(plan, will_lock=decision.will_lock)
         except EmberdError as error:
             self.launch_error = error
             permanent = not isinstance(error, StateUnusable)
@@ -398,7 +405,7 @@ class Supervisor:
         except OSError as error:
             self.post(lifecycle.LaunchFailed(f"cannot start the engine: {error}", is_permanent=False))
 
-    def _start_process(self, plan: LaunchPlan) -> None:
+    def _start_process(self, plan: LaunchPlan, *, will_lock: bool) -> None:
         """Start the process and write down what is needed to adopt it, in this order and without a pause."""
         shutil.rmtree(self._paths.scratch, ignore_errors=True)  # no engine lives: what a killed one left is garbage
         make_private_folder(self._paths.scratch)
@@ -424,6 +431,7 @@ class Supervisor:
             port=plan.port,
             engine=self._engine.name,
             started_at=time.time(),
+            will_lock=will_lock,
         )
         self._take(process, record)
         self._starts += 1
@@ -482,6 +490,7 @@ class Supervisor:
                 await tree.terminate(self._engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
             self._paths.record.unlink(missing_ok=True)
             return False
+        await self._meter.adopt(self._engine.model_path())
         self._follower.skip_to_end()
         self._is_adopted = True
         self._take(process, record)
@@ -510,10 +519,16 @@ class Supervisor:
         """After an adoption: restart the engine if it was started with other settings than today's."""
         if self._record is None:
             return
-        plan = await self._engine.plan(self._record.port)
+        plan = await self._engine.plan(self._record.port, will_lock=self._would_lock(self._settings))
         self._plan = plan
         if _plan_digest(plan) != self._record.plan_digest:
             self.post(lifecycle.Restart("settings changed since this engine was started"))
+
+    def _would_lock(self, settings: Settings) -> bool:
+        """Tell whether the engine would be asked to lock; under `auto` the answer of its start stands."""
+        if settings.engine.lock == "auto" and self._record is not None:
+            return self._record.will_lock
+        return settings.engine.lock != "never"
 
     # --- watch ----------------------------------------------------------------------------------------------
 
@@ -555,6 +570,7 @@ class Supervisor:
 
     def _read_output(self) -> None:
         for line in self._follower.read_lines():
+            self._meter.note(line)
             self._log.info("engine_line", category="engine", line=line)
             progress = self._engine.read_progress(line)
             if progress is not None and progress != self._progress:
@@ -584,18 +600,33 @@ class Supervisor:
                 async with asyncio.timeout(pause_s):
                     await self._look_now.wait()
             pause_s = min(pause_s * 1.5, _SLOWEST_PROBE_S)
+        tree = self._process.members() if self._process else []
+        self._judge_lock(tree, is_asked=record.will_lock)
         self.post(lifecycle.BecameReady())
-        await self._probe_liveness(record.port)
+        await self._probe_liveness(record, tree)
 
     def _is_ours(self, port: int) -> bool:
         """Tell whether the listener belongs to our process tree; True where that cannot be told."""
         listening = self._host.listeners(self._process.members()) if self._process else None
         return listening is None or port in listening
 
-    async def _probe_liveness(self, port: int) -> None:
+    def _judge_lock(self, tree: list[int], *, is_asked: bool) -> None:
+        """Weigh whether the lock holds, and say it when that has changed: a lock can be lost."""
+        if self._meter.judge(tree, is_asked=is_asked):
+            lock = self._meter.status() or {}
+            is_wanting = is_asked and lock["state"] in {"PARTIAL", "ABSENT"}
+            report = self._log.warning if is_wanting else self._log.info
+            report("engine_lock", **{name: value for name, value in lock.items() if value})
+
+    async def _probe_liveness(self, record: records.EngineRecord, tree: list[int]) -> None:
+        port = record.port
         watch = liveness.begin(time.monotonic())
+        judged_s = time.monotonic()
         while True:
             await asyncio.sleep(self._settings.lifecycle.probe_interval_s)
+            if time.monotonic() - judged_s >= _JUDGE_LOCK_S:
+                judged_s = time.monotonic()
+                self._judge_lock(tree, is_asked=record.will_lock)
             seen = await self._engine.probe_activity(port, _PROBE_TIMEOUT_S)
             if (not seen.answered or seen.is_generating) and self._process:
                 if seen.generated_units is not None:

@@ -1,0 +1,165 @@
+"""The header of a GGUF file: numbers about the model, and where its tensors begin.
+
+Layout: ggml-org/ggml, docs/gguf.md. Little-endian; magic, version, tensor count, metadata count, metadata, tensor
+table, padding to the alignment, tensor data. Versions 2 and 3 are read alike; version 1 had 32-bit counts.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from emberd.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+"""gguf_metadata_value_type -> struct format."""
+_STRING, _ARRAY = 8, 9
+_DEFAULT_ALIGNMENT = 32
+_MOST_ENTRIES = 1 << 20
+_LONGEST_STRING_BYTES = 1 << 24
+_MOST_ITEMS = 1 << 26
+_MOST_DIMENSIONS = 8
+_KEPT_ITEMS = 4096
+"""Arrays of numbers up to this length are kept (heads by layer); longer ones are a vocabulary's scores."""
+_VOCABULARY = "tokenizer.ggml.tokens"
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What the header says.
+
+    Attributes:
+        metadata: scalars, strings, and short arrays of numbers, by key.
+        vocabulary_tokens: size of the vocabulary, None if the file holds none.
+        tensors: number of tensors in this file.
+        data_offset: byte at which the tensors' data begins.
+    """
+
+    metadata: Mapping[str, Any]
+    vocabulary_tokens: int | None
+    tensors: int
+    data_offset: int
+
+
+def split_names(name: str) -> tuple[str, ...]:
+    """Return the names of all parts of a model, given that of its first; one name if it is not split."""
+    found = _SPLIT.search(name)
+    if found is None:
+        return (name,)
+    stem, count = name[: found.start()], int(found[2])
+    return tuple(f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
+
+
+def read_header(read: Callable[[int], bytes], name: str) -> GgufHeader:
+    """Read a header.
+
+    Args:
+        read: returns the next so many bytes of the file, fewer at its end.
+        name: the file's name, for messages.
+
+    Raises:
+        ModelError: not a GGUF, of an unknown version, truncated, or with impossible numbers.
+    """
+    return _Reader(read, name).header()
+
+
+class _Reader:
+    def __init__(self, read: Callable[[int], bytes], name: str) -> None:
+        self._read = read
+        self._name = name
+        self._offset = 0
+
+    def header(self) -> GgufHeader:
+        if self._take(4) != _MAGIC:
+            raise self._wrong("it is not a GGUF")
+        version = self._number("I")
+        if version not in _VERSIONS:
+            raise self._wrong(f"its version {version} is not known")
+        tensors, entries = self._count(_MOST_ENTRIES), self._count(_MOST_ENTRIES)
+        metadata: dict[str, Any] = {}
+        vocabulary: int | None = None
+        for _ in range(entries):
+            key = self._string().decode("utf-8", "replace")
+            value = self._value(self._number("I"))
+            if key == _VOCABULARY and isinstance(value, _Skipped):
+                vocabulary = value.items
+            elif not isinstance(value, _Skipped):
+                metadata[key] = value
+        for _ in range(tensors):
+            self._string()
+            dimensions = self._number("I")
+            if dimensions > _MOST_DIMENSIONS:
+                raise self._wrong(f"a tensor has {dimensions} dimensions")
+            self._take(dimensions * 8 + 4 + 8)
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or not 0 < alignment <= _LONGEST_STRING_BYTES:
+            raise self._wrong(f"its alignment is {alignment!r}")
+        return GgufHeader(metadata, vocabulary, tensors, -(-self._offset // alignment) * alignment)
+
+    def _value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self._number(_SCALARS[kind])
+        if kind == _STRING:
+            return self._string().decode("utf-8", "replace")
+        if kind != _ARRAY:
+            raise self._wrong(f"metadata of the unknown type {kind}")
+        item = self._number("I")
+        count = self._count(_MOST_ITEMS)
+        if item == _STRING:
+            for _ in range(count):
+                self._string()
+            return _Skipped(count)
+        if item not in _SCALARS:
+            raise self._wrong(f"an array of the unknown type {item}")
+        form = _SCALARS[item]
+        data = self._take(count * struct.calcsize("<" + form))
+        return list(struct.unpack(f"<{count}{form}", data)) if count <= _KEPT_ITEMS else _Skipped(count)
+
+    def _string(self) -> bytes:
+        return self._take(self._count(_LONGEST_STRING_BYTES))
+
+    def _count(self, most: int) -> int:
+        count: int = self._number("Q")
+        if count > most:
+            raise self._wrong(f"it counts {count} of something")
+        return count
+
+    def _number(self, form: str) -> Any:
+        return struct.unpack("<" + form, self._take(struct.calcsize("<" + form)))[0]
+
+    def _take(self, count: int) -> bytes:
+        data = self._read(count)
+        if len(data) < count:
+            raise self._wrong("it ends within its header")
+        self._offset += count
+        return data
+
+    def _wrong(self, what: str) -> ModelError:
+        return ModelError(f"not a usable model: {self._name}: {what}", "Download it again.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Skipped:
+    """An array that was not kept."""
+
+    items: int

@@ -1,0 +1,153 @@
+"""What the model needs of this computer, and what the kernel holds of it: preflight and lock verdict."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from emberd.core.errors import ModelError
+from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache
+from emberd.core.load_facts import LoadFacts
+from emberd.core.lock import LockEvidence, LockState, LockVerdict, judge_lock
+from emberd.core.preflight import Preflight, PreflightFacts, preflight
+from emberd.engine import llama_log
+from emberd.host.model_facts import read_model_facts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from emberd.core.lock_limits import WireRefusals
+    from emberd.core.ports import Host
+    from emberd.core.settings import LockPolicy, Settings
+    from emberd.host.model_facts import ModelFacts
+
+_KOBOLDCPP_CONTEXT = 8192
+"""KoboldCPP's context unless told (1.104; 4096 in 1.76); an upper bound of what it will take."""
+_LOCK_OPTIONS = frozenset({"--usemlock", "--mlock"})
+_CONTEXT_OPTIONS = frozenset({"--contextsize", "--ctx-size", "--context-size", "-c"})
+
+
+class LockMeter:
+    """Follows one engine from before its start: shall it lock, and does the lock hold?
+
+    Args:
+        host: this computer.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._known: tuple[tuple[str, int, int], ModelFacts] | None = None
+        self._weights_bytes: int | None = None
+        self._load = LoadFacts()
+        self._wired_before: int | None = None
+        self._refusals_before: WireRefusals | None = None
+        self._was_held = False
+        self.verdict: LockVerdict | None = None
+        """The last verdict, None before the first."""
+
+    async def decide(self, settings: Settings, model: Path | None) -> Preflight:
+        """Decide before a start whether the engine shall lock, and begin to follow it."""
+        facts = await self._model_facts(model)
+        total, available = self._host.memory()
+        self._weights_bytes = facts.weights_bytes if facts else None
+        self._load, self._was_held, self.verdict = LoadFacts(), False, None
+        self._wired_before = self._host.wired_bytes()
+        self._refusals_before = self._host.wire_refusals()
+        return preflight(
+            PreflightFacts(
+                limits=self._host.lock_limits(None),
+                weights_bytes=self._weights_bytes,
+                kv_bytes=estimate_kv_cache(facts.metadata, _context_tokens(settings)).size_bytes if facts else None,
+                compute_bytes=estimate_compute_buffer(facts.vocabulary_tokens) if facts else None,
+                ram_bytes=total,
+                available_bytes=available,
+                wired_bytes=self._wired_before,
+                users=_users(),
+            ),
+            _policy(settings),
+        )
+
+    async def adopt(self, model: Path | None) -> None:
+        """Begin to follow an engine that runs already; what its log told is not known."""
+        facts = await self._model_facts(model)
+        self._weights_bytes = facts.weights_bytes if facts else None
+        self._load, self._was_held, self.verdict = LoadFacts(), False, None
+        self._wired_before = self._refusals_before = None
+
+    def note(self, line: str) -> None:
+        """Take what a line of the engine's log tells about its memory."""
+        self._load = llama_log.note(self._load, line)
+
+    def judge(self, pids: Sequence[int], *, is_asked: bool) -> bool:
+        """Weigh the evidence anew; True if the verdict has changed its state or reason."""
+        refusals = self._host.wire_refusals()
+        before = self._refusals_before
+        verdict = judge_lock(
+            LockEvidence(
+                limits=self._host.lock_limits(pids[0] if pids else None),
+                weights_bytes=self._weights_bytes,
+                locked_bytes=self._host.locked_bytes(pids),
+                is_asked=is_asked,
+                load=self._load,
+                wired_bytes=self._wired_before,
+                refusals=refusals.since(before) if refusals and before else None,
+                was_held=self._was_held,
+            )
+        )
+        self._was_held = self._was_held or verdict.state is LockState.HELD
+        last, self.verdict = self.verdict, verdict
+        return last is None or (last.state, last.reason) != (verdict.state, verdict.reason)
+
+    def status(self) -> dict[str, Any] | None:
+        """Return the last verdict as plain values."""
+        if self.verdict is None:
+            return None
+        return {
+            "state": self.verdict.state.value,
+            "locked_bytes": self.verdict.locked_bytes,
+            "needed_bytes": self.verdict.needed_bytes,
+            "reason": self.verdict.reason.value if self.verdict.reason else None,
+            "message": self.verdict.message,
+            "remedy": self.verdict.remedy,
+            "notes": list(self.verdict.notes),
+        }
+
+    async def _model_facts(self, model: Path | None) -> ModelFacts | None:
+        """Return the model's numbers, read once for each version of the file; None if they cannot be read."""
+        if model is None:
+            return None
+        try:
+            facts = model.stat()
+            key = (str(model), facts.st_size, facts.st_mtime_ns)
+            if self._known is None or self._known[0] != key:
+                self._known = (key, await asyncio.to_thread(read_model_facts, model))
+        except (OSError, ModelError):
+            return None  # the engine's adapter names what is wrong with the file
+        return self._known[1]
+
+
+def _policy(settings: Settings) -> LockPolicy:
+    """Return engine.lock; an owner who writes the engine's own flag has decided what `auto` would weigh."""
+    is_wished = bool(_LOCK_OPTIONS & set(settings.engine.extra_args))
+    return "always" if settings.engine.lock == "auto" and is_wished else settings.engine.lock
+
+
+def _context_tokens(settings: Settings) -> int:
+    """Return the context that the engine will have, 0 for the model's own."""
+    words = settings.engine.extra_args
+    for word, value in pairwise(words):
+        if word in _CONTEXT_OPTIONS and value.isdigit() and not settings.engine.context_size:
+            return int(value)
+    return settings.engine.context_size or (_KOBOLDCPP_CONTEXT if settings.engine.kind == "koboldcpp" else 0)
+
+
+def _users() -> int | None:
+    """Return how many people have sessions here, this one included; None if the system does not tell."""
+    try:
+        return max(len({user.name for user in psutil.users()}), 1)
+    except (OSError, RuntimeError, psutil.Error):
+        return None

@@ -1,0 +1,194 @@
+"""The lock is believed when the kernel says so: real engines, real locks, real limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from emberd.core.lock import LockState
+from emberd.core.settings import EngineSettings, ModelSettings, Settings
+from emberd.host import ThisHost
+from emberd.host.darwin import DarwinHost
+from emberd.services.meter import LockMeter
+from synthetic_gguf import write_gguf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from daemon_process import Daemon
+
+    MakeDaemon = Callable[..., Daemon]
+
+may_lock = pytest.mark.skipif(
+    os.geteuid() != 0 and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] not in {-1, resource.RLIM_INFINITY},
+    reason="this user may not lock a model",
+)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def start(daemon: Daemon) -> dict[str, Any]:
+    daemon.start()
+    lock: dict[str, Any] = daemon.wait_ready()["lock"]
+    return lock
+
+
+@may_lock
+@on_linux
+def test_a_lock_that_holds_is_proved_by_the_kernel(make_daemon: MakeDaemon):
+    daemon = make_daemon({"lifecycle.probe_interval_s": 10})
+    lock = start(daemon)
+    assert lock["state"] == "HELD"
+    assert lock["locked_bytes"] >= lock["needed_bytes"] * 0.95
+    assert daemon.wait_event("engine_lock")["state"] == "HELD"
+    assert "HELD" in daemon.verb("status").stdout
+
+
+@on_linux
+def test_a_lock_that_the_engine_was_refused_is_absent_with_its_reason(make_daemon: MakeDaemon):
+    lock = start(make_daemon(STANDIN_MLOCK_FAILS="1"))
+    assert lock["state"] == "ABSENT"
+    assert lock["message"]
+    assert lock["notes"]
+
+
+@on_linux
+def test_a_lock_that_nobody_asked_for_is_absent_and_no_warning(make_daemon: MakeDaemon):
+    daemon = make_daemon({"engine.lock": "never"})
+    lock = start(daemon)
+    assert (lock["state"], lock["reason"]) == ("ABSENT", "not_asked")
+    assert daemon.wait_event("engine_lock")["level"] == "info"
+
+
+@may_lock
+@on_linux
+def test_the_lock_of_an_adopted_engine_is_proved_again(make_daemon: MakeDaemon):
+    daemon = make_daemon()
+    start(daemon)
+    daemon.kill()
+    assert start(daemon)["state"] == "HELD"
+    assert daemon.status()["engine"]["adopted"]
+
+
+def test_a_change_of_the_policy_restarts_the_engine(make_daemon: MakeDaemon):
+    daemon = make_daemon()
+    start(daemon)
+    first = daemon.status()["engine"]["pid"]
+    daemon.write_settings(engine__lock="never")
+    assert json.loads(daemon.verb("reload", "--json").stdout)["engine_restarts"]
+    assert "--usemlock" not in daemon.wait_ready(other_than=first)["engine"]["command"]
+
+
+class SmallHost(ThisHost):
+    """This computer with so much memory as a test says."""
+
+    total: int = 0
+
+    def memory(self) -> tuple[int | None, int | None]:
+        return self.total, self.total
+
+
+@pytest.mark.parametrize(
+    ("ram_mib", "policy", "words", "locks"),
+    [
+        (64 * 1024, "auto", (), True),
+        (256, "auto", (), False),
+        (256, "always", (), True),
+        (256, "auto", ("--usemlock",), True),
+        (64 * 1024, "never", (), False),
+    ],
+)
+async def test_auto_locks_where_enough_remains_and_an_owners_own_flag_decides(
+    tmp_path: Path, ram_mib: int, policy: Any, words: tuple[str, ...], locks: bool
+):
+    model = tmp_path / "m.gguf"
+    write_gguf(model)
+    host = SmallHost()
+    host.total = ram_mib << 20
+    settings = Settings(
+        model=ModelSettings(path=str(model)), engine=EngineSettings(lock=policy, extra_args=words, context_size=512)
+    )
+    decision = await LockMeter(host).decide(settings, model)
+    assert decision.will_lock is locks
+    if policy == "auto" and not locks:
+        assert decision.reasons
+
+
+async def test_a_model_that_cannot_be_read_leaves_the_verdict_unknown(tmp_path: Path):
+    meter = LockMeter(ThisHost())
+    await meter.adopt(tmp_path / "missing.gguf")
+    assert meter.judge([os.getpid()], is_asked=True)
+    assert meter.verdict is not None
+    assert meter.verdict.state is LockState.UNKNOWN
+    assert not meter.judge([os.getpid()], is_asked=True), "nothing has changed"
+
+
+@on_linux
+def test_locked_bytes_are_those_of_the_processes():
+    code = """
+import ctypes, mmap, sys
+area = mmap.mmap(-1, 1 << 20)
+address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+print(ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(1 << 20)), flush=True)
+sys.stdin.read()
+"""
+    host = ThisHost()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as locker:
+        assert locker.stdout is not None
+        assert locker.stdout.readline().strip() == "0"
+        assert host.locked_bytes([locker.pid, os.getpid()]) == 1 << 20
+        limits = host.lock_limits(locker.pid)
+        soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        assert limits.memlock_bytes == soft
+        assert limits.can_ignore_memlock is (os.geteuid() == 0)
+        locker.communicate("")
+    assert host.locked_bytes([locker.pid]) is None
+
+
+class LibcStandin:
+    """Apple's calls as documented: proc_pid_rusage fills 296 bytes or fails; sysctlbyname gives 4 or 8 bytes."""
+
+    def __init__(self) -> None:
+        self.wired = {100: 7 << 30, 101: 1 << 20}
+        self.sysctls = {b"vm.user_wire_limit": (8, 12 << 30), b"vm.add_wire_count_over_user_limit": (8, 3)}
+
+    def proc_pid_rusage(self, pid: Any, flavor: Any, buffer: Any) -> int:
+        assert flavor.value == 4
+        assert len(buffer) == 296
+        if pid.value not in self.wired:
+            return -1
+        buffer[56:64] = self.wired[pid.value].to_bytes(8, "little")
+        return 0
+
+    def sysctlbyname(self, name: bytes, value: Any, length: Any, new: None, new_length: Any) -> int:
+        assert new is None
+        assert new_length.value == 0
+        if name not in self.sysctls:
+            return -1
+        size, number = self.sysctls[name]
+        value[0:size] = number.to_bytes(size, "little")
+        length._obj.value = size
+        return 0
+
+
+def test_macos_tells_wired_memory_and_limits(monkeypatch: pytest.MonkeyPatch):
+    libc = LibcStandin()
+    monkeypatch.setattr("emberd.host.darwin._libc", lambda: libc)
+    host = DarwinHost()
+    assert host.locked_bytes([100, 101, 999]) == (7 << 30) + (1 << 20)
+    assert host.locked_bytes([999]) is None
+    limits = host.lock_limits(100)
+    assert (limits.user_wire_bytes, limits.global_wire_bytes) == (12 << 30, None)
+    assert host.wire_refusals() is None
+    libc.sysctls[b"vm.add_wire_count_over_global_limit"] = (4, 5)
+    refusals = host.wire_refusals()
+    assert refusals is not None
+    assert (refusals.over_user_limit, refusals.over_global_limit) == (3, 5)
