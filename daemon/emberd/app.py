@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from emberd.host.paths import StatePaths
     from emberd.services.endpoint import Endpoint
     from emberd.services.supervisor import Supervisor
+    from emberd.services.swap_meter import SwapMeter
 
 _LAST_ANSWERS_S = 2.0
 """After the engine is gone, what is still open are refusals on their way out."""
@@ -76,6 +77,7 @@ class _Daemon:
         self._http: EngineHttp
         self._supervisor: Supervisor
         self._endpoint: Endpoint
+        self._swap: SwapMeter
 
     async def run(self) -> int:
         """Build, serve, wait for a reason to stop, shut down."""
@@ -89,6 +91,7 @@ class _Daemon:
         from emberd.services.endpoint import Endpoint  # noqa: PLC0415
         from emberd.services.proxy import Proxy, make_app  # noqa: PLC0415
         from emberd.services.supervisor import Paths, Supervisor  # noqa: PLC0415
+        from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
 
         self._log = logs.configure(self._settings.log)
         client = http.client()
@@ -105,11 +108,13 @@ class _Daemon:
         self._endpoint = Endpoint()
         proxy = Proxy(supervisor, lambda: self._settings.endpoint.hold_timeout_s, self._log)
         app = make_app(proxy, lambda: supervisor.state.value)
+        self._swap = SwapMeter(self._host, self._paths.history, self._log, supervisor.sample)
         control = ControlServer(self._paths.control, self._verbs(), self._log)
         self._take_signals()
         await control.start()
         owner = asyncio.create_task(supervisor.run(), name="supervisor")
         serving = asyncio.create_task(self._endpoint.serve(app, self._listener), name="endpoint")
+        metering = asyncio.create_task(self._swap.run(), name="swap")
         self._log.info(
             "emberd_started",
             version=__version__,
@@ -125,7 +130,9 @@ class _Daemon:
         finally:
             owner.cancel()
             serving.cancel()
-            await asyncio.gather(owner, serving, return_exceptions=True)
+            metering.cancel()
+            await asyncio.gather(owner, serving, metering, return_exceptions=True)
+            await self._swap.close()
             await control.close()
             await proxy.aclose()
             await client.aclose()
@@ -222,7 +229,7 @@ class _Daemon:
 
     def _verbs(self) -> dict[str, Any]:
         async def status() -> dict[str, Any]:
-            return self._status()
+            return {**self._status(), "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb)}
 
         async def stop() -> dict[str, Any]:
             self._stop.set()

@@ -179,6 +179,24 @@ class LibcStandin:
         return 0
 
 
+async def test_auto_locks_on_macos_26_where_psutil_tells_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The size of the memory is enough to decide; psutil up to 7.2.2 raises there (issue 2853)."""
+
+    def fails() -> None:
+        raise RuntimeError("host_statistics64(HOST_VM_INFO64) syscall failed: (ipc/mig) array not large enough")
+
+    libc = LibcStandin()
+    libc.sysctls[b"hw.memsize"] = (8, 36 << 30)
+    monkeypatch.setattr("emberd.host.darwin._libc", lambda: libc)
+    monkeypatch.setattr("psutil.virtual_memory", fails)
+    model = tmp_path / "m.gguf"
+    write_gguf(model)
+    host = DarwinHost()
+    assert host.memory() == (36 << 30, None)
+    decision = await LockMeter(host).decide(Settings(model=ModelSettings(path=str(model))), model)
+    assert decision.will_lock
+
+
 def test_macos_tells_wired_memory_and_limits(monkeypatch: pytest.MonkeyPatch):
     libc = LibcStandin()
     monkeypatch.setattr("emberd.host.darwin._libc", lambda: libc)

@@ -54,6 +54,8 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("process", f"{engine['kind']}, pid {engine['pid']}, up {age}{adopted}", ""))
     if status["lock"]:
         rows += _lock_rows(status["lock"])
+    if status["swap"] and status["swap"]["written_today_bytes"]:
+        rows.append(("swap", _swap_words(status["swap"]), ""))
     requests = f"{status['requests_in_flight']} running, {status['requests_held']} waiting"
     rows.append(("requests", requests, ""))
     if status["last_exit"]:
@@ -71,3 +73,11 @@ def _lock_rows(lock: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [("lock", f"{lock['state']}{sizes}", style)]
     rows += [("", text, "dim") for text in (lock["message"], lock["remedy"]) if text]
     return rows
+
+
+def _swap_words(swap: dict[str, Any]) -> str:
+    engine = swap["engine_idle_bytes"] + swap["engine_busy_bytes"]
+    return (
+        f"{swap['written_today_bytes'] / 1e9:.2f} GB written today ({swap['share_of_endurance']:.4%} of the SSD's "
+        f"endurance), {engine / 1e9:.2f} GB by the engine, {swap['engine_idle_bytes'] / 1e9:.2f} GB while idle"
+    )

@@ -121,6 +121,14 @@ class Host(Protocol):
         """Return the computer's memory and what of it is available, in bytes; None if unknown."""
         ...
 
+    def swapped_out_bytes(self) -> int | None:
+        """Return bytes that the whole system has written to swap since boot, None if it cannot be told."""
+        ...
+
+    def swapped_bytes(self, pids: Sequence[int]) -> int | None:
+        """Return what these processes have in swap, in bytes; None if it cannot be told of any of them."""
+        ...
+
     def quarantine(self, path: Path) -> str | None:
         """Return the quarantine mark of a downloaded file, None if it has none."""
         ...

@@ -90,3 +90,20 @@ class Activity:
     is_generating: bool | None = None
     generated_units: int | None = None
     cpu_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSample:
+    """What the engine is at this moment, for those who measure it.
+
+    Attributes:
+        key: text that tells this engine process from another one, None while there is none.
+        pids: its processes.
+        is_idle: it is ready, and no request is running.
+        requests: requests sent to it so far; the same number twice means that there was none between.
+    """
+
+    key: str | None
+    pids: tuple[int, ...]
+    is_idle: bool
+    requests: int

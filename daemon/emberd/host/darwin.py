@@ -105,6 +105,11 @@ class DarwinHost(PosixHost):
             return None
         return wired or None
 
+    def memory(self) -> tuple[int | None, int | None]:
+        """Return `hw.memsize` (sysctl(3)) and psutil's available memory, which is unknown on macOS 26."""
+        total, available = super().memory()
+        return self._sysctl("hw.memsize") or total, available
+
     def locked_bytes(self, pids: Sequence[int]) -> int | None:
         """Return the sum of `ri_wired_size`: what mlock wired in these processes (xnu, bsd/sys/resource.h).
 
@@ -118,6 +123,14 @@ class DarwinHost(PosixHost):
         if _libc().proc_pid_rusage(ctypes.c_int(pid), ctypes.c_int(_RUSAGE_INFO_V4), usage) != 0:
             return None
         return int.from_bytes(usage.raw[_WIRED_SIZE_OFFSET : _WIRED_SIZE_OFFSET + 8], "little")
+
+    def swapped_out_bytes(self) -> int | None:
+        """Return None: psutil's `sout` counts page-outs of files here, not swap (psutil/arch/osx/mem.c)."""
+        return None
+
+    def swapped_bytes(self, pids: Sequence[int]) -> int | None:  # noqa: ARG002  # the Host protocol
+        """Return None: no call tells what another process has in swap."""
+        return None
 
     def lock_limits(self, pid: int | None) -> LockLimits:  # noqa: ARG002  # a child has the limits of this process
         """Return RLIMIT_MEMLOCK and the two wire limits, which anyone may read (xnu, bsd/kern/kern_sysctl.c)."""

@@ -90,7 +90,25 @@ class LinuxHost(PosixHost):
 
     def locked_bytes(self, pids: Sequence[int]) -> int | None:
         """Return the sum of `VmLck` (proc_pid_status(5)) in bytes, None if no process could be read."""
-        found = [self._status_number(pid, "VmLck:", 10) for pid in pids]
+        return self._sum_of(pids, "VmLck:")
+
+    def swapped_bytes(self, pids: Sequence[int]) -> int | None:
+        """Return the sum of `VmSwap` (proc_pid_status(5)) in bytes, None if no process could be read."""
+        return self._sum_of(pids, "VmSwap:")
+
+    def swapped_out_bytes(self) -> int | None:
+        """Return `pswpout` of /proc/vmstat, which counts pages (proc_vmstat(5)), in bytes."""
+        try:
+            text = (self._proc / "vmstat").read_text()
+        except OSError:
+            return None
+        for line in text.splitlines():
+            if line.startswith("pswpout "):
+                return int(line.split()[1]) * os.sysconf("SC_PAGESIZE")
+        return None
+
+    def _sum_of(self, pids: Sequence[int], name: str) -> int | None:
+        found = [self._status_number(pid, name, 10) for pid in pids]
         known = [kib * _KIB for kib in found if kib is not None]
         return sum(known) if known else None
 

@@ -48,6 +48,11 @@ class StatePaths:
         return self.directory / "merged.kcpps"
 
     @property
+    def history(self) -> Path:
+        """Daily accounts of what was written to swap."""
+        return self.directory / "history.db"
+
+    @property
     def answers(self) -> Path:
         """What engine programs said about themselves."""
         return self.directory / "engine-answers.json"

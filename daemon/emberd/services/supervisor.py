@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from emberd.core import exit_status, lifecycle, liveness
 from emberd.core.errors import EmberdError, NotReady, StateUnusable
 from emberd.core.lifecycle import Effect, Event, Lifecycle, State
-from emberd.core.types import Readiness
+from emberd.core.types import EngineSample, Readiness
 from emberd.core.wired import is_released
 from emberd.engine import record as records
 from emberd.engine.llama_log import find_cause
@@ -112,6 +112,8 @@ class Supervisor:
         self._wired_before: int | None = None
         self._wired_loaded: int | None = None
         self._in_flight = 0
+        self._requests = 0
+        self._tree: tuple[int, ...] = ()
         self._held = 0
         self._flowed_bytes = 0
         self._generated_units = 0
@@ -160,6 +162,7 @@ class Supervisor:
     def admitted(self) -> Iterator[Callable[[int], None]]:
         """Count a request that is on its way to the engine; yields a function that is told of bytes that flow."""
         self._in_flight += 1
+        self._requests += 1
         try:
             yield self._flowed
         finally:
@@ -194,6 +197,16 @@ class Supervisor:
         while self._life.state not in states:
             await self._changed.wait()
         return self._life.state
+
+    def sample(self) -> EngineSample:
+        """Return what the engine is at this moment, for those who measure it."""
+        record, has_process = self._record, self._life.state in lifecycle.HAS_PROCESS
+        return EngineSample(
+            key=f"{record.pid}:{record.start_token}" if record and has_process else None,
+            pids=self._tree if has_process else (),
+            is_idle=self._life.state is State.READY and not self._in_flight,
+            requests=self._requests,
+        )
 
     def status(self) -> dict[str, Any]:
         """Return the present as plain values, for people and for JSON."""
@@ -600,25 +613,25 @@ class Supervisor:
                 async with asyncio.timeout(pause_s):
                     await self._look_now.wait()
             pause_s = min(pause_s * 1.5, _SLOWEST_PROBE_S)
-        tree = self._process.members() if self._process else []
-        self._judge_lock(tree, is_asked=record.will_lock)
+        self._tree = tuple(self._process.members()) if self._process else ()
+        self._judge_lock(is_asked=record.will_lock)
         self.post(lifecycle.BecameReady())
-        await self._probe_liveness(record, tree)
+        await self._probe_liveness(record)
 
     def _is_ours(self, port: int) -> bool:
         """Tell whether the listener belongs to our process tree; True where that cannot be told."""
         listening = self._host.listeners(self._process.members()) if self._process else None
         return listening is None or port in listening
 
-    def _judge_lock(self, tree: list[int], *, is_asked: bool) -> None:
+    def _judge_lock(self, *, is_asked: bool) -> None:
         """Weigh whether the lock holds, and say it when that has changed: a lock can be lost."""
-        if self._meter.judge(tree, is_asked=is_asked):
+        if self._meter.judge(self._tree, is_asked=is_asked):
             lock = self._meter.status() or {}
             is_wanting = is_asked and lock["state"] in {"PARTIAL", "ABSENT"}
             report = self._log.warning if is_wanting else self._log.info
             report("engine_lock", **{name: value for name, value in lock.items() if value})
 
-    async def _probe_liveness(self, record: records.EngineRecord, tree: list[int]) -> None:
+    async def _probe_liveness(self, record: records.EngineRecord) -> None:
         port = record.port
         watch = liveness.begin(time.monotonic())
         judged_s = time.monotonic()
@@ -626,7 +639,7 @@ class Supervisor:
             await asyncio.sleep(self._settings.lifecycle.probe_interval_s)
             if time.monotonic() - judged_s >= _JUDGE_LOCK_S:
                 judged_s = time.monotonic()
-                self._judge_lock(tree, is_asked=record.will_lock)
+                self._judge_lock(is_asked=record.will_lock)
             seen = await self._engine.probe_activity(port, _PROBE_TIMEOUT_S)
             if (not seen.answered or seen.is_generating) and self._process:
                 if seen.generated_units is not None:
