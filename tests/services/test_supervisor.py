@@ -254,3 +254,18 @@ async def test_a_bug_in_a_piece_of_work_does_not_strand_the_state_machine(
     rig.begin()
     await rig.pid()
     assert "supervisor_bug" in rig.names()
+
+
+async def test_a_reading_that_fails_costs_neither_the_start_nor_the_engine(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_: object) -> None:
+        raise AttributeError("no such call on this system")
+
+    for name in ("memory", "lock_limits", "locked_bytes"):
+        monkeypatch.setattr(rig.host, name, fails)
+    rig.begin()
+    await rig.pid()
+    assert rig.supervisor.status()["starts"] == 1
+    assert rig.names().count("lock_meter_bug") == 2
+    assert "--usemlock" in rig.supervisor.status()["engine"]["command"]

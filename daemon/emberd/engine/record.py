@@ -90,7 +90,7 @@ def load(path: Path) -> EngineRecord | None:
             port=int(content["port"]),
             engine=str(content["engine"]),
             started_at=float(content["started_at"]),
-            will_lock=bool(content["will_lock"]),
+            will_lock=bool(content.get("will_lock", True)),
         )
     except FileNotFoundError:
         return None

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings
-    from emberd.core.types import LaunchPlan, LoadProgress
+    from emberd.core.types import LaunchPlan, LoadProgress, Notice
 
 _PORTS = range(20000, 30000)
 """Below the ephemeral ranges of macOS (49152 up) and Linux (32768 up): no outgoing connection can take the port
@@ -407,16 +407,24 @@ class Supervisor:
             await self._await_memory_release()
             self._wired_before = self._host.wired_bytes()
             self._wired_loaded = None
-            decision = await self._meter.decide(self._settings, self._engine.model_path())
-            plan = await self._engine.plan(free_port(), will_lock=decision.will_lock)
-            plan = replace(plan, notices=(*plan.notices, *decision.reasons))
-            self._start_process(plan, will_lock=decision.will_lock)
+            will_lock, reasons = await self._decide_lock()
+            plan = await self._engine.plan(free_port(), will_lock=will_lock)
+            self._start_process(replace(plan, notices=(*plan.notices, *reasons)), will_lock=will_lock)
         except EmberdError as error:
             self.launch_error = error
             permanent = not isinstance(error, StateUnusable)
             self.post(lifecycle.LaunchFailed(str(error), is_permanent=permanent))
         except OSError as error:
             self.post(lifecycle.LaunchFailed(f"cannot start the engine: {error}", is_permanent=False))
+
+    async def _decide_lock(self) -> tuple[bool, tuple[Notice, ...]]:
+        """Return whether to ask for the lock, and what the owner should know about it."""
+        try:
+            decision = await self._meter.decide(self._settings, self._engine.model_path())
+        except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
+            self._log.exception("lock_meter_bug")
+            return self._settings.engine.lock != "never", ()
+        return decision.will_lock, decision.reasons
 
     def _start_process(self, plan: LaunchPlan, *, will_lock: bool) -> None:
         """Start the process and write down what is needed to adopt it, in this order and without a pause."""
@@ -625,7 +633,12 @@ class Supervisor:
 
     def _judge_lock(self, *, is_asked: bool) -> None:
         """Weigh whether the lock holds, and say it when that has changed: a lock can be lost."""
-        if self._meter.judge(self._tree, is_asked=is_asked):
+        try:
+            has_changed = self._meter.judge(self._tree, is_asked=is_asked)
+        except Exception:  # noqa: BLE001  # a reading that fails must not cost the engine
+            self._log.exception("lock_meter_bug")
+            return
+        if has_changed:
             lock = self._meter.status() or {}
             is_wanting = is_asked and lock["state"] in {"PARTIAL", "ABSENT"}
             report = self._log.warning if is_wanting else self._log.info
