@@ -210,3 +210,15 @@ def test_macos_tells_wired_memory_and_limits(monkeypatch: pytest.MonkeyPatch):
     refusals = host.wire_refusals()
     assert refusals is not None
     assert (refusals.over_user_limit, refusals.over_global_limit) == (3, 5)
+
+
+def test_metals_heartbeat_is_read_from_the_engines_log():
+    meter = LockMeter(ThisHost())
+    assert meter.heartbeat(3600) is None, "no word of Metal"
+    meter.note("ggml_metal_device_init: creating a residency set collection (keep_alive = 180 s)")
+    short = meter.heartbeat(3600)
+    assert short is not None
+    assert (short["state"], short["seconds"], "180 s" in short["message"]) == ("SHORT", 180, True)
+    held = meter.heartbeat(180)
+    assert held is not None
+    assert held["state"] == "HELD"

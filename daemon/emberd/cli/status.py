@@ -54,6 +54,10 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("process", f"{engine['kind']}, pid {engine['pid']}, up {age}{adopted}", ""))
     if status["lock"]:
         rows += _lock_rows(status["lock"])
+    heartbeat = status["metal_heartbeat"]
+    if heartbeat:
+        words = (heartbeat["state"], heartbeat["message"], heartbeat["remedy"])
+        rows.append(("heartbeat", ". ".join(word for word in words if word), "dim"))
     if status["swap"] and status["swap"]["written_today_bytes"]:
         rows.append(("swap", _swap_words(status["swap"]), ""))
     requests = f"{status['requests_in_flight']} running, {status['requests_held']} waiting"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from emberd.core.errors import ModelError
+from emberd.core.keep_alive import KeepAliveState, judge_keep_alive
 from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache
 from emberd.core.load_facts import LoadFacts
 from emberd.core.lock import LockEvidence, LockState, LockVerdict, judge_lock
@@ -114,6 +115,18 @@ class LockMeter:
             "message": self.verdict.message,
             "remedy": self.verdict.remedy,
             "notes": list(self.verdict.notes),
+        }
+
+    def heartbeat(self, wanted_s: int) -> dict[str, Any] | None:
+        """Return what the engine's log says about Metal's heartbeat, None where it says nothing of Metal."""
+        verdict = judge_keep_alive(self._load, wanted_s)
+        if verdict.state is KeepAliveState.UNKNOWN:
+            return None
+        return {
+            "state": verdict.state.value,
+            "seconds": verdict.seconds,
+            "message": verdict.message,
+            "remedy": verdict.remedy,
         }
 
     async def _model_facts(self, model: Path | None) -> ModelFacts | None:

@@ -238,6 +238,7 @@ class Supervisor:
                 "command": list(record.command),
             },
             "lock": self._meter.status() if life.state in _SERVING else None,
+            "metal_heartbeat": self._meter.heartbeat(self._settings.engine.metal_keep_alive_s),
             "notices": [
                 {"code": notice.code, "message": notice.message}
                 for notice in (self._plan.notices if self._plan else ())
