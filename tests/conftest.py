@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from daemon_process import Daemon
@@ -12,6 +13,12 @@ from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+# A loaded machine of two cores is slow, not wrong; and a red run must be the same run again.
+hypothesis.settings.register_profile(
+    "emberd", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("emberd")
 
 STANDIN = Path(__file__).parent / "koboldcpp_standin"
 
