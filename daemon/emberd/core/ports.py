@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from signal import Signals
 
     from emberd.core.lock_limits import LockLimits, WireRefusals
+    from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
     from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness
 
 
@@ -101,12 +102,27 @@ class Host(Protocol):
         """Return a text that differs between two processes that had the same pid, None if `pid` is gone."""
         ...
 
-    def wired_bytes(self) -> int | None:
-        """Return bytes of memory that the whole system holds locked (wired), None if it cannot be told."""
+    def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
+        """Read the memory of these processes, summed; a process that cannot be read is left out."""
         ...
 
-    def locked_bytes(self, pids: Sequence[int]) -> int | None:
-        """Return bytes that these processes hold locked in memory, None if it cannot be told of any of them."""
+    def proportional_bytes(self, pids: Sequence[int]) -> int | None:
+        """Return what these processes take where shared pages are divided among their users (PSS).
+
+        Walks page tables: tens of milliseconds for a large model. None if it cannot be told of any of them.
+        """
+        ...
+
+    def system_memory(self) -> SystemMemory:
+        """Read the computer's memory, swap and memory pressure."""
+        ...
+
+    def power(self) -> Power:
+        """Read where power comes from. Can take some 10 ms: not for every tick."""
+        ...
+
+    def gpu_limits(self) -> GpuLimits | None:
+        """Return what the GPU may hold wired, None where the system has no such limits."""
         ...
 
     def lock_limits(self, pid: int | None) -> LockLimits:
@@ -115,18 +131,6 @@ class Host(Protocol):
 
     def wire_refusals(self) -> WireRefusals | None:
         """Return the kernel's counters of refused locks, None where there are none."""
-        ...
-
-    def memory(self) -> tuple[int | None, int | None]:
-        """Return the computer's memory and what of it is available, in bytes; None if unknown."""
-        ...
-
-    def swapped_out_bytes(self) -> int | None:
-        """Return bytes that the whole system has written to swap since boot, None if it cannot be told."""
-        ...
-
-    def swapped_bytes(self, pids: Sequence[int]) -> int | None:
-        """Return what these processes have in swap, in bytes; None if it cannot be told of any of them."""
         ...
 
     def quarantine(self, path: Path) -> str | None:
