@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from emberd.engine.http import EngineHttp
     from emberd.host.paths import StatePaths
     from emberd.services.endpoint import Endpoint
+    from emberd.services.residency_meter import ResidencyMeter
     from emberd.services.supervisor import Supervisor
     from emberd.services.swap_meter import SwapMeter
 
@@ -78,6 +79,7 @@ class _Daemon:
         self._supervisor: Supervisor
         self._endpoint: Endpoint
         self._swap: SwapMeter
+        self._residency: ResidencyMeter
 
     async def run(self) -> int:
         """Build, serve, wait for a reason to stop, shut down."""
@@ -90,6 +92,7 @@ class _Daemon:
         from emberd.services.control import ControlServer  # noqa: PLC0415
         from emberd.services.endpoint import Endpoint  # noqa: PLC0415
         from emberd.services.proxy import Proxy, make_app  # noqa: PLC0415
+        from emberd.services.residency_meter import ResidencyMeter  # noqa: PLC0415
         from emberd.services.supervisor import Paths, Supervisor  # noqa: PLC0415
         from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
 
@@ -109,12 +112,14 @@ class _Daemon:
         proxy = Proxy(supervisor, lambda: self._settings.endpoint.hold_timeout_s, self._log)
         app = make_app(proxy, lambda: supervisor.state.value)
         self._swap = SwapMeter(self._host, self._paths.history, self._log, supervisor.sample)
+        self._residency = ResidencyMeter(self._host, self._log, supervisor.sample)
         control = ControlServer(self._paths.control, self._verbs(), self._log)
         self._take_signals()
         await control.start()
         owner = asyncio.create_task(supervisor.run(), name="supervisor")
         serving = asyncio.create_task(self._endpoint.serve(app, self._listener), name="endpoint")
         metering = asyncio.create_task(self._swap.run(), name="swap")
+        sampling = asyncio.create_task(self._residency.run(), name="residency")
         self._log.info(
             "emberd_started",
             version=__version__,
@@ -131,8 +136,10 @@ class _Daemon:
             owner.cancel()
             serving.cancel()
             metering.cancel()
-            await asyncio.gather(owner, serving, metering, return_exceptions=True)
+            sampling.cancel()
+            await asyncio.gather(owner, serving, metering, sampling, return_exceptions=True)
             await self._swap.close()
+            await self._residency.close()
             await control.close()
             await proxy.aclose()
             await client.aclose()
@@ -229,7 +236,11 @@ class _Daemon:
 
     def _verbs(self) -> dict[str, Any]:
         async def status() -> dict[str, Any]:
-            return {**self._status(), "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb)}
+            return {
+                **self._status(),
+                "residency": await self._residency.status(),
+                "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
+            }
 
         async def stop() -> dict[str, Any]:
             self._stop.set()

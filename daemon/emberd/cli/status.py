@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, duration, show
+from emberd.cli.talk import as_json, ask_daemon, duration, residency_words, show
 
 _COLOURS = {"READY": "green", "FAILED": "red", "BACKOFF": "yellow", "STOPPED": "red"}
 
@@ -54,6 +54,9 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("process", f"{engine['kind']}, pid {engine['pid']}, up {age}{adopted}", ""))
     if status["lock"]:
         rows += _lock_rows(status["lock"])
+    if status["residency"]:
+        seen = status["residency"]
+        rows.append(("resident", residency_words(seen), "dim" if seen["share"] is None else ""))
     heartbeat = status["metal_heartbeat"]
     if heartbeat:
         words = (heartbeat["state"], heartbeat["message"], heartbeat["remedy"])

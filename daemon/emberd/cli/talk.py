@@ -47,3 +47,18 @@ def duration(seconds: float) -> str:
     if hours < 24:  # noqa: PLR2004  # hours in a day
         return f"{hours} h {minutes % 60} min"
     return f"{days} d {hours % 24} h"
+
+
+def gib(size_bytes: int) -> str:
+    """Return bytes as GiB with two decimals."""
+    return f"{size_bytes / (1 << 30):.2f}"
+
+
+def residency_words(seen: dict[str, Any]) -> str:
+    """Say a residency in a line."""
+    if seen["share"] is None:
+        return f"UNKNOWN: {seen['message']}"
+    text = f"{seen['share']:.1%}, {gib(seen['resident_bytes'])} of {gib(seen['total_bytes'])} GiB"
+    if seen["at_least"] != seen["at_most"]:
+        text += f" (between {seen['at_least']:.1%} and {seen['at_most']:.1%})"
+    return text

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: numbers about the model, and where its tensors begin.
+"""The header of a GGUF file: numbers about the model, and where its tensors lie.
 
 Layout: ggml-org/ggml, docs/gguf.md. Little-endian; magic, version, tensor count, metadata count, metadata, tensor
 table, padding to the alignment, tensor data. Versions 2 and 3 are read alike; version 1 had 32-bit counts.
@@ -41,6 +41,7 @@ _MOST_DIMENSIONS = 8
 _KEPT_ITEMS = 4096
 """Arrays of numbers up to this length are kept (heads by layer); longer ones are a vocabulary's scores."""
 _VOCABULARY = "tokenizer.ggml.tokens"
+_BLOCK = re.compile(r"(?:\w+\.)*?blk\.\d+(?=\.)")
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -51,14 +52,48 @@ class GgufHeader:
     Attributes:
         metadata: scalars, strings, and short arrays of numbers, by key.
         vocabulary_tokens: size of the vocabulary, None if the file holds none.
-        tensors: number of tensors in this file.
+        tensors: name and offset of every tensor, in the order of the file; the offset counts from `data_offset`.
         data_offset: byte at which the tensors' data begins.
     """
 
     metadata: Mapping[str, Any]
     vocabulary_tokens: int | None
-    tensors: int
+    tensors: tuple[tuple[str, int], ...]
     data_offset: int
+
+    def spans(self, file_bytes: int) -> tuple[TensorSpan, ...]:
+        """Return where each tensor lies in a file of this size, ordered by offset.
+
+        A tensor reaches to the next one, its padding included, so no table of block sizes is needed and a type of
+        numbers that is invented tomorrow is measured too.
+        """
+        starts = sorted((self.data_offset + offset, name) for name, offset in self.tensors)
+        ends = [start for start, _ in starts[1:]] + [file_bytes]
+        return tuple(
+            TensorSpan(name, start, max(min(end, file_bytes) - start, 0))
+            for (start, name), end in zip(starts, ends, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpan:
+    """A tensor's place in its file, in bytes.
+
+    Attributes:
+        name: its name, as in `blk.0.attn_q.weight`.
+        offset: first byte.
+        length: bytes up to the next tensor or the end of the file.
+    """
+
+    name: str
+    offset: int
+    length: int
+
+
+def layer_of(tensor: str) -> str:
+    """Return what a tensor belongs to: its block (`blk.0`, `v.blk.3`), else its first word (`token_embd`)."""
+    found = _BLOCK.match(tensor)
+    return found[0] if found else tensor.split(".", 1)[0]
 
 
 def split_names(name: str) -> tuple[str, ...]:
@@ -105,16 +140,20 @@ class _Reader:
                 vocabulary = value.items
             elif not isinstance(value, _Skipped):
                 metadata[key] = value
-        for _ in range(tensors):
-            self._string()
-            dimensions = self._number("I")
-            if dimensions > _MOST_DIMENSIONS:
-                raise self._wrong(f"a tensor has {dimensions} dimensions")
-            self._take(dimensions * 8 + 4 + 8)
+        table = tuple(self._tensor() for _ in range(tensors))
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= _LONGEST_STRING_BYTES:
             raise self._wrong(f"its alignment is {alignment!r}")
-        return GgufHeader(metadata, vocabulary, tensors, -(-self._offset // alignment) * alignment)
+        return GgufHeader(metadata, vocabulary, table, -(-self._offset // alignment) * alignment)
+
+    def _tensor(self) -> tuple[str, int]:
+        """Read an entry of the table: name, number of dimensions, the dimensions, type, offset."""
+        name = self._string().decode("utf-8", "replace")
+        dimensions = self._number("I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise self._wrong(f"a tensor has {dimensions} dimensions")
+        self._take(dimensions * 8 + 4)
+        return name, self._number("Q")
 
     def _value(self, kind: int) -> Any:
         if kind in _SCALARS:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
+    from emberd.core.residency import Paging
     from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness
 
 
@@ -80,6 +81,11 @@ class Host(Protocol):
     @property
     def name(self) -> str:
         """The kernel: darwin or linux."""
+        ...
+
+    @property
+    def paging(self) -> Paging:
+        """What the system's calls about pages can do."""
         ...
 
     def watch_exit(self, pid: int) -> EventWatch:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +102,15 @@ class EngineSample:
         pids: its processes.
         is_idle: it is ready, and no request is running.
         requests: requests sent to it so far; the same number twice means that there was none between.
+        model: the first file of the model, None if it is not known.
+        weights_bytes: size of the weights, None if unknown.
+        is_mapped: the weights are pages of the file; None if the engine's log does not tell.
     """
 
     key: str | None
     pids: tuple[int, ...]
     is_idle: bool
     requests: int
+    model: Path | None = None
+    weights_bytes: int | None = None
+    is_mapped: bool | None = None

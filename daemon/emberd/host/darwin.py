@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from emberd.core.lock_limits import LockLimits, WireRefusals
+from emberd.core.residency import Paging
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ class DarwinHost(PosixHost):
     """Readings and watches of a macOS kernel."""
 
     name = "darwin"
+    paging = Paging(
+        checks_owner=False,  # xnu looks pages up for any reader (bsd/kern/kern_mman.c)
+        cachestat=None,
+        populate=None,
+        touches_twice=True,
+    )
 
     def watch_exit(self, pid: int) -> ReadableWatch:
         """Watch a process through EVFILT_PROC with NOTE_EXIT, which needs no parenthood (kqueue(2)).

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.lock_limits import LockLimits, WireRefusals
+from emberd.core.residency import Paging
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ _IN_MODIFY = 0x00000002
 _INOTIFY_BUFFER_BYTES = 4096
 _START_TIME_FIELD = 22
 """proc_pid_stat(5): starttime, clock ticks after boot; fields count from 1."""
+_CACHESTAT = 451
+"""Number of the call on x86-64 and arm64 alike, Linux 6.5 (scripts/syscall.tbl)."""
+_MADV_POPULATE_READ = 22
+"""Linux 5.14 (<asm-generic/mman-common.h>)."""
 _CAP_IPC_LOCK = 14
 """<linux/capability.h>"""
 _MEMLOCK_LINE = "Max locked memory"
@@ -36,6 +41,12 @@ class LinuxHost(PosixHost):
     """
 
     name = "linux"
+    paging = Paging(
+        checks_owner=True,  # since 5.2 (mincore(2))
+        cachestat=_CACHESTAT,
+        populate=_MADV_POPULATE_READ,
+        touches_twice=False,
+    )
 
     def __init__(self, proc: Path = Path("/proc")) -> None:
         self._proc = proc

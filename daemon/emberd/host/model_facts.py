@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from emberd.core.gguf import GgufHeader, TensorSpan
+
 _BUFFER_BYTES = 1024 * 1024
+_linux_os: Any = os
+"""typeshed knows posix_fadvise on Linux only."""
+_F_RDAHEAD = 45
+"""macOS: read-ahead of one descriptor on or off (fcntl(2); xnu, bsd/sys/fcntl.h)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,36 @@ class ModelFacts:
     vocabulary_tokens: int | None
 
 
+def read_spans(path: Path) -> tuple[TensorSpan, ...]:
+    """Return where the tensors of one file lie.
+
+    Raises:
+        ModelError: the file is missing, unreadable or no GGUF.
+    """
+    header, file_bytes = _read(path)
+    return header.spans(file_bytes)
+
+
+def _read(path: Path) -> tuple[GgufHeader, int]:
+    try:
+        with path.open("rb", buffering=_BUFFER_BYTES) as file:
+            _turn_off_read_ahead(file.fileno())
+            return read_header(file.read, str(path)), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {path}: {error.strerror}", "All parts of a model belong side by side."
+        ) from error
+
+
+def _turn_off_read_ahead(descriptor: int) -> None:
+    """Read the header and nothing behind it: read-ahead would bring in weights, 16 MiB of a cold model."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "posix_fadvise"):
+            _linux_os.posix_fadvise(descriptor, 0, 0, _linux_os.POSIX_FADV_RANDOM)
+        else:
+            fcntl.fcntl(descriptor, _F_RDAHEAD, 0)
+
+
 def read_model_facts(path: Path) -> ModelFacts:
     """Read the headers of a model, all parts of a split one.
 
@@ -41,15 +80,8 @@ def read_model_facts(path: Path) -> ModelFacts:
     weights = 0
     first = None
     for name in split_names(path.name):
-        part = path.with_name(name)
-        try:
-            with part.open("rb", buffering=_BUFFER_BYTES) as file:
-                header = read_header(file.read, str(part))
-            weights += max(part.stat().st_size - header.data_offset, 0)
-        except OSError as error:
-            raise ModelError(
-                f"cannot read {part}: {error.strerror}", "All parts of a model belong side by side."
-            ) from error
+        header, file_bytes = _read(path.with_name(name))
+        weights += max(file_bytes - header.data_offset, 0)
         first = first or header
     if first is None:
         raise ModelError(f"no model at {path}", "Set model.path.")

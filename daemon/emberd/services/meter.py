@@ -50,6 +50,16 @@ class LockMeter:
         self.verdict: LockVerdict | None = None
         """The last verdict, None before the first."""
 
+    @property
+    def weights_bytes(self) -> int | None:
+        """Size of the model's tensors, None if unknown."""
+        return self._weights_bytes
+
+    @property
+    def is_mapped(self) -> bool | None:
+        """Whether the weights are pages of the file, None if the engine's log does not tell."""
+        return self._load.is_mapped
+
     async def decide(self, settings: Settings, model: Path | None) -> Preflight:
         """Decide before a start whether the engine shall lock, and begin to follow it."""
         facts = await self._model_facts(model)

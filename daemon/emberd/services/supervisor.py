@@ -206,6 +206,9 @@ class Supervisor:
             pids=self._tree if has_process else (),
             is_idle=self._life.state is State.READY and not self._in_flight,
             requests=self._requests,
+            model=self._engine.model_path(),
+            weights_bytes=self._meter.weights_bytes,
+            is_mapped=self._meter.is_mapped,
         )
 
     def status(self) -> dict[str, Any]:

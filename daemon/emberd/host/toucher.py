@@ -1,0 +1,248 @@
+"""The daemon's end of the toucher: starts it, asks it, and starts it again when it has died.
+
+The other end, and why it is a process of its own: host/toucher_process.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emberd.core.residency import PageCount, Source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from emberd.core.residency import Paging
+
+_PROCESS = Path(__file__).with_name("toucher_process.py")
+SILENCE_LIMIT_S = 30.0
+"""Longer than a count of 64 GiB (1.5 s) or the longest read of a disk that is waking up takes."""
+STOP_LIMIT_S = 2.0
+_LINE_LIMIT_BYTES = 1 << 24
+"""The counts of a million tensors."""
+
+Span = tuple[int, int, int]
+"""A file's number, the first byte, a length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """What a pass over the pages did.
+
+    Attributes:
+        is_complete: it was not stopped.
+        done_bytes: loaded, in whole pages.
+        total_bytes: what there is to load.
+        cold_bytes: what of the loaded was not resident before; None if the kernel does not tell.
+        elapsed_s: how long it took.
+    """
+
+    is_complete: bool
+    done_bytes: int
+    total_bytes: int
+    cold_bytes: int | None
+    elapsed_s: float
+
+
+class ToucherRefused(Exception):
+    """The toucher lives and cannot do it.
+
+    Attributes:
+        kind: not_owner, unreadable, no_reading or usage.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class ToucherLost(Exception):
+    """The toucher ended or fell silent; the next command starts another one."""
+
+
+class Toucher:
+    """One toucher for one model. Commands from several tasks wait for each other, only `stop` overtakes.
+
+    Args:
+        paging: what this system's calls can do.
+    """
+
+    def __init__(self, paging: Paging) -> None:
+        self._paging = paging
+        self._process: asyncio.subprocess.Process | None = None
+        self._paths: tuple[str, ...] = ()
+        self._mapped: tuple[str, ...] = ()
+        self._turn = asyncio.Lock()
+        self._number = 0
+        self._touching = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running toucher, None if there is none."""
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    def use(self, paths: Sequence[Path]) -> None:
+        """Name the model's files; they are mapped with the next command."""
+        self._paths = tuple(str(path) for path in paths)
+
+    async def count(self, spans: Sequence[Span] | None = None) -> tuple[Source, int, list[tuple[int, int]]]:
+        """Count resident pages exactly.
+
+        Args:
+            spans: stretches of the files; None for each file as a whole.
+
+        Returns:
+            What told, the size of a page in bytes, and resident and all pages of each span.
+
+        Raises:
+            ToucherRefused: it cannot be told, or a file cannot be read.
+            ToucherLost: the process died or fell silent.
+        """
+        answer = await self._ask({"do": "count", "spans": spans})
+        return Source(answer["source"]), answer["page_bytes"], [(each[0], each[1]) for each in answer["counts"]]
+
+    async def sample(self, pages: int) -> PageCount:
+        """Look at so many pages, one in each of as many equal stretches.
+
+        Raises:
+            ToucherRefused: it cannot be told, or a file cannot be read.
+            ToucherLost: the process died or fell silent.
+        """
+        answer = await self._ask({"do": "sample", "pages": pages})
+        return PageCount(
+            answer["resident"], answer["sampled"], answer["total"], answer["page_bytes"], Source(answer["source"])
+        )
+
+    async def touch(
+        self, progress: Callable[[int, int], None] = lambda *_: None, spans: Sequence[Span] | None = None
+    ) -> Touched:
+        """Bring pages into memory and mark them as used; `stop` or cancelling ends it early.
+
+        Args:
+            progress: told bytes loaded and bytes to load, some 10 times a second.
+            spans: stretches of the files; None for all.
+
+        Raises:
+            ToucherRefused: a file cannot be read.
+            ToucherLost: the process died (SIGBUS: the file was shortened) or fell silent.
+        """
+        self._touching = True
+        try:
+            answer = await self._ask({"do": "touch", "spans": spans}, progress)
+        except asyncio.CancelledError:
+            with contextlib.suppress(ToucherLost):
+                self._say({"id": 0, "do": "stop"})
+            raise
+        finally:
+            self._touching = False
+        return Touched(**{name: answer[name] for name in Touched.__slots__})
+
+    def stop(self) -> None:
+        """End a running `touch` within 50 ms; it returns what it did so far. Nothing happens if there is none."""
+        if self._touching:
+            with contextlib.suppress(ToucherLost):
+                self._say({"id": 0, "do": "stop"})
+
+    async def close(self) -> None:
+        """End the process; idempotent."""
+        process, self._process, self._mapped = self._process, None, ()
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()  # the end of input ends it
+        try:
+            async with asyncio.timeout(STOP_LIMIT_S):
+                await process.wait()
+        except TimeoutError:
+            await _kill(process)
+
+    # --- one command ----------------------------------------------------------------------------------------
+
+    async def _ask(
+        self, command: dict[str, Any], progress: Callable[[int, int], None] = lambda *_: None
+    ) -> dict[str, Any]:
+        async with self._turn:
+            await self._be_ready()
+            return await self._exchange(command, progress)
+
+    async def _be_ready(self) -> None:
+        if self._process is None or self._process.returncode is not None:
+            self._mapped = ()
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-I",  # nothing of the environment or the current folder
+                "-S",  # no site-packages
+                str(_PROCESS),
+                json.dumps(asdict(self._paging)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the daemon
+                limit=_LINE_LIMIT_BYTES,
+            )
+        if self._mapped != self._paths:
+            self._mapped = ()
+            await self._exchange({"do": "map", "paths": list(self._paths)})
+            self._mapped = self._paths
+
+    async def _exchange(
+        self, command: dict[str, Any], progress: Callable[[int, int], None] = lambda *_: None
+    ) -> dict[str, Any]:
+        self._number += 1
+        number = self._number
+        self._say({"id": number, **command})
+        while True:
+            answer = await self._hear()
+            if answer["id"] != number:
+                continue  # of a command that was cancelled, or a stop
+            if "progress" in answer:
+                progress(*answer["progress"])
+                continue
+            if "error" in answer:
+                raise ToucherRefused(answer["error"], answer["message"])
+            return answer
+
+    def _say(self, command: dict[str, Any]) -> None:
+        process = self._process
+        if process is None or process.stdin is None or process.stdin.is_closing():
+            raise ToucherLost("the toucher is not running")
+        process.stdin.write(json.dumps(command).encode() + b"\n")
+
+    async def _hear(self) -> dict[str, Any]:
+        process = self._process
+        if process is None or process.stdout is None:
+            raise ToucherLost("the toucher is not running")
+        try:
+            async with asyncio.timeout(SILENCE_LIMIT_S):
+                line = await process.stdout.readline()
+                if not line.endswith(b"\n"):
+                    raise ToucherLost(_death(await process.wait()))
+        except TimeoutError as error:
+            await _kill(process)
+            raise ToucherLost(f"the toucher did not answer for {SILENCE_LIMIT_S:g} s and was killed") from error
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    # A process that waits for a disk dies when the disk answers; nobody here waits for that.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(STOP_LIMIT_S):
+            await process.wait()
+
+
+def _death(status: int) -> str:
+    if status == -signal.SIGBUS:
+        return "the toucher ended by SIGBUS: the file was shortened, or the disk cannot be read"
+    if status < 0:
+        return f"the toucher ended by {signal.Signals(-status).name}"
+    return f"the toucher ended with exit status {status}"

@@ -1,0 +1,112 @@
+"""How much of the running model is in memory: sampled on a timer, by the toucher or from the engine's processes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from emberd.core import residency
+from emberd.core.gguf import split_names
+from emberd.core.residency import Residency, Unknown
+from emberd.host.toucher import Toucher, ToucherLost, ToucherRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.ports import Host
+    from emberd.core.types import EngineSample
+
+TICK_S = 30.0
+
+
+class ResidencyMeter:
+    """Keeps the toucher and the last residency.
+
+    Args:
+        host: this computer.
+        log: events go here.
+        sample: tells what the engine is.
+    """
+
+    def __init__(self, host: Host, log: FilteringBoundLogger, sample: Callable[[], EngineSample]) -> None:
+        self._host = host
+        self._log = log
+        self._sample = sample
+        self._toucher = Toucher(host.paging)
+        self._last: tuple[str, float, Residency] | None = None
+        self._reading = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Read every TICK_S until cancelled."""
+        while True:
+            await self.tick()
+            await asyncio.sleep(TICK_S)
+
+    async def tick(self) -> Residency | None:
+        """Read once; None while there is no engine. Never fails: what cannot be read is unknown."""
+        async with self._reading:
+            engine = self._sample()
+            if engine.key is None:
+                self._last = None
+                return None
+            try:
+                seen = await self._read(engine)
+            except ToucherRefused as refusal:
+                seen = residency.unknown(_KINDS.get(refusal.kind, Unknown.NO_READING), str(refusal))
+            except ToucherLost as loss:
+                self._log.warning("toucher_lost", reason=str(loss))
+                seen = residency.unknown(Unknown.TOUCHER_LOST, str(loss))
+            except Exception:  # noqa: BLE001  # a reading is not worth the daemon
+                self._log.exception("residency_meter_bug")
+                seen = residency.unknown(Unknown.NO_READING)
+            self._note_change(seen)
+            self._last = (engine.key, time.monotonic(), seen)
+            return seen
+
+    async def status(self) -> dict[str, Any] | None:
+        """Return the last residency as plain values; read first if this engine has none. None without an engine."""
+        last = self._last
+        if last is None or last[0] != self._sample().key:
+            await self.tick()
+            last = self._last
+        return None if last is None else {**as_plain(last[2]), "age_s": round(time.monotonic() - last[1], 3)}
+
+    async def close(self) -> None:
+        """End the toucher."""
+        await self._toucher.close()
+
+    async def _read(self, engine: EngineSample) -> Residency:
+        if engine.model is None:
+            return residency.unknown(Unknown.NO_MODEL)
+        memory = await asyncio.to_thread(self._host.engine_memory, engine.pids)
+        if engine.weights_bytes and residency.is_copied(engine.weights_bytes, memory, is_mapped=engine.is_mapped):
+            return residency.from_process(engine.weights_bytes, memory)
+        self._toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])
+        return residency.from_pages(await self._toucher.sample(residency.SAMPLED_PAGES))
+
+    def _note_change(self, seen: Residency) -> None:
+        """Log when residency becomes unknown; a share that falls is for those who decide about it."""
+        before = self._last[2].unknown if self._last else None
+        if seen.unknown is not None and seen.unknown is not before:
+            self._log.info("residency_unknown", reason=seen.unknown.value, message=seen.message)
+
+
+_KINDS = {"not_owner": Unknown.NOT_OWNER, "unreadable": Unknown.UNREADABLE}
+"""What the toucher refuses, in the words of the core."""
+
+
+def as_plain(seen: Residency) -> dict[str, Any]:
+    """Return a residency as plain values for JSON."""
+    return {
+        "share": seen.share,
+        "at_least": seen.at_least,
+        "at_most": seen.at_most,
+        "resident_bytes": seen.resident_bytes,
+        "total_bytes": seen.total_bytes,
+        "source": seen.source.value if seen.source else None,
+        "unknown": seen.unknown.value if seen.unknown else None,
+        "message": seen.message,
+    }
