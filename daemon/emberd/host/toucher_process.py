@@ -161,6 +161,7 @@ class Toucher:
         self.cachestat = paging["cachestat"]
         self.checks_owner = paging["checks_owner"]
         self.touches_twice = paging["touches_twice"]
+        self.paths: list[str] = []
         self.mappings: list[Mapping] = []
         self.vector = ctypes.create_string_buffer(BLOCK_BYTES // PAGE_BYTES)
         self.step_bytes = FIRST_STEP_BYTES
@@ -230,6 +231,7 @@ class Toucher:
 
     def map(self, paths: list[str]) -> Json:
         """Map these files instead of what was mapped."""
+        self.paths = paths
         self.release()
         for path in paths:
             self.mappings.append(Mapping(path, checks_owner=self.checks_owner))
@@ -244,11 +246,11 @@ class Toucher:
             self.mappings.pop().close()
 
     def refresh(self) -> None:
-        """Map again what was replaced, grown or shortened."""
-        if not self.mappings:
-            raise Refused("usage", "nothing is mapped")
-        if not all(each.is_current() for each in self.mappings):
-            self.map([each.path for each in self.mappings])
+        """Map again what was replaced, grown, shortened or missing."""
+        if not self.paths:
+            raise Refused("usage", "no file was named")
+        if len(self.mappings) < len(self.paths) or not all(each.is_current() for each in self.mappings):
+            self.map(self.paths)
 
     def whole(self) -> list[Span]:
         """Return a span for each file."""
