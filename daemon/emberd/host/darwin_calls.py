@@ -23,8 +23,8 @@ _HOST_VM_INFO64 = 4
 _KERN_SUCCESS = 0
 """KERN_SUCCESS (xnu, osfmk/mach/kern_return.h)."""
 _MIG_ARRAY_TOO_LARGE = -307
-"""MIG_ARRAY_TOO_LARGE (xnu, osfmk/mach/mig_errors.h): the answer is longer than the count that was passed, which then
-holds the length."""
+"""MIG_ARRAY_TOO_LARGE (xnu, osfmk/mach/mig_errors.h): the answer is longer than the count that was passed, which
+then holds the length."""
 _HOST_INFO_INTS_MOST = 256
 """Most of a host_info64_t: array[*:256] of integer_t (xnu, osfmk/mach/mach_types.defs)."""
 _NUMBER_BYTES = (4, 8)
@@ -142,8 +142,8 @@ class DarwinCalls:
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         self._library = ctypes.CDLL(None) if library is None else library
-        # xnu, libsyscall/wrappers/libproc/libproc.h: int pid, int flavor, rusage_info_t *buffer, which is the address
-        # of the structure itself although its type says otherwise.
+        # xnu, libsyscall/wrappers/libproc/libproc.h: pid, flavor, and the address of the structure, although the
+        # type of the argument is a pointer to a pointer.
         self._proc_pid_rusage = self._function("proc_pid_rusage", c_int, [c_int, c_int, c_void_p])
         # sysctl(3): name, old value and its length, new value and its length.
         self._sysctlbyname = self._function(
