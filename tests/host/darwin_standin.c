@@ -269,7 +269,7 @@ void standin_kernel(unsigned int ints, int strict, int fails_with)
 
 unsigned int standin_port_references(void) { return port_references; }
 unsigned int standin_statistics_calls(void) { return calls; }
-unsigned int standin_last_count(void) { return last_count; }
+unsigned int standin_last_count(void) { return last_count; } /* that was passed in */
 
 mach_port_t mach_host_self(void)
 {
