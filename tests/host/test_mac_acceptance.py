@@ -411,6 +411,22 @@ def test_a_lock_must_show_in_the_process_that_holds_it(
     assert in_core.ours == 2 * MIB
 
 
+@pytest.mark.parametrize(("after", "verdict"), [(7 * MIB, "agrees"), (2 * MIB, "differs")])
+def test_the_rise_counts_and_not_what_was_locked_before(tmp_path: Path, after: int, verdict: str):
+    readings = iter([5 * MIB, after])
+    rise, _ = mac.lock_rows(lambda _: next(readings), tmp_path, 2 * MIB)
+    if rise.theirs is None:
+        pytest.skip("this user may not lock 2 MiB")
+    assert rise.verdict.value == verdict
+
+
+def test_what_nobody_has_read_of_a_file_is_not_in_core(tmp_path: Path):
+    path = tmp_path / "holes"
+    path.touch()
+    os.truncate(path, MIB)
+    assert mac.in_core_bytes(path) == 0
+
+
 def test_a_lock_that_is_refused_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(mac, "LOCKER", 'print("mapped\\nrefused", flush=True); input(); input()')
     assert [row.verdict for row in mac.lock_rows(lambda _: 0, tmp_path, MIB)] == [Verdict.NOT_AVAILABLE] * 2
