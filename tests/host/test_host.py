@@ -8,12 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import kqueue_standin
-import psutil
 import pytest
 
 from emberd.core.errors import ModelError, StateUnusable
@@ -153,41 +151,9 @@ def test_an_unreadable_proc_is_unknown_not_zero(tmp_path: Path):
     assert host.start_token(os.getpid()) is None
 
 
-def test_macos_26_makes_psutil_fail_and_wired_memory_unknown(monkeypatch: pytest.MonkeyPatch):
-    """psutil issue 2853: RuntimeError from host_statistics64 up to 7.2.2."""
-
-    def fails() -> None:
-        raise RuntimeError("host_statistics64(HOST_VM_INFO64) syscall failed: (ipc/mig) array not large enough")
-
-    monkeypatch.setattr(psutil, "virtual_memory", fails)
-    assert DarwinHost().wired_bytes() is None
-
-
-def test_wired_memory_of_macos_is_taken_from_psutil(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(wired=5 << 30))
-    assert DarwinHost().wired_bytes() == 5 << 30
-
-
 def test_the_metal_keep_alive_goes_into_the_engines_environment_on_macos_only():
     assert DarwinHost().engine_environment(77) == {"GGML_METAL_RESIDENCY_KEEP_ALIVE_S": "77"}
     assert LinuxHost().engine_environment(77) == {}
-
-
-@pytest.mark.parametrize(
-    ("exit_code", "out", "mark"),
-    [(0, "0081;65f0;Safari;ABC\n", "0081;65f0;Safari;ABC"), (1, "", None)],
-)
-def test_quarantine_is_read_by_xattr(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exit_code: int, out: str, mark: str | None
-):
-    """xattr -p prints the value and exits 0, or exits 1 if the file has none."""
-    standin = tmp_path / "xattr_standin"
-    standin.write_text(
-        f'#!/bin/sh\n[ "$1 $2" = "-p com.apple.quarantine" ] || exit 64\nprintf %s "{out}"\nexit {exit_code}\n'
-    )
-    standin.chmod(0o755)
-    monkeypatch.setattr(darwin, "_XATTR", str(standin))
-    assert DarwinHost().quarantine(tmp_path / "engine") == mark
 
 
 def test_the_platform_branch_picks_this_system():

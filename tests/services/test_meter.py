@@ -14,7 +14,6 @@ import pytest
 from emberd.core.lock import LockState
 from emberd.core.settings import EngineSettings, ModelSettings, Settings
 from emberd.host import ThisHost
-from emberd.host.darwin import DarwinHost
 from emberd.services.meter import LockMeter
 from synthetic_gguf import write_gguf
 
@@ -151,65 +150,6 @@ sys.stdin.read()
         assert limits.can_ignore_memlock is (os.geteuid() == 0)
         locker.communicate("")
     assert host.locked_bytes([locker.pid]) is None
-
-
-class LibcStandin:
-    """Apple's calls as documented: proc_pid_rusage fills 296 bytes or fails; sysctlbyname gives 4 or 8 bytes."""
-
-    def __init__(self) -> None:
-        self.wired = {100: 7 << 30, 101: 1 << 20}
-        self.sysctls = {b"vm.user_wire_limit": (8, 12 << 30), b"vm.add_wire_count_over_user_limit": (8, 3)}
-
-    def proc_pid_rusage(self, pid: Any, flavor: Any, buffer: Any) -> int:
-        assert flavor.value == 4
-        assert len(buffer) == 296
-        if pid.value not in self.wired:
-            return -1
-        buffer[56:64] = self.wired[pid.value].to_bytes(8, "little")
-        return 0
-
-    def sysctlbyname(self, name: bytes, value: Any, length: Any, new: None, new_length: Any) -> int:
-        assert new is None
-        assert new_length.value == 0
-        if name not in self.sysctls:
-            return -1
-        size, number = self.sysctls[name]
-        value[0:size] = number.to_bytes(size, "little")
-        length._obj.value = size
-        return 0
-
-
-async def test_auto_locks_on_macos_26_where_psutil_tells_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The size of the memory is enough to decide; psutil up to 7.2.2 raises there (issue 2853)."""
-
-    def fails() -> None:
-        raise RuntimeError("host_statistics64(HOST_VM_INFO64) syscall failed: (ipc/mig) array not large enough")
-
-    libc = LibcStandin()
-    libc.sysctls[b"hw.memsize"] = (8, 36 << 30)
-    monkeypatch.setattr("emberd.host.darwin._libc", lambda: libc)
-    monkeypatch.setattr("psutil.virtual_memory", fails)
-    model = tmp_path / "m.gguf"
-    write_gguf(model)
-    host = DarwinHost()
-    assert host.memory() == (36 << 30, None)
-    decision = await LockMeter(host).decide(Settings(model=ModelSettings(path=str(model))), model)
-    assert decision.will_lock
-
-
-def test_macos_tells_wired_memory_and_limits(monkeypatch: pytest.MonkeyPatch):
-    libc = LibcStandin()
-    monkeypatch.setattr("emberd.host.darwin._libc", lambda: libc)
-    host = DarwinHost()
-    assert host.locked_bytes([100, 101, 999]) == (7 << 30) + (1 << 20)
-    assert host.locked_bytes([999]) is None
-    limits = host.lock_limits(100)
-    assert (limits.user_wire_bytes, limits.global_wire_bytes) == (12 << 30, None)
-    assert host.wire_refusals() is None
-    libc.sysctls[b"vm.add_wire_count_over_global_limit"] = (4, 5)
-    refusals = host.wire_refusals()
-    assert refusals is not None
-    assert (refusals.over_user_limit, refusals.over_global_limit) == (3, 5)
 
 
 def test_metals_heartbeat_is_read_from_the_engines_log():

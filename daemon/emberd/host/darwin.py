@@ -1,8 +1,7 @@
-"""macOS: kqueue, extended attributes, Metal's environment. Facts are cited where they are used."""
+"""macOS: memory, power, kqueue, Metal's environment. Facts are cited where they are used."""
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import select
 import subprocess
@@ -12,30 +11,32 @@ import psutil
 
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.residency import Paging
+from emberd.host import darwin_memory
+from emberd.host.darwin_calls import DarwinCalls
+from emberd.host.darwin_power import read_power
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
+
 _kqueue: Any = select
 """typeshed knows kqueue on macOS only."""
-_XATTR = "/usr/bin/xattr"
 _QUARANTINE = "com.apple.quarantine"
-_XATTR_TIMEOUT_S = 5.0
-_RUSAGE_INFO_V4 = 4
-_RUSAGE_V4_BYTES = 296
-_WIRED_SIZE_OFFSET = 56
-"""struct rusage_info_v4: 16 bytes of UUID, then 64-bit numbers without padding; ri_wired_size is the sixth of them
-(xnu, bsd/sys/resource.h; unchanged since macOS 10.14)."""
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+_PMSET = "/usr/bin/pmset"
+_PMSET_TIMEOUT_S = 5.0
+"""It answers within some 10 ms; a hanging one must not hold up anything."""
 
 
 class DarwinHost(PosixHost):
-    """Readings and watches of a macOS kernel."""
+    """Readings and watches of a macOS kernel.
+
+    Args:
+        calls: the C library; a stand-in in tests.
+        pmset: path of pmset(1).
+    """
 
     name = "darwin"
     paging = Paging(
@@ -44,6 +45,10 @@ class DarwinHost(PosixHost):
         populate=None,
         touches_twice=True,
     )
+
+    def __init__(self, calls: DarwinCalls | None = None, pmset: str = _PMSET) -> None:
+        self._calls = DarwinCalls() if calls is None else calls
+        self._pmset = pmset
 
     def watch_exit(self, pid: int) -> ReadableWatch:
         """Watch a process through EVFILT_PROC with NOTE_EXIT, which needs no parenthood (kqueue(2)).
@@ -98,83 +103,90 @@ class DarwinHost(PosixHost):
         """Return the start time that the kernel noted at fork (`p_starttime`); it is not moved by clock changes."""
         try:
             return f"{psutil.Process(pid).create_time():.6f}"
-        except psutil.Error:
+        except (psutil.Error, OSError, RuntimeError):
             return None
 
-    def wired_bytes(self) -> int | None:
-        """Return wired memory of the system in bytes.
+    def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
+        """Read proc_pid_rusage of each process: of this user, or as root of any (xnu, bsd/kern/proc_info.c).
 
-        None where psutil cannot tell: up to 7.2.2 it raises RuntimeError on macOS 26 (psutil issue 2853).
+        Swapped memory is an estimate: footprint less resident size, and no more than the compressor and swap hold
+        of all processes.
         """
+        usages = [usage for usage in map(self._calls.process_usage, pids) if usage is not None]
+        return darwin_memory.engine_memory(
+            usages, darwin_memory.compressor_bytes(self._calls.vm_statistics(), self._page_bytes())
+        )
+
+    def proportional_bytes(self, pids: Sequence[int]) -> int | None:  # noqa: ARG002  # the Host protocol
+        """Return None: macOS does not divide shared pages among their users."""
+        return None
+
+    def system_memory(self) -> SystemMemory:
+        """Read host_statistics64, vm.swapusage, hw.memsize and the kernel's pressure level.
+
+        kern.memorystatus_vm_pressure_level is not in the list of `sysctl -a`, but anyone may read it by name (xnu,
+        bsd/kern/kern_memorystatus_notify.c).
+        """
+        return darwin_memory.system_memory(
+            self._calls.vm_statistics(),
+            self._calls.swap_usage(),
+            total_bytes=self._calls.number("hw.memsize"),
+            page_bytes=self._page_bytes(),
+            pressure_level=self._calls.number("kern.memorystatus_vm_pressure_level"),
+        )
+
+    def _page_bytes(self) -> int | None:
+        # vm.pagesize is the kernel's page_size (xnu, bsd/vm/vm_unix.c), in which it counts. hw.pagesize and sysconf
+        # are those of the calling process (bsd/kern/kern_mib.c): 4 KiB for an x86-64 Python on Apple silicon, where
+        # the kernel has 16 KiB.
+        return self._calls.number("vm.pagesize") or None
+
+    def power(self) -> Power:
+        """Ask pmset(1) twice; what it does not tell is unknown. Some 10 ms for each."""
+        return read_power(self._ask_pmset("-g", "batt"), self._ask_pmset("-g"))
+
+    def _ask_pmset(self, *arguments: str) -> str | None:
         try:
-            wired: int = getattr(psutil.virtual_memory(), "wired", None) or 0
-        except (RuntimeError, psutil.Error):
+            asked = subprocess.run(
+                [self._pmset, *arguments],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_PMSET_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.SubprocessError):
             return None
-        return wired or None
+        return asked.stdout if asked.returncode == 0 else None
 
-    def memory(self) -> tuple[int | None, int | None]:
-        """Return `hw.memsize` (sysctl(3)) and psutil's available memory, which is unknown on macOS 26."""
-        total, available = super().memory()
-        return self._sysctl("hw.memsize") or total, available
-
-    def locked_bytes(self, pids: Sequence[int]) -> int | None:
-        """Return the sum of `ri_wired_size`: what mlock wired in these processes (xnu, bsd/sys/resource.h).
-
-        Only processes of the same user can be read; None if none could.
-        """
-        known = [wired for wired in map(self._wired_size, pids) if wired is not None]
-        return sum(known) if known else None
-
-    def _wired_size(self, pid: int) -> int | None:
-        usage = ctypes.create_string_buffer(_RUSAGE_V4_BYTES)
-        if _libc().proc_pid_rusage(ctypes.c_int(pid), ctypes.c_int(_RUSAGE_INFO_V4), usage) != 0:
-            return None
-        return int.from_bytes(usage.raw[_WIRED_SIZE_OFFSET : _WIRED_SIZE_OFFSET + 8], "little")
-
-    def swapped_out_bytes(self) -> int | None:
-        """Return None: psutil's `sout` counts page-outs of files here, not swap (psutil/arch/osx/mem.c)."""
-        return None
-
-    def swapped_bytes(self, pids: Sequence[int]) -> int | None:  # noqa: ARG002  # the Host protocol
-        """Return None: no call tells what another process has in swap."""
-        return None
+    def gpu_limits(self) -> GpuLimits | None:
+        """Read the sysctls of the GPU's driver, None where it has none (Intel)."""
+        return darwin_memory.gpu_limits(
+            self._calls.number("iogpu.wired_limit_mb"),
+            self._calls.number("debug.iogpu.wired_limit"),
+            self._calls.number("iogpu.disable_wired_collector"),
+        )
 
     def lock_limits(self, pid: int | None) -> LockLimits:  # noqa: ARG002  # a child has the limits of this process
         """Return RLIMIT_MEMLOCK and the two wire limits, which anyone may read (xnu, bsd/kern/kern_sysctl.c)."""
         return LockLimits(
             "darwin",
             memlock_bytes=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
-            user_wire_bytes=self._sysctl("vm.user_wire_limit"),
-            global_wire_bytes=self._sysctl("vm.global_user_wire_limit"),
+            user_wire_bytes=self._calls.number("vm.user_wire_limit"),
+            global_wire_bytes=self._calls.number("vm.global_user_wire_limit"),
         )
 
     def wire_refusals(self) -> WireRefusals | None:
         """Return vm.add_wire_count_over_user_limit and _global_limit (xnu, bsd/kern/kern_sysctl.c)."""
-        over_user = self._sysctl("vm.add_wire_count_over_user_limit")
-        over_global = self._sysctl("vm.add_wire_count_over_global_limit")
+        over_user = self._calls.number("vm.add_wire_count_over_user_limit")
+        over_global = self._calls.number("vm.add_wire_count_over_global_limit")
         return None if over_user is None or over_global is None else WireRefusals(over_user, over_global)
 
-    def _sysctl(self, name: str) -> int | None:
-        """Return a number by sysctlbyname(3), 32 or 64 bits wide as the kernel says; None if there is none."""
-        value = ctypes.create_string_buffer(8)
-        length = ctypes.c_size_t(len(value))
-        if _libc().sysctlbyname(name.encode(), value, ctypes.byref(length), None, ctypes.c_size_t(0)) != 0:
-            return None
-        return int.from_bytes(value.raw[: length.value], "little")
-
     def quarantine(self, path: Path) -> str | None:
-        """Return the value of com.apple.quarantine, None if the file has none; xattr(1) exits 1 then."""
-        try:
-            asked = subprocess.run(
-                [_XATTR, "-p", _QUARANTINE, str(path)],
-                capture_output=True,
-                text=True,
-                timeout=_XATTR_TIMEOUT_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return asked.stdout.strip() or None if asked.returncode == 0 else None
+        """Return the value of com.apple.quarantine, None if the file has none or cannot be asked (getxattr(2))."""
+        mark = self._calls.extended_attribute(path, _QUARANTINE)
+        return None if mark is None else mark.decode(errors="replace").strip() or None
 
     def engine_environment(self, metal_keep_alive_s: int) -> Mapping[str, str]:
         """Return the keep-alive of Metal's residency sets.
