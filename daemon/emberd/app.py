@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from emberd.engine.http import EngineHttp
     from emberd.host.paths import StatePaths
     from emberd.services.endpoint import Endpoint
+    from emberd.services.memory_meter import MemoryMeter
     from emberd.services.residency_meter import ResidencyMeter
     from emberd.services.supervisor import Supervisor
     from emberd.services.swap_meter import SwapMeter
@@ -78,6 +79,7 @@ class _Daemon:
         self._http: EngineHttp
         self._supervisor: Supervisor
         self._endpoint: Endpoint
+        self._memory: MemoryMeter
         self._swap: SwapMeter
         self._residency: ResidencyMeter
 
@@ -91,6 +93,7 @@ class _Daemon:
         from emberd.services import logs  # noqa: PLC0415
         from emberd.services.control import ControlServer  # noqa: PLC0415
         from emberd.services.endpoint import Endpoint  # noqa: PLC0415
+        from emberd.services.memory_meter import MemoryMeter  # noqa: PLC0415
         from emberd.services.proxy import Proxy, make_app  # noqa: PLC0415
         from emberd.services.residency_meter import ResidencyMeter  # noqa: PLC0415
         from emberd.services.supervisor import Paths, Supervisor  # noqa: PLC0415
@@ -111,6 +114,7 @@ class _Daemon:
         self._endpoint = Endpoint()
         proxy = Proxy(supervisor, lambda: self._settings.endpoint.hold_timeout_s, self._log)
         app = make_app(proxy, lambda: supervisor.state.value)
+        self._memory = MemoryMeter(self._host, self._log, supervisor.sample)
         self._swap = SwapMeter(self._host, self._paths.history, self._log, supervisor.sample)
         self._residency = ResidencyMeter(self._host, self._log, supervisor.sample)
         control = ControlServer(self._paths.control, self._verbs(), self._log)
@@ -118,8 +122,10 @@ class _Daemon:
         await control.start()
         owner = asyncio.create_task(supervisor.run(), name="supervisor")
         serving = asyncio.create_task(self._endpoint.serve(app, self._listener), name="endpoint")
-        metering = asyncio.create_task(self._swap.run(), name="swap")
-        sampling = asyncio.create_task(self._residency.run(), name="residency")
+        meters = [
+            asyncio.create_task(meter.run(), name=name)
+            for name, meter in (("memory", self._memory), ("swap", self._swap), ("residency", self._residency))
+        ]
         self._log.info(
             "emberd_started",
             version=__version__,
@@ -133,11 +139,10 @@ class _Daemon:
             if not owner.done():  # else nobody is left to stop the engine; the next emberd adopts it
                 await self._shut_down()
         finally:
-            owner.cancel()
-            serving.cancel()
-            metering.cancel()
-            sampling.cancel()
-            await asyncio.gather(owner, serving, metering, sampling, return_exceptions=True)
+            tasks = [owner, serving, *meters]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._swap.close()
             await self._residency.close()
             await control.close()
@@ -238,6 +243,7 @@ class _Daemon:
         async def status() -> dict[str, Any]:
             return {
                 **self._status(),
+                "memory": await self._memory.status(),
                 "residency": await self._residency.status(),
                 "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
             }

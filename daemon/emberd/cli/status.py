@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, duration, residency_words, show
+from emberd.cli.talk import as_json, ask_daemon, duration, gib, residency_words, show
 
 _COLOURS = {"READY": "green", "FAILED": "red", "BACKOFF": "yellow", "STOPPED": "red"}
 
@@ -57,6 +58,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
     if status["residency"]:
         seen = status["residency"]
         rows.append(("resident", residency_words(seen), "dim" if seen["share"] is None else ""))
+    rows += _memory_rows(status["memory"])
     heartbeat = status["metal_heartbeat"]
     if heartbeat:
         words = (heartbeat["state"], heartbeat["message"], heartbeat["remedy"])
@@ -80,6 +82,47 @@ def _lock_rows(lock: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [("lock", f"{lock['state']}{sizes}", style)]
     rows += [("", text, "dim") for text in (lock["message"], lock["remedy"]) if text]
     return rows
+
+
+def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    engine, system = _engine_words(memory["engine"]), memory["system"]
+    if engine:
+        rows.append(("memory", engine, ""))
+    style = {"warn": "yellow", "critical": "red"}.get(system["pressure"], "")
+    rows.append(("pressure", _system_words(system), style))
+    power, gpu = memory["power"], memory["gpu"]
+    if power["battery_share"] is not None or power["is_low_power"]:
+        charge = "" if power["battery_share"] is None else f", {power['battery_share']:.0%} charged"
+        saving = ", low power mode" if power["is_low_power"] else ""
+        rows.append(("power", f"{power['source']}{charge}{saving}", ""))
+    if gpu:
+        limit = gpu["wired_limit_bytes"]
+        words = "unknown" if limit is None else f"{gib(limit)} GiB" if limit else "the system's default"
+        collector = {True: ", collector off", False: ", collector on"}.get(gpu["is_collector_off"], "")
+        rows.append(("GPU", f"wired limit {words}{collector}", ""))
+    return rows
+
+
+def _engine_words(engine: dict[str, Any]) -> str:
+    parts = (
+        ("resident_bytes", "resident"),
+        ("locked_bytes", "locked"),
+        ("swapped_bytes", "compressed or swapped" if sys.platform == "darwin" else "swapped"),
+        ("footprint_bytes", "footprint"),
+    )
+    return ", ".join(f"{gib(engine[key])} GiB {word}" for key, word in parts if engine[key] is not None)
+
+
+def _system_words(system: dict[str, Any]) -> str:
+    words = [system["pressure"]]
+    if system["available_bytes"] is not None and system["total_bytes"] is not None:
+        words.append(f"{gib(system['available_bytes'])} of {gib(system['total_bytes'])} GiB available")
+    if system["swap_used_bytes"] is not None and system["swap_total_bytes"]:
+        words.append(f"{gib(system['swap_used_bytes'])} of {gib(system['swap_total_bytes'])} GiB swap used")
+    traffic = (("swap_in_bytes_per_s", "from"), ("swap_out_bytes_per_s", "to"))
+    words += [f"{system[key] / 1e6:.1f} MB/s {way} swap" for key, way in traffic if system[key]]
+    return ", ".join(words)
 
 
 def _swap_words(swap: dict[str, Any]) -> str:

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.residency import Paging
+from emberd.host import linux_memory
+from emberd.host.linux_power import read_power
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
 
 _linux_os: Any = os
 """typeshed knows pidfd_open on Linux only."""
@@ -28,9 +32,6 @@ _MADV_POPULATE_READ = 22
 _CAP_IPC_LOCK = 14
 """<linux/capability.h>"""
 _MEMLOCK_LINE = "Max locked memory"
-_KIB = 1024
-_FIELDS_BEFORE_STATE = 2
-"""pid and (comm) come before the state; comm may hold spaces, so fields are counted after its ')'."""
 
 
 class LinuxHost(PosixHost):
@@ -38,6 +39,7 @@ class LinuxHost(PosixHost):
 
     Args:
         proc: root of the proc file system; another folder in tests.
+        sys: root of the sys file system.
     """
 
     name = "linux"
@@ -48,8 +50,9 @@ class LinuxHost(PosixHost):
         touches_twice=False,
     )
 
-    def __init__(self, proc: Path = Path("/proc")) -> None:
+    def __init__(self, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> None:
         self._proc = proc
+        self._sys = sys
 
     def watch_exit(self, pid: int) -> ReadableWatch:
         """Watch a process through a pidfd, which becomes readable when it ends (pidfd_open(2), Linux 5.3).
@@ -80,53 +83,37 @@ class LinuxHost(PosixHost):
 
     def start_token(self, pid: int) -> str | None:
         """Return boot id and start time in ticks: unlike a wall-clock time, it survives clock changes."""
+        ticks = linux_memory.stat_field(self._proc, pid, _START_TIME_FIELD)
         try:
-            stat = (self._proc / str(pid) / "stat").read_text()
             boot_id = (self._proc / "sys/kernel/random/boot_id").read_text().strip()
         except OSError:
             return None
-        fields = stat.rpartition(")")[2].split()
-        return f"{boot_id}:{fields[_START_TIME_FIELD - _FIELDS_BEFORE_STATE - 1]}"
+        return None if ticks is None else f"{boot_id}:{ticks}"
 
-    def wired_bytes(self) -> int | None:
-        """Return `Mlocked` of /proc/meminfo (proc_meminfo(5)) in bytes, None if it cannot be read."""
-        try:
-            text = (self._proc / "meminfo").read_text()
-        except OSError:
-            return None
-        for line in text.splitlines():
-            if line.startswith("Mlocked:"):
-                return int(line.split()[1]) * 1024
+    def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
+        """Sum the kernel's counters of these processes."""
+        return linux_memory.engine_memory(self._proc, pids)
+
+    def proportional_bytes(self, pids: Sequence[int]) -> int | None:
+        """Return the sum of their Pss."""
+        return linux_memory.proportional_bytes(self._proc, pids)
+
+    def system_memory(self) -> SystemMemory:
+        """Read /proc; the level of memory pressure is judged."""
+        return linux_memory.system_memory(self._proc)
+
+    def power(self) -> Power:
+        """Read /sys."""
+        return read_power(self._sys)
+
+    def gpu_limits(self) -> GpuLimits | None:
+        """Return None: what a graphics card may hold is its driver's business here."""
         return None
-
-    def locked_bytes(self, pids: Sequence[int]) -> int | None:
-        """Return the sum of `VmLck` (proc_pid_status(5)) in bytes, None if no process could be read."""
-        return self._sum_of(pids, "VmLck:")
-
-    def swapped_bytes(self, pids: Sequence[int]) -> int | None:
-        """Return the sum of `VmSwap` (proc_pid_status(5)) in bytes, None if no process could be read."""
-        return self._sum_of(pids, "VmSwap:")
-
-    def swapped_out_bytes(self) -> int | None:
-        """Return `pswpout` of /proc/vmstat, which counts pages (proc_vmstat(5)), in bytes."""
-        try:
-            text = (self._proc / "vmstat").read_text()
-        except OSError:
-            return None
-        for line in text.splitlines():
-            if line.startswith("pswpout "):
-                return int(line.split()[1]) * os.sysconf("SC_PAGESIZE")
-        return None
-
-    def _sum_of(self, pids: Sequence[int], name: str) -> int | None:
-        found = [self._status_number(pid, name, 10) for pid in pids]
-        known = [kib * _KIB for kib in found if kib is not None]
-        return sum(known) if known else None
 
     def lock_limits(self, pid: int | None) -> LockLimits:
         """Return RLIMIT_MEMLOCK (proc_pid_limits(5)) and whether CAP_IPC_LOCK lifts it (capabilities(7))."""
         pid = pid or os.getpid()
-        capabilities = self._status_number(pid, "CapEff:", 16)
+        capabilities = self._capabilities(pid)
         return LockLimits(
             "linux",
             memlock_bytes=self._memlock(pid),
@@ -137,14 +124,14 @@ class LinuxHost(PosixHost):
         """Return None: Linux counts no refused locks."""
         return None
 
-    def _status_number(self, pid: int, name: str, base: int) -> int | None:
+    def _capabilities(self, pid: int) -> int | None:
         try:
-            text = (self._proc / str(pid) / "status").read_text()
+            text = (self._proc / str(pid) / "status").read_text(errors="replace")
         except OSError:
             return None
         for line in text.splitlines():
-            if line.startswith(name):
-                return int(line.split()[1], base)
+            if line.startswith("CapEff:"):
+                return int(line.split()[1], 16)
         return None
 
     def _memlock(self, pid: int) -> int | None:

@@ -62,17 +62,6 @@ class ReadableWatch:
 class PosixHost:
     """Readings that psutil gives alike on both systems."""
 
-    def memory(self) -> tuple[int | None, int | None]:
-        """Return the computer's memory and what of it is available, in bytes; None if unknown.
-
-        psutil up to 7.2.2 raises RuntimeError on macOS 26 (psutil issue 2853).
-        """
-        try:
-            seen = psutil.virtual_memory()
-        except (RuntimeError, psutil.Error, OSError):
-            return None, None
-        return seen.total, seen.available
-
     def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:
         """Return the TCP ports that these processes listen on, None if it cannot be told."""
         ports: set[int] = set()

@@ -63,10 +63,10 @@ class LockMeter:
     async def decide(self, settings: Settings, model: Path | None) -> Preflight:
         """Decide before a start whether the engine shall lock, and begin to follow it."""
         facts = await self._model_facts(model)
-        total, available = self._host.memory()
+        memory = self._host.system_memory()
         self._weights_bytes = facts.weights_bytes if facts else None
         self._load, self._was_held, self.verdict = LoadFacts(), False, None
-        self._wired_before = self._host.wired_bytes()
+        self._wired_before = memory.wired_bytes
         self._refusals_before = self._host.wire_refusals()
         return preflight(
             PreflightFacts(
@@ -74,8 +74,8 @@ class LockMeter:
                 weights_bytes=self._weights_bytes,
                 kv_bytes=estimate_kv_cache(facts.metadata, _context_tokens(settings)).size_bytes if facts else None,
                 compute_bytes=estimate_compute_buffer(facts.vocabulary_tokens) if facts else None,
-                ram_bytes=total,
-                available_bytes=available,
+                ram_bytes=memory.total_bytes,
+                available_bytes=memory.available_bytes,
                 wired_bytes=self._wired_before,
                 users=_users(),
             ),
@@ -101,7 +101,7 @@ class LockMeter:
             LockEvidence(
                 limits=self._host.lock_limits(pids[0] if pids else None),
                 weights_bytes=self._weights_bytes,
-                locked_bytes=self._host.locked_bytes(pids),
+                locked_bytes=self._host.engine_memory(pids).locked_bytes,
                 is_asked=is_asked,
                 load=self._load,
                 wired_bytes=self._wired_before,

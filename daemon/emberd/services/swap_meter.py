@@ -54,8 +54,8 @@ class SwapMeter:
         """Take one reading, and account for what was written since the last one."""
         engine = self._sample()
         reading = SwapReading(
-            self._host.swapped_out_bytes(),
-            self._host.swapped_bytes(engine.pids) if engine.pids else None,
+            self._host.system_memory().swapped_out_bytes,
+            self._host.engine_memory(engine.pids).swapped_bytes,
             engine.key,
         )
         last, self._last = self._last, (reading, engine)
@@ -69,7 +69,7 @@ class SwapMeter:
 
     async def status(self, endurance_tb: float) -> dict[str, Any] | None:
         """Return today's account and its share of the rated endurance, None where the system tells nothing."""
-        if self._host.swapped_out_bytes() is None:
+        if self._host.system_memory().swapped_out_bytes is None:
             return None
         today = SwapWrites()
         if self._history is not None or self._path.exists():

@@ -1,0 +1,90 @@
+"""The memory of the engine and of the computer, for `status`; changes of memory pressure are logged."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from emberd.core.memory import Pressure, SystemMemory
+from emberd.core.pressure import SwapRates, swap_rates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.ports import Host
+    from emberd.core.types import EngineSample
+
+TICK_S = 10.0
+_KEPT = 3
+"""Rates are told over the last 20 to 30 s."""
+
+
+class MemoryMeter:
+    """Reads memory on a timer, and all of it when asked.
+
+    Args:
+        host: this computer.
+        log: events go here.
+        sample: tells what the engine is.
+    """
+
+    def __init__(self, host: Host, log: FilteringBoundLogger, sample: Callable[[], EngineSample]) -> None:
+        self._host = host
+        self._log = log
+        self._sample = sample
+        self._readings: deque[tuple[float, SystemMemory]] = deque(maxlen=_KEPT)
+
+    async def run(self) -> None:
+        """Read every TICK_S until cancelled."""
+        while True:
+            try:
+                self.tick()
+            except Exception:  # noqa: BLE001  # a reading is not worth the daemon
+                self._log.exception("memory_meter_bug")
+            await asyncio.sleep(TICK_S)
+
+    def tick(self) -> SystemMemory:
+        """Read the computer's memory once."""
+        seen = self._host.system_memory()
+        last = self._readings[-1][1].pressure if self._readings else Pressure.NORMAL
+        self._readings.append((time.monotonic(), seen))
+        if seen.pressure is not last and Pressure.UNKNOWN not in {seen.pressure, last}:
+            tell = self._log.warning if seen.pressure is Pressure.CRITICAL else self._log.info
+            tell(
+                "memory_pressure",
+                level=seen.pressure.value,
+                was=last.value,
+                available_bytes=seen.available_bytes,
+                stall_some_share=seen.stall_some_share,
+            )
+        return seen
+
+    async def status(self) -> dict[str, Any]:
+        """Read everything now, and return plain values. What the system does not tell is None."""
+        seen = await asyncio.to_thread(self._host.system_memory)
+        rates = SwapRates()
+        if self._readings:
+            began_s, before = self._readings[0]
+            rates = swap_rates(before, seen, time.monotonic() - began_s)
+        power = await asyncio.to_thread(self._host.power)
+        gpu = self._host.gpu_limits()
+        return {
+            "engine": await asyncio.to_thread(self._engine),
+            "system": {
+                **asdict(seen),
+                "pressure": seen.pressure.value,
+                "swap_in_bytes_per_s": rates.in_bytes_per_s,
+                "swap_out_bytes_per_s": rates.out_bytes_per_s,
+            },
+            "power": {**asdict(power), "source": power.source.value},
+            "gpu": None if gpu is None else asdict(gpu),
+        }
+
+    def _engine(self) -> dict[str, Any]:
+        pids = self._sample().pids
+        return {**asdict(self._host.engine_memory(pids)), "proportional_bytes": self._host.proportional_bytes(pids)}
