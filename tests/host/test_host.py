@@ -117,40 +117,6 @@ def test_listening_ports_of_a_process_are_told(host: LinuxHost | DarwinHost):
     assert host.listeners([]) is None
 
 
-def test_linux_tells_locked_memory_as_meminfo_does():
-    wired = LinuxHost().wired_bytes()
-    assert wired is not None
-    assert wired >= 0
-
-
-def test_locked_memory_rises_and_falls_with_a_real_lock():
-    """64 MiB locked by another process (as root, or where the limit allows) are seen in the system's figure."""
-    code = """
-import ctypes, mmap, sys
-area = mmap.mmap(-1, 64 << 20)
-address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-failed = ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(64 << 20))
-print('no' if failed else 'yes', flush=True)
-sys.stdin.read()
-"""
-    before = LinuxHost().wired_bytes() or 0
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as locker:
-        assert locker.stdout is not None
-        if locker.stdout.readline().strip() != "yes":
-            pytest.skip("this user may not lock 64 MiB")
-        assert (LinuxHost().wired_bytes() or 0) - before > 60 << 20
-        locker.communicate("")
-    assert (LinuxHost().wired_bytes() or 0) - before < 8 << 20
-
-
-def test_an_unreadable_proc_is_unknown_not_zero(tmp_path: Path):
-    host = LinuxHost(proc=tmp_path)
-    assert host.wired_bytes() is None
-    assert host.start_token(os.getpid()) is None
-
-
 def test_the_metal_keep_alive_goes_into_the_engines_environment_on_macos_only():
     assert DarwinHost().engine_environment(77) == {"GGML_METAL_RESIDENCY_KEEP_ALIVE_S": "77"}
     assert LinuxHost().engine_environment(77) == {}

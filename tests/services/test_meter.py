@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emberd.core.lock import LockState
+from emberd.core.memory import EngineMemory, SystemMemory
 from emberd.core.settings import EngineSettings, ModelSettings, Settings
 from emberd.host import ThisHost
 from emberd.services.meter import LockMeter
@@ -89,8 +90,8 @@ class SmallHost(ThisHost):
 
     total: int = 0
 
-    def memory(self) -> tuple[int | None, int | None]:
-        return self.total, self.total
+    def system_memory(self) -> SystemMemory:
+        return SystemMemory(total_bytes=self.total, available_bytes=self.total)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +144,13 @@ sys.stdin.read()
     ) as locker:
         assert locker.stdout is not None
         assert locker.stdout.readline().strip() == "0"
-        assert host.locked_bytes([locker.pid, os.getpid()]) == 1 << 20
+        assert host.engine_memory([locker.pid, os.getpid()]).locked_bytes == 1 << 20
         limits = host.lock_limits(locker.pid)
         soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         assert limits.memlock_bytes == soft
         assert limits.can_ignore_memlock is (os.geteuid() == 0)
         locker.communicate("")
-    assert host.locked_bytes([locker.pid]) is None
+    assert host.engine_memory([locker.pid]) == EngineMemory()
 
 
 def test_metals_heartbeat_is_read_from_the_engines_log():

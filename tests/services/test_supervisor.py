@@ -17,6 +17,7 @@ import structlog
 from emberd.core import lifecycle
 from emberd.core.errors import NotReady
 from emberd.core.lifecycle import State
+from emberd.core.memory import SystemMemory
 from emberd.core.settings import EngineSettings, LifecycleSettings, ModelSettings, Settings
 from emberd.engine import http
 from emberd.engine.choose import choose_engine
@@ -39,8 +40,8 @@ class WiredHost(ThisHost):
         super().__init__()
         self.wired: int | None = None
 
-    def wired_bytes(self) -> int | None:
-        return self.wired
+    def system_memory(self) -> SystemMemory:
+        return SystemMemory(wired_bytes=self.wired)
 
 
 class Rig:
@@ -262,7 +263,7 @@ async def test_a_reading_that_fails_costs_neither_the_start_nor_the_engine(
     def fails(*_: object) -> None:
         raise AttributeError("no such call on this system")
 
-    for name in ("memory", "lock_limits", "locked_bytes"):
+    for name in ("system_memory", "lock_limits", "engine_memory"):
         monkeypatch.setattr(rig.host, name, fails)
     rig.begin()
     await rig.pid()

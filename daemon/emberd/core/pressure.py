@@ -1,7 +1,7 @@
 """How short of memory a Linux computer is, which has no level of its own: judged from stalls and available memory.
 
-macOS tells a level (kern.memorystatus_vm_pressure_level); Linux tells how long tasks waited for memory (pressure stall
-information, Documentation/accounting/psi.rst) and an estimate of what is available (proc_meminfo(5)).
+macOS tells a level (kern.memorystatus_vm_pressure_level); Linux tells how long tasks waited for memory (pressure
+stall information, Documentation/accounting/psi.rst) and what is available (MemAvailable, proc_meminfo(5)).
 """
 
 from __future__ import annotations

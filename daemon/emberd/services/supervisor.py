@@ -338,7 +338,7 @@ class Supervisor:
             fields["pid"] = self._record.pid
         if after.state is State.READY:
             self._progress = None
-            self._wired_loaded = self._host.system_memory().wired_bytes
+            self._wired_loaded = self._wired_bytes()
             self._write_record()
             fields["seconds"] = round(after.since_s - before.since_s, 3)
         if after.state is State.BACKOFF and after.deadline_s is not None:
@@ -409,7 +409,7 @@ class Supervisor:
         await self._sweep()
         try:
             await self._await_memory_release()
-            self._wired_before = self._host.system_memory().wired_bytes
+            self._wired_before = self._wired_bytes()
             self._wired_loaded = None
             will_lock, reasons = await self._decide_lock()
             plan = await self._engine.plan(free_port(), will_lock=will_lock)
@@ -727,7 +727,7 @@ class Supervisor:
         """See locked memory fall before the next start: loading on top of it would choke the machine."""
         began_s = time.monotonic()
         while True:
-            released = is_released(self._wired_before, self._wired_loaded, self._host.system_memory().wired_bytes)
+            released = is_released(self._wired_before, self._wired_loaded, self._wired_bytes())
             waited_s = time.monotonic() - began_s
             if released is not False:
                 if waited_s > _RELEASE_POLL_S:
@@ -737,6 +737,13 @@ class Supervisor:
                 self._log.warning("wired_memory_not_released", seconds=round(waited_s, 3))
                 return
             await asyncio.sleep(_RELEASE_POLL_S)
+
+    def _wired_bytes(self) -> int | None:
+        try:
+            return self._host.system_memory().wired_bytes
+        except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
+            self._log.exception("memory_meter_bug")
+            return None
 
     def _make_follower(self) -> OutputFollower:
         log = self._settings.log

@@ -1,0 +1,64 @@
+"""The level of memory pressure on a system that has none of its own, and rates of swap traffic."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberd.core.memory import Pressure, SystemMemory
+from emberd.core.pressure import SwapRates, judge_pressure, swap_rates
+
+NORMAL, WARN, CRITICAL, UNKNOWN = Pressure.NORMAL, Pressure.WARN, Pressure.CRITICAL, Pressure.UNKNOWN
+ORDER = [NORMAL, WARN, CRITICAL]
+shares = st.floats(0, 1)
+maybe = st.none() | shares
+
+
+@pytest.mark.parametrize(
+    ("available", "some", "full", "level"),
+    [
+        (0.5, 0.0, 0.0, NORMAL),
+        (0.10, 0.069, 0.0, NORMAL),
+        (0.5, 0.07, 0.0, WARN),
+        (0.099, 0.0, 0.0, WARN),
+        (0.5, 0.2, 0.1, CRITICAL),
+        (0.049, 0.0, 0.0, CRITICAL),
+        (0.5, None, None, NORMAL),
+        (0.04, None, None, CRITICAL),
+        (None, 0.08, 0.0, WARN),
+        (None, None, None, UNKNOWN),
+    ],
+)
+def test_the_worse_of_stalls_and_available_memory_decides(
+    available: float | None, some: float | None, full: float | None, level: Pressure
+):
+    assert judge_pressure(available, some, full) is level
+
+
+@given(maybe, maybe, maybe, shares, shares)
+def test_less_memory_or_longer_stalls_never_lower_the_level(
+    available: float | None, some: float | None, full: float | None, less: float, more: float
+):
+    level = judge_pressure(available, some, full)
+    if available is not None:
+        worse = judge_pressure(min(available, less), some, full)
+        assert ORDER.index(worse) >= ORDER.index(level)
+    if some is not None:
+        worse = judge_pressure(available, max(some, more), full)
+        assert ORDER.index(worse) >= ORDER.index(level)
+    assert (level is UNKNOWN) == (available is None and some is None)
+
+
+def memory(swapped_in: int | None, swapped_out: int | None) -> SystemMemory:
+    return SystemMemory(swapped_in_bytes=swapped_in, swapped_out_bytes=swapped_out)
+
+
+def test_rates_are_bytes_a_second():
+    assert swap_rates(memory(100, 1000), memory(300, 1000), 4) == SwapRates(50, 0)
+
+
+def test_a_rate_is_unknown_where_a_counter_is_missing_went_back_or_had_no_time():
+    assert swap_rates(memory(None, 10), memory(10, 30), 10) == SwapRates(None, 2)
+    assert swap_rates(memory(0, 100), memory(10, 30), 10) == SwapRates(1, None)
+    assert swap_rates(memory(0, 0), memory(10, 30), 0.5) == SwapRates()
