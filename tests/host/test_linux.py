@@ -6,67 +6,22 @@ import mmap
 import os
 import shutil
 import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.host.linux import LinuxHost
+from memory_holder import holding
+from page_cache import MIB, evict, on_linux, write
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+pytestmark = on_linux
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and /sys")
-
-MIB = 1 << 20
 GONE_PID = 1 << 22
 """Above the largest pid (proc_sys_kernel(5): PID_MAX_LIMIT)."""
 SLACK_BYTES = 4 * MIB
 """The kernel's counters lag by 64 pages a thread, and other programs go on."""
-
-HOLDER = """
-import ctypes, mmap, os, sys
-kind, size = sys.argv[1], int(sys.argv[2])
-if kind == "file":
-    with open(sys.argv[3], "rb") as file:
-        area = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
-else:
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-for offset in range(0, size, mmap.PAGESIZE):
-    if kind == "file":
-        area[offset]
-    else:
-        area[offset] = 1
-if kind == "locked":
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    if ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)):
-        print("refused", flush=True)
-        sys.exit()
-print("ready", flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def holder(kind: str, size_bytes: int, path: Path | None = None) -> Iterator[int]:
-    """Run a process that holds memory of a kind: anonymous, locked, or of a file."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, kind, str(size_bytes), str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        word = process.stdout.readline().strip()
-        if word == "refused":
-            pytest.skip("this user may not lock so much")
-        assert word == "ready"
-        yield process.pid
-        process.communicate("")
 
 
 def near(value: int | None, expected: int, slack: int = SLACK_BYTES) -> bool:
@@ -77,7 +32,7 @@ def near(value: int | None, expected: int, slack: int = SLACK_BYTES) -> bool:
 
 
 def test_anonymous_memory_is_resident_and_in_the_footprint_but_not_of_files():
-    with holder("anonymous", 64 * MIB) as pid, holder("anonymous", 0x1000) as other:
+    with holding("anonymous", 64 * MIB) as pid, holding("anonymous", 0x1000) as other:
         seen, base = LinuxHost().engine_memory([pid]), LinuxHost().engine_memory([other])
         assert near(seen.anonymous_bytes, (base.anonymous_bytes or 0) + 64 * MIB)
         assert near(seen.footprint_bytes, (base.footprint_bytes or 0) + 64 * MIB)
@@ -87,9 +42,8 @@ def test_anonymous_memory_is_resident_and_in_the_footprint_but_not_of_files():
 
 
 def test_a_mapped_files_pages_are_resident_but_not_in_the_footprint(tmp_path: Path):
-    path = tmp_path / "weights"
-    path.write_bytes(os.urandom(64 * MIB))
-    with holder("file", 64 * MIB, path) as pid, holder("anonymous", 0x1000) as other:
+    path = write(tmp_path / "weights", 64 * MIB)
+    with holding("file", 64 * MIB, path) as pid, holding("anonymous", 0x1000) as other:
         seen, base = LinuxHost().engine_memory([pid]), LinuxHost().engine_memory([other])
         assert near(seen.file_bytes, (base.file_bytes or 0) + 64 * MIB)
         assert near(seen.footprint_bytes, base.footprint_bytes or 0)
@@ -99,7 +53,7 @@ def test_a_real_lock_shows_in_the_process_and_in_the_computer():
     host = LinuxHost()
     before = host.system_memory().wired_bytes
     assert before is not None
-    with holder("locked", 64 * MIB) as pid:
+    with holding("locked", 64 * MIB) as pid:
         assert host.engine_memory([pid]).locked_bytes == 64 * MIB
         assert near(host.system_memory().wired_bytes, before + 64 * MIB)
     assert near(host.system_memory().wired_bytes, before)
@@ -107,7 +61,7 @@ def test_a_real_lock_shows_in_the_process_and_in_the_computer():
 
 def test_the_memory_of_several_processes_is_summed_and_the_dead_are_left_out():
     host = LinuxHost()
-    with holder("anonymous", 32 * MIB) as first, holder("anonymous", 16 * MIB) as second:
+    with holding("anonymous", 32 * MIB) as first, holding("anonymous", 16 * MIB) as second:
         alone = [host.engine_memory([pid]) for pid in (first, second)]
         together = host.engine_memory([first, GONE_PID, second])
         assert near(together.resident_bytes, sum(one.resident_bytes or 0 for one in alone))
@@ -117,12 +71,11 @@ def test_the_memory_of_several_processes_is_summed_and_the_dead_are_left_out():
 
 
 def test_shared_pages_are_divided_among_their_users_in_the_proportional_size(tmp_path: Path):
-    path = tmp_path / "weights"
-    path.write_bytes(os.urandom(64 * MIB))
+    path = write(tmp_path / "weights", 64 * MIB)
     host = LinuxHost()
-    with holder("file", 64 * MIB, path) as first:
+    with holding("file", 64 * MIB, path) as first:
         alone = host.proportional_bytes([first])
-        with holder("file", 64 * MIB, path) as second:
+        with holding("file", 64 * MIB, path) as second:
             shared = host.proportional_bytes([first])
             both = host.proportional_bytes([first, second])
         assert near(shared, (alone or 0) - 32 * MIB)
@@ -132,15 +85,9 @@ def test_shared_pages_are_divided_among_their_users_in_the_proportional_size(tmp
 
 
 def test_reads_from_the_disk_are_major_faults_and_read_bytes(tmp_path: Path):
-    path = tmp_path / "cold"
-    path.write_bytes(os.urandom(32 * MIB))
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-    with holder("file", 32 * MIB, path) as pid:
+    path = write(tmp_path / "cold", 32 * MIB)
+    evict(path)
+    with holding("file", 32 * MIB, path) as pid:
         seen = LinuxHost().engine_memory([pid])
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     if not seen.read_bytes:

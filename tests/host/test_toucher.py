@@ -10,7 +10,6 @@ import fcntl
 import importlib
 import json
 import os
-import shutil
 import signal
 import struct
 import subprocess
@@ -24,21 +23,17 @@ import pytest
 from emberd.core.residency import SAMPLED_PAGES, Source, from_pages
 from emberd.host import ThisHost, toucher_process
 from emberd.host.toucher import Toucher, ToucherLost, ToucherRefused
+from page_cache import MIB, evict, on_linux, read, vmtouch_pages, with_vmtouch, write
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-MIB = 1 << 20
 PAGE_BYTES = toucher_process.PAGE_BYTES
 PAGING = ThisHost.paging
 NOBODY = 65534
 CACHESTAT = 451
 
-VMTOUCH = shutil.which("vmtouch") or ""
-
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="evicts with posix_fadvise")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-with_vmtouch = pytest.mark.skipif(not VMTOUCH, reason="vmtouch is not installed")
 
 
 @pytest.fixture
@@ -47,37 +42,6 @@ async def toucher() -> AsyncIterator[Toucher]:
     made = Toucher(PAGING)
     yield made
     await made.close()
-
-
-def write(path: Path, size: int) -> Path:
-    """Write a file that is really on disk."""
-    with path.open("wb") as file:
-        file.write(os.urandom(MIB) * (size // MIB) + os.urandom(size % MIB))
-        file.flush()
-        os.fsync(file.fileno())
-    return path
-
-
-def evict(path: Path) -> None:
-    """Drop the file's pages from the page cache; only those that nobody has mapped go."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def read(path: Path, offset: int, length: int) -> None:
-    """Read a stretch of the file, and nothing ahead of it."""
-    with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        file.seek(offset)
-        file.read(length)
-
-
-def vmtouch_pages(path: Path) -> tuple[int, int]:
-    """Return resident and all pages by vmtouch's count."""
-    said = subprocess.run([VMTOUCH, str(path)], capture_output=True, text=True, check=True).stdout
-    line = next(line for line in said.splitlines() if "Resident Pages:" in line)
-    resident, total = line.split()[2].split("/")
-    return int(resident), int(total)
 
 
 @on_linux

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from emberd.cli.talk import as_json, ask_daemon, duration, gib, residency_words, show
+from emberd.host import ThisHost
 
 _COLOURS = {"READY": "green", "FAILED": "red", "BACKOFF": "yellow", "STOPPED": "red"}
 
@@ -108,7 +108,7 @@ def _engine_words(engine: dict[str, Any]) -> str:
     parts = (
         ("resident_bytes", "resident"),
         ("locked_bytes", "locked"),
-        ("swapped_bytes", "compressed or swapped" if sys.platform == "darwin" else "swapped"),
+        ("swapped_bytes", "compressed or swapped" if ThisHost.name == "darwin" else "swapped"),
         ("footprint_bytes", "footprint"),
     )
     return ", ".join(f"{gib(engine[key])} GiB {word}" for key, word in parts if engine[key] is not None)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from emberd.core.types import EngineSample
 
 TICK_S = 30.0
+_FRESH_S = 2.0
+"""While a model loads, residency is old after seconds; who asks for the status is shown no older one."""
 
 
 class ResidencyMeter:
@@ -67,9 +69,9 @@ class ResidencyMeter:
             return seen
 
     async def status(self) -> dict[str, Any] | None:
-        """Return the last residency as plain values; read first if this engine has none. None without an engine."""
+        """Return the residency as plain values, at most _FRESH_S old. None without an engine."""
         last = self._last
-        if last is None or last[0] != self._sample().key:
+        if last is None or last[0] != self._sample().key or time.monotonic() - last[1] > _FRESH_S:
             await self.tick()
             last = self._last
         return None if last is None else {**as_plain(last[2]), "age_s": round(time.monotonic() - last[1], 3)}
