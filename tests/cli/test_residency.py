@@ -79,7 +79,8 @@ def test_a_cold_model_is_told_from_a_warm_one_layer_by_layer(tmp_path: Path):
     touched = as_json("touch", str(path), home=tmp_path)
     assert touched["cold_bytes"] > 12 * MIB
     assert touched["bytes_per_s"] > 0
-    assert as_json("residency", str(path), home=tmp_path)["share"] == 1
+    # Nobody maps the file any more: a kernel that reclaims early may have begun to.
+    assert as_json("residency", str(path), home=tmp_path)["share"] > 0.8
 
 
 def test_layers_are_bars_and_sizes_for_a_person(tmp_path: Path):
