@@ -151,6 +151,12 @@ def test_a_copy_is_told_from_the_log_or_from_anonymous_memory(
     assert is_copied(4 * GIB, memory, is_mapped=is_mapped) is expected
 
 
+def test_resident_pages_of_files_say_that_a_small_model_with_a_large_context_is_mapped():
+    memory = EngineMemory(footprint_bytes=2 * GIB, file_bytes=GIB)
+    assert is_copied(GIB, memory, is_mapped=None) is False
+    assert is_copied(4 * GIB, memory, is_mapped=False) is True
+
+
 def test_a_copy_of_weights_of_unknown_size_is_not_guessed():
     assert is_copied(None, EngineMemory(footprint_bytes=GIB), is_mapped=None) is False
 

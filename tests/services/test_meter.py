@@ -122,7 +122,7 @@ async def test_auto_locks_where_enough_remains_and_an_owners_own_flag_decides(
 
 async def test_a_model_that_cannot_be_read_leaves_the_verdict_unknown(tmp_path: Path):
     meter = LockMeter(ThisHost())
-    await meter.adopt(tmp_path / "missing.gguf")
+    await meter.adopt(tmp_path / "missing.gguf", is_mapped=None)
     assert meter.judge([os.getpid()], is_asked=True)
     assert meter.verdict is not None
     assert meter.verdict.state is LockState.UNKNOWN

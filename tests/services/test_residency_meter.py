@@ -96,14 +96,6 @@ async def test_an_engine_that_copied_its_weights_is_told_from_its_swap(rig: Rig,
     assert "copy of the weights" in seen["message"]
 
 
-async def test_an_adopted_engine_with_a_large_footprint_is_taken_for_one_that_copied(rig: Rig, tmp_path: Path):
-    path = write(tmp_path / "model.gguf", MIB)
-    rig.run(path, MIB, is_mapped=None)
-    assert (await rig.status())["source"] == "process"
-    rig.run(path, 1 << 40, is_mapped=None)
-    assert (await rig.status())["source"] == "mincore"
-
-
 async def test_a_model_that_is_gone_is_unknown_with_the_reason_and_found_again(rig: Rig, tmp_path: Path):
     path = tmp_path / "model.gguf"
     rig.run(path)
@@ -120,11 +112,10 @@ async def test_a_killed_toucher_costs_nothing(rig: Rig, tmp_path: Path):
     rig.run(write(tmp_path / "model.gguf", MIB))
     assert (await rig.status())["share"] == 1
     toucher = next(child for child in psutil.Process().children() if "toucher_process" in " ".join(child.cmdline()))
-    watch = ThisHost().watch_exit(toucher.pid)
     toucher.send_signal(signal.SIGKILL)
     async with asyncio.timeout(10):
-        await watch.wait()
-    watch.close()
+        while psutil.pid_exists(toucher.pid):  # until this process has heard of it
+            await asyncio.sleep(0.01)
     assert (await rig.status())["share"] == 1
 
 
@@ -168,3 +159,21 @@ def test_without_mmap_residency_is_told_from_the_engines_memory(make_daemon: Mak
     daemon.start()
     status = daemon.wait_for(lambda status: (status["residency"] or {}).get("source") == "process", "residency")
     assert status["residency"]["share"] == 1
+    daemon.kill()
+    daemon.start()
+    status = daemon.wait_ready()
+    assert status["engine"]["adopted"]
+    assert status["residency"]["source"] == "process", "it was written down"
+
+
+def test_the_memory_of_an_engine_that_still_loads_is_its_own(make_daemon: MakeDaemon):
+    daemon = make_daemon(STANDIN_LOAD_SECONDS="3")
+    daemon.start()
+    status = daemon.wait_for(lambda status: status["state"] == "LOADING" and bool(status["engine"]), "a start")
+    first = status["engine"]["pid"]
+    daemon.wait_ready()
+    os.kill(first, signal.SIGKILL)
+    status = daemon.wait_for(
+        lambda status: status["state"] == "LOADING" and status["engine"]["pid"] != first, "the next start"
+    )
+    assert status["memory"]["engine"]["resident_bytes"], "not that of the process that is gone"

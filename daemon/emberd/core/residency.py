@@ -25,6 +25,9 @@ CONFIDENCE = 0.95
 _BISECTIONS = 40
 _ANONYMOUS_SHARE = 0.8
 """Anonymous memory of this share of the weights or more is a copy of them."""
+_FILE_SHARE = 0.5
+"""A small model's context and buffers can be larger than its weights (284 MB beside 235 MB in KoboldCPP 1.104);
+resident pages of files of this share of the weights or more say that these are mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +179,13 @@ def is_copied(weights_bytes: int | None, memory: EngineMemory, *, is_mapped: boo
     Args:
         weights_bytes: size of the weights, None if unknown.
         memory: the engine's memory.
-        is_mapped: what the engine's log told, None if nothing (an adopted engine).
+        is_mapped: what the engine's log told, None if nothing (it is loading, or writes no log).
     """
     if is_mapped is not None:
         return not is_mapped
     if weights_bytes is None or memory.footprint_bytes is None:
+        return False
+    if memory.file_bytes is not None and memory.file_bytes >= weights_bytes * _FILE_SHARE:
         return False
     return memory.footprint_bytes >= weights_bytes * _ANONYMOUS_SHARE
 

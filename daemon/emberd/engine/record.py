@@ -37,6 +37,7 @@ class EngineRecord:
         engine: name of the adapter.
         will_lock: the engine was asked to lock the model.
         started_at: wall-clock time of the start, seconds since the epoch, for display only.
+        is_mapped: whether the weights are pages of the file, None if its log did not tell.
     """
 
     pid: int
@@ -48,6 +49,7 @@ class EngineRecord:
     engine: str
     started_at: float
     will_lock: bool
+    is_mapped: bool | None = None
 
 
 def digest(words: Sequence[str]) -> str:
@@ -91,6 +93,7 @@ def load(path: Path) -> EngineRecord | None:
             engine=str(content["engine"]),
             started_at=float(content["started_at"]),
             will_lock=bool(content.get("will_lock", True)),
+            is_mapped=is_mapped if isinstance(is_mapped := content.get("is_mapped"), bool) else None,
         )
     except FileNotFoundError:
         return None

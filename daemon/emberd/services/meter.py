@@ -82,11 +82,11 @@ class LockMeter:
             _policy(settings),
         )
 
-    async def adopt(self, model: Path | None) -> None:
-        """Begin to follow an engine that runs already; what its log told is not known."""
+    async def adopt(self, model: Path | None, *, is_mapped: bool | None) -> None:
+        """Begin to follow an engine that runs already; of what its log told only `is_mapped` is still known."""
         facts = await self._model_facts(model)
         self._weights_bytes = facts.weights_bytes if facts else None
-        self._load, self._was_held, self.verdict = LoadFacts(), False, None
+        self._load, self._was_held, self.verdict = LoadFacts(is_mapped=is_mapped), False, None
         self._wired_before = self._refusals_before = None
 
     def note(self, line: str) -> None:

@@ -468,12 +468,17 @@ class Supervisor:
         self.post(lifecycle.Launched())
 
     def _write_record(self) -> None:
-        """Write down the command line again: a wrapper script has become the engine by now."""
+        """Write down what only a loaded engine shows: a wrapper script has become the engine by now."""
         if self._record is None:
             return
         command = records.observed_command(self._record.pid)
-        if command is not None and records.digest(command) != self._record.command_digest:
-            self._record = replace(self._record, command_digest=records.digest(command))
+        found = replace(
+            self._record,
+            command_digest=self._record.command_digest if command is None else records.digest(command),
+            is_mapped=self._meter.is_mapped,
+        )
+        if found != self._record:
+            self._record = found
             self._save_record()
 
     def _save_record(self) -> None:
@@ -487,6 +492,7 @@ class Supervisor:
 
     def _take(self, process: EngineProcess, record: records.EngineRecord) -> None:
         self._process, self._record, self._progress = process, record, None
+        self._tree = (process.pid,)
         self._spawn("exit", self._watch_exit(process))
         self._spawn("output", self._follow_output())
 
@@ -515,7 +521,7 @@ class Supervisor:
                 await tree.terminate(self._engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
             self._paths.record.unlink(missing_ok=True)
             return False
-        await self._meter.adopt(self._engine.model_path())
+        await self._meter.adopt(self._engine.model_path(), is_mapped=record.is_mapped)
         self._follower.skip_to_end()
         self._is_adopted = True
         self._take(process, record)
@@ -625,7 +631,6 @@ class Supervisor:
                 async with asyncio.timeout(pause_s):
                     await self._look_now.wait()
             pause_s = min(pause_s * 1.5, _SLOWEST_PROBE_S)
-        self._tree = tuple(self._process.members()) if self._process else ()
         self._judge_lock(is_asked=record.will_lock)
         self.post(lifecycle.BecameReady())
         await self._probe_liveness(record)
@@ -638,6 +643,7 @@ class Supervisor:
     def _judge_lock(self, *, is_asked: bool) -> None:
         """Weigh whether the lock holds, and say it when that has changed: a lock can be lost."""
         try:
+            self._tree = tuple(self._process.members()) if self._process else ()
             has_changed = self._meter.judge(self._tree, is_asked=is_asked)
         except Exception:  # noqa: BLE001  # a reading that fails must not cost the engine
             self._log.exception("lock_meter_bug")
