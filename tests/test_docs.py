@@ -14,6 +14,7 @@ import pytest
 from emberd.core import errors, lifecycle
 from emberd.core.errors import EmberdError
 from emberd.core.lifecycle import Lifecycle, State
+from emberd.core.residency import Unknown
 from emberd.core.settings import LifecycleSettings, Settings, read, to_toml
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,11 @@ def test_every_exit_code_is_documented():
     documented = {name: int(code) for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.MULTILINE)}
     family = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, EmberdError)]
     assert documented == {each.__name__: each.exit_code for each in family}
+
+
+def test_every_reason_of_an_unknown_residency_is_documented():
+    text = (DOCS / "memory.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == {each.value for each in Unknown}
 
 
 def test_the_diagram_of_states_has_exactly_the_arrows_of_the_lifecycle():
