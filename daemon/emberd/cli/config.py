@@ -111,7 +111,7 @@ async def _plan(settings: Settings) -> LaunchPlan:
     from emberd.engine.choose import choose_engine  # noqa: PLC0415
     from emberd.host import ThisHost  # noqa: PLC0415
     from emberd.host.paths import prepare, state_paths  # noqa: PLC0415
-    from emberd.services.meter import LockMeter  # noqa: PLC0415
+    from emberd.services.lock_meter import LockMeter  # noqa: PLC0415
     from emberd.services.supervisor import free_port  # noqa: PLC0415
 
     paths = state_paths(settings)

@@ -23,7 +23,7 @@ from emberd.engine.llama_log import find_cause
 from emberd.engine.output import OutputFollower, open_for_engine
 from emberd.engine.process import EngineProcess, ProcessTree, launch
 from emberd.host.files import make_private_folder, write_atomically
-from emberd.services.meter import LockMeter
+from emberd.services.lock_meter import LockMeter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator

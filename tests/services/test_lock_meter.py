@@ -15,7 +15,7 @@ from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, SystemMemory
 from emberd.core.settings import EngineSettings, ModelSettings, Settings
 from emberd.host import ThisHost
-from emberd.services.meter import LockMeter
+from emberd.services.lock_meter import LockMeter
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
