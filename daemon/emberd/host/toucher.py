@@ -51,6 +51,27 @@ class Touched:
     elapsed_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """What an attempt to lock the pages did.
+
+    Attributes:
+        is_complete: everything is locked.
+        locked_bytes: locked now.
+        total_bytes: what there is to lock.
+        cold_bytes: what was not resident before; None if the kernel does not tell.
+        elapsed_s: how long bringing the pages in took.
+        error: the system's words for why no more could be locked, None if it refused nothing.
+    """
+
+    is_complete: bool
+    locked_bytes: int
+    total_bytes: int
+    cold_bytes: int | None
+    elapsed_s: float
+    error: str | None
+
+
 class ToucherRefused(Exception):
     """The toucher lives and cannot do it.
 
@@ -133,16 +154,51 @@ class Toucher:
             ToucherRefused: a file cannot be read.
             ToucherLost: the process died (SIGBUS: the file was shortened) or fell silent.
         """
+        answer = await self._walk({"do": "touch", "spans": spans}, progress)
+        return Touched(**{name: answer[name] for name in Touched.__slots__})
+
+    async def lock(self, progress: Callable[[int, int], None] = lambda *_: None) -> Locked:
+        """Touch all pages and lock them (mlock(2)) until `unlock`, or the end of the process or of the mapping.
+
+        A limit is no exception: `Locked.error` has it, and what was locked before stays locked.
+
+        Args:
+            progress: as for `touch`.
+
+        Raises:
+            ToucherRefused: a file cannot be read.
+            ToucherLost: the process died or fell silent.
+        """
+        answer = await self._walk({"do": "lock"}, progress)
+        return Locked(
+            answer["is_complete"],
+            answer["locked_bytes"],
+            answer["total_bytes"],
+            answer["cold_bytes"],
+            answer["elapsed_s"],
+            answer["lock_error"],
+        )
+
+    async def unlock(self) -> None:
+        """Let go of the lock; does not start a process for it.
+
+        Raises:
+            ToucherLost: the process died or fell silent; the lock is gone then too.
+        """
+        if self.pid is not None and self._mapped:
+            await self._ask({"do": "unlock"})
+
+    async def _walk(self, command: dict[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Do what `stop` and a cancellation can end early."""
         self._touching = True
         try:
-            answer = await self._ask({"do": "touch", "spans": spans}, progress)
+            return await self._ask(command, progress)
         except asyncio.CancelledError:
             with contextlib.suppress(ToucherLost):
                 self._say({"id": 0, "do": "stop"})
             raise
         finally:
             self._touching = False
-        return Touched(**{name: answer[name] for name in Touched.__slots__})
 
     def stop(self) -> None:
         """End a running `touch` within 50 ms; it returns what it did so far. Nothing happens if there is none."""
@@ -169,11 +225,19 @@ class Toucher:
         self, command: dict[str, Any], progress: Callable[[int, int], None] = lambda *_: None
     ) -> dict[str, Any]:
         async with self._turn:
+            is_old = self.pid is not None
+            try:
+                await self._be_ready()
+                return await self._exchange(command, progress)
+            except ToucherLost:
+                if not is_old or self.pid is not None or command["do"] in {"touch", "lock"}:
+                    raise
+            # It died since the last command, and this one was the first to notice.
             await self._be_ready()
             return await self._exchange(command, progress)
 
     async def _be_ready(self) -> None:
-        if self._process is None or self._process.returncode is not None:
+        if self.pid is None:
             self._mapped = ()
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -11,11 +11,13 @@ other end. The first argument is a JSON object with what this system can do (`Pa
     {"id": 2, "do": "count", "spans": [[0, 0, 99]]}   {"id": 2, "counts": [[1, 1]], "source": "mincore"}
     {"id": 3, "do": "sample", "pages": 512}           {"id": 3, "resident": 500, "sampled": 512, ...}
     {"id": 4, "do": "touch"}                          {"id": 4, "progress": ...} ..., {"id": 4, "is_complete": ...}
-    {"id": 5, "do": "stop"}                           {"id": 5}
+    {"id": 5, "do": "lock"}                           the same, and "locked_bytes", "lock_error"
+    {"id": 6, "do": "unlock"}                         {"id": 6}
+    {"id": 7, "do": "stop"}                           {"id": 7}
 
 A span is a file's number, the first byte and a length. An error is {"id": ..., "error": kind, "message": ...}. The
-end of input ends the process. One thing at a time: while it touches it obeys `stop` and the end of input only;
-other commands wait.
+end of input ends the process, and with it a lock. One thing at a time: while it touches it obeys `stop` and the end
+of input only; other commands wait.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ SHORT_STEP_S, LONG_STEP_S = 0.004, 0.015
 READ_AHEAD_BYTES = 8 * MIB
 """So much is asked of the disk ahead of the loads, in pieces of a MiB."""
 READ_AHEAD_PIECE_BYTES = MIB
+LOCK_STEP_BYTES = 64 * MIB
+"""mlock of resident pages, between two looks at standard input: some 10 ms."""
 PROGRESS_S = 0.1
 _RESIDENT_BIT = bytes(number & 1 for number in range(256))
 """Bit 0 of each byte is residency; macOS sets others as well (mincore(2); xnu, bsd/sys/mman.h: MINCORE_INCORE)."""
@@ -82,6 +86,8 @@ libc.mmap.argtypes = [
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Refused(Exception):
@@ -207,13 +213,17 @@ class Toucher:
         if verb == "stop":
             return {}  # nothing is being touched
         self.refresh()
-        if verb == "count":
-            return self.count(command.get("spans"))
-        if verb == "sample":
-            return self.sample(command["pages"])
-        if verb == "touch":
-            return self.touch(command["id"], command.get("spans"))
-        raise Refused("usage", f"no such command: {verb}")
+        number, spans = command["id"], command.get("spans")
+        work = {
+            "count": lambda: self.count(spans),
+            "sample": lambda: self.sample(command["pages"]),
+            "touch": lambda: self.touch(number, spans),
+            "lock": lambda: self.lock(number),
+            "unlock": self.unlock,
+        }.get(verb)
+        if work is None:
+            raise Refused("usage", f"no such command: {verb}")
+        return work()
 
     def look_for_stop(self) -> None:
         """Read what has come without waiting; exits at the end of input."""
@@ -389,6 +399,35 @@ class Toucher:
             "cold_bytes": cold * PAGE_BYTES if is_cold_told else None,
             "elapsed_s": time.perf_counter() - began_s,
         }
+
+    # --- locking --------------------------------------------------------------------------------------------
+
+    def lock(self, number: int) -> Json:
+        """Touch everything, then lock it (mlock(2)); what was locked before an error or a stop stays locked."""
+        result = self.touch(number, None)
+        locked = 0
+        error = None
+        for mapping in self.mappings:
+            for begin in range(0, mapping.size, LOCK_STEP_BYTES):
+                self.look_for_stop()
+                if self.is_stopped or error is not None:
+                    break
+                length = min(LOCK_STEP_BYTES, mapping.size - begin)
+                if libc.mlock(mapping.address + begin, length) == 0:
+                    locked += length
+                else:
+                    error = os.strerror(ctypes.get_errno())
+        complete = result["is_complete"] and error is None and not self.is_stopped
+        return {**result, "is_complete": complete, "locked_bytes": locked, "lock_error": error}
+
+    def unlock(self) -> Json:
+        """Let go of every lock; the pages stay until the system wants them."""
+        for mapping in self.mappings:
+            if mapping.size:
+                libc.munlock(mapping.address, mapping.size)
+        return {}
+
+    # --- cold pages -----------------------------------------------------------------------------------------
 
     def load(self, mapping: Mapping, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Yield after each step: pages loaded, and how many of them were cold.
