@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 EngineKind = Literal["koboldcpp", "llama-server", "embedded"]
 LockPolicy = Literal["auto", "always", "never"]
+WarmthMode = Literal["auto", "off"]
+OnBattery = Literal["stretch", "off", "same"]
+Priority = Literal["auto", "machine-first", "model-first"]
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -148,6 +151,38 @@ class LifecycleSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmthSettings:
+    """How the idle model is kept in memory."""
+
+    mode: WarmthMode = setting("auto", "auto keeps the idle model warm; off leaves it to the system.")
+    replay: bool = setting(
+        True,
+        "Send the last request and its reply once more, with one token: it keeps the KV cache. "
+        "Request and reply are kept in memory only.",
+    )
+    lock_outside: bool = setting(
+        True, "Where the engine's own lock does not hold but one is allowed, emberd locks the model's pages itself."
+    )
+    priority: Priority = setting(
+        "auto",
+        "What to give up when holding the model makes the rest of the computer swap: auto (the model, above "
+        "512 MiB a minute), machine-first (above 64 MiB) or model-first (never).",
+    )
+    may_restart: bool = setting(
+        False, "Whether the engine may be restarted without its lock when nothing else stops the swapping."
+    )
+    on_battery: OnBattery = setting(
+        "stretch", "On battery or in low power mode: stretch (six times less often), off, or same."
+    )
+    min_interval_s: float = setting(
+        5.0, "Shortest time between two passes over the model.", unit="s", low=1, high=86_400
+    )
+    max_interval_s: float = setting(
+        300.0, "Longest time between two passes over the model.", unit="s", low=1, high=86_400
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     """What emberd writes about itself."""
 
@@ -190,6 +225,7 @@ class Settings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
     lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
+    warmth: WarmthSettings = field(default_factory=WarmthSettings)
     log: LogSettings = field(default_factory=LogSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)
     state: StateSettings = field(default_factory=StateSettings)
@@ -325,6 +361,10 @@ def _checked(declaration: Declaration, value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise ValueError(f'must be a list of strings such as ["--threads", "4"], not {value!r}')
         return tuple(value)
+    if wanted is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, not {value!r}")
+        return value
     if wanted is str:
         if not isinstance(value, str):
             raise ValueError(f"must be a string in quotes, not {value!r}")
@@ -359,6 +399,12 @@ def _check_together(settings: Settings, source: str) -> None:
             f"lifecycle.backoff_max_s ({settings.lifecycle.backoff_max_s:g} s)",
             "Raise backoff_max_s or lower backoff_initial_s.",
         )
+    if settings.warmth.min_interval_s > settings.warmth.max_interval_s:
+        raise ConfigError(
+            f"{source}: warmth.min_interval_s ({settings.warmth.min_interval_s:g} s) is more than "
+            f"warmth.max_interval_s ({settings.warmth.max_interval_s:g} s)",
+            "Raise max_interval_s or lower min_interval_s.",
+        )
 
 
 def to_toml(settings: Settings, *, with_help: bool = True) -> str:
@@ -387,6 +433,8 @@ def to_toml(settings: Settings, *, with_help: bool = True) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(word) for word in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'

@@ -1,0 +1,295 @@
+"""What to do now so that the next reply is not slow, and when to look again. Pure.
+
+Measured on KoboldCPP 1.104 under pressure: a lock alone leaves the first reply at 6 to 14 times a hot one, because
+the KV cache and the compute buffers go to swap; a generation with another prompt makes it 81 to 89 times, because
+it costs the prompt cache; the last prompt and reply once more, with one token, 0.8 to 1.4 times. So weights and
+cache are kept by different means, and a foreign prompt is sent only where there is nothing to lose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from emberd.core.lock import LockState
+from emberd.core.memory import Power, PowerSource, Pressure
+from emberd.core.thrash import Hold
+
+if TYPE_CHECKING:
+    from emberd.core.settings import WarmthSettings
+
+CALM_AFTER_CRITICAL_S = 30.0
+"""Pressure must have been below critical for so long before anything is brought back, or two pagers fight."""
+BATTERY_STRETCH = 6.0
+"""On battery the interval is so much longer, with warmth.on_battery = "stretch"."""
+FRESH_S = 2.0
+"""What was used or warmed so short a time ago is warm, whoever knocks."""
+_LONGER, _SHORTER = 1.5, 0.5
+"""The interval follows what was found: evictions halve it, a clean pass makes it half as long again."""
+_LOST_SHARE = 0.002
+"""Cold pages beyond this share of the model are an eviction; fewer are chance (a header that nobody reads)."""
+_SLOW_REPLAY = 2.0
+"""A replay that takes so many times a hot one met pages that had gone."""
+
+
+class Step(Enum):
+    """One thing to do."""
+
+    LOCK = "lock"
+    """The toucher brings the weights in and locks its mapping of them."""
+    UNLOCK = "unlock"
+    """It lets go of that lock; the pages stay until the system wants them."""
+    TOUCH = "touch"
+    """The toucher brings the weights in and marks them as used."""
+    REPLAY = "replay"
+    """The last request and its reply, one token: uses the KV cache and the compute buffers, and keeps them."""
+    TINY = "tiny"
+    """A generation of one token with a prompt of emberd's own, where no user's prompt can be lost."""
+    RESTART = "restart"
+    """The engine is started anew without its lock: the last resort of the thrash guard."""
+
+
+class Reason(Enum):
+    """Why this was decided."""
+
+    OFF = "off"
+    PAUSED = "paused"
+    COOL = "cool"
+    NOT_READY = "not_ready"
+    BUSY = "busy"
+    PRESSURE = "pressure"
+    LETTING_GO = "letting_go"
+    ON_BATTERY = "on_battery"
+    NOT_DUE = "not_due"
+    NOTHING_TO_DO = "nothing_to_do"
+    DUE = "due"
+    ASKED = "asked"
+    WOKEN = "woken"
+    KNOCK = "knock"
+    RESTARTED = "restarted"
+    RELIEVED = "relieved"
+
+
+class Trigger(Enum):
+    """What made emberd look."""
+
+    TIMER = "timer"
+    ASKED = "asked"
+    """`emberd warm`."""
+    WOKEN = "woken"
+    """The computer slept, or its power came back."""
+    KNOCK = "knock"
+    """A client is here that has not asked for a generation yet."""
+    RESTARTED = "restarted"
+    """The engine has just become ready."""
+    RELIEVED = "relieved"
+    """Memory pressure has fallen from critical."""
+
+
+_REASONS = {
+    Trigger.TIMER: Reason.DUE,
+    Trigger.ASKED: Reason.ASKED,
+    Trigger.WOKEN: Reason.WOKEN,
+    Trigger.KNOCK: Reason.KNOCK,
+    Trigger.RESTARTED: Reason.RESTARTED,
+    Trigger.RELIEVED: Reason.RELIEVED,
+}
+
+
+class Cache(Enum):
+    """Whose prompt the engine's KV cache holds."""
+
+    EMPTY = "empty"
+    """Nobody's: no user has generated since the engine's start."""
+    KNOWN = "known"
+    """The last user's; request and reply are remembered and can be replayed."""
+    UNKNOWN = "unknown"
+    """Perhaps a user's, which cannot be replayed; any generation would cost it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything that the decision rests on. Times are of one monotonic clock.
+
+    Attributes:
+        now_s: the present.
+        trigger: what made emberd look.
+        is_ready: the engine serves.
+        requests: users' requests that run, wait for the engine or are held.
+        lock: the verdict about the engine's own lock.
+        is_locked_outside: the toucher holds a lock on all of the weights.
+        can_lock_outside: limits and room let the toucher lock; None if not known.
+        is_mapped: the weights are pages of the file; None if the engine does not tell.
+        cache: whose prompt the KV cache holds.
+        pressure: memory pressure of the computer.
+        last_critical_s: when it was critical last, None for never.
+        power: power of the computer.
+        paused_until_s: warming is paused by its owner until then, None if it is not.
+        cool_until_s: the memory is given away until then or the next request, None if it is not.
+        hold: how much the thrash guard lets emberd hold.
+        last_use_s: when a user's generation ended last, None for never.
+        last_pass_s: when a pass that warmed everything ended last, None for never.
+        interval_s: the present interval.
+    """
+
+    now_s: float
+    trigger: Trigger = Trigger.TIMER
+    is_ready: bool = True
+    requests: int = 0
+    lock: LockState = LockState.ABSENT
+    is_locked_outside: bool = False
+    can_lock_outside: bool | None = None
+    is_mapped: bool | None = True
+    cache: Cache = Cache.EMPTY
+    pressure: Pressure = Pressure.NORMAL
+    last_critical_s: float | None = None
+    power: Power = field(default_factory=Power)
+    paused_until_s: float | None = None
+    cool_until_s: float | None = None
+    hold: Hold = Hold.ALL
+    last_use_s: float | None = None
+    last_pass_s: float | None = None
+    interval_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do now; nothing to do is a rest.
+
+    Attributes:
+        steps: in this order.
+        reason: why.
+        look_again_s: seconds until the next look, unless something happens before.
+    """
+
+    steps: tuple[Step, ...]
+    reason: Reason
+    look_again_s: float
+
+
+def decide(seen: Snapshot, settings: WarmthSettings) -> Decision:
+    """Decide from one snapshot."""
+    obstacle = _obstacle(seen, settings)
+    if obstacle is not None:
+        return obstacle
+    interval_s = effective_interval(seen, settings)
+    due_in_s = _due_in(seen, interval_s)
+    if due_in_s > 0:
+        return Decision((), Reason.NOT_DUE, _bounded(due_in_s, settings))
+    steps = (*_for_weights(seen, settings), *_for_cache(seen, settings))
+    reason = _REASONS[seen.trigger] if steps else Reason.NOTHING_TO_DO
+    return Decision(steps, reason, _bounded(interval_s, settings))
+
+
+def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
+    """Return why nothing may be warmed now; letting go is not warming."""
+    unlock = (Step.UNLOCK,) if seen.is_locked_outside else ()
+    needs_restart = seen.hold is Hold.NOTHING and seen.lock is LockState.HELD and settings.may_restart
+    is_free = seen.is_ready and not seen.requests
+    soon_s, late_s = settings.min_interval_s, settings.max_interval_s
+    spares_power = settings.on_battery == "off" and _saves_power(seen) and seen.trigger is not Trigger.ASKED
+    # The first that holds counts.
+    obstacles: tuple[tuple[bool, tuple[Step, ...], Reason, float], ...] = (
+        (settings.mode == "off", unlock, Reason.OFF, late_s),
+        (_is_before(seen.now_s, seen.cool_until_s), unlock, Reason.COOL, late_s),
+        (needs_restart and is_free, (*unlock, Step.RESTART), Reason.LETTING_GO, soon_s),
+        (seen.hold.lets_go, unlock, Reason.LETTING_GO, soon_s),
+        (seen.hold is not Hold.ALL, (), Reason.LETTING_GO, soon_s),
+        (_is_before(seen.now_s, seen.paused_until_s), (), Reason.PAUSED, late_s),
+        (not seen.is_ready, (), Reason.NOT_READY, soon_s),
+        (seen.requests > 0, (), Reason.BUSY, soon_s),
+        (is_too_tight(seen), (), Reason.PRESSURE, soon_s),
+        (spares_power, (), Reason.ON_BATTERY, late_s),
+    )
+    found = next((each for each in obstacles if each[0]), None)
+    return None if found is None else Decision(*found[1:])
+
+
+def is_too_tight(seen: Snapshot) -> bool:
+    """Tell whether memory pressure is critical, or was a short time ago."""
+    if seen.pressure is Pressure.CRITICAL:
+        return True
+    return seen.last_critical_s is not None and seen.now_s - seen.last_critical_s < CALM_AFTER_CRITICAL_S
+
+
+def effective_interval(seen: Snapshot, settings: WarmthSettings) -> float:
+    """Return the seconds between two passes: short under pressure, long on battery, bounded."""
+    interval_s = settings.min_interval_s if seen.pressure is Pressure.WARN else seen.interval_s
+    if _saves_power(seen) and settings.on_battery == "stretch":
+        interval_s *= BATTERY_STRETCH
+    return _bounded(interval_s, settings)
+
+
+def _due_in(seen: Snapshot, interval_s: float) -> float:
+    """Return the seconds until a pass is due; a user's generation warms as a pass does."""
+    if seen.trigger is Trigger.ASKED:
+        return 0.0
+    warmed = [when for when in (seen.last_use_s, seen.last_pass_s) if when is not None]
+    if not warmed:
+        return 0.0
+    wait_s = interval_s if seen.trigger is Trigger.TIMER else FRESH_S
+    return max(warmed) + wait_s - seen.now_s
+
+
+def _for_weights(seen: Snapshot, settings: WarmthSettings) -> tuple[Step, ...]:
+    if seen.is_mapped is False or seen.lock is LockState.HELD or seen.is_locked_outside:
+        # Copied weights are not pages of the file: only a generation reaches them.
+        return ()
+    if settings.lock_outside and seen.can_lock_outside:
+        return (Step.LOCK,)
+    return (Step.TOUCH,)
+
+
+def _for_cache(seen: Snapshot, settings: WarmthSettings) -> tuple[Step, ...]:
+    if seen.cache is Cache.KNOWN and settings.replay:
+        return (Step.REPLAY,)
+    if seen.cache is Cache.EMPTY:
+        return (Step.TINY,)
+    return ()
+
+
+def _saves_power(seen: Snapshot) -> bool:
+    return seen.power.source is PowerSource.BATTERY or seen.power.is_low_power is True
+
+
+def _is_before(now_s: float, until_s: float | None) -> bool:
+    return until_s is not None and now_s < until_s
+
+
+def _bounded(seconds: float, settings: WarmthSettings) -> float:
+    longest = settings.max_interval_s * (BATTERY_STRETCH if settings.on_battery == "stretch" else 1.0)
+    return min(max(seconds, settings.min_interval_s), longest)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a pass found of the time before it. Unknown is None.
+
+    Attributes:
+        cold_share: share of the weights' pages that had gone.
+        swapped_bytes: what the engine had in swap.
+        engine_bytes: the engine's footprint, to compare that with.
+        replay_ratio: time of the replay, divided by that of a hot one.
+    """
+
+    cold_share: float | None = None
+    swapped_bytes: int | None = None
+    engine_bytes: int | None = None
+    replay_ratio: float | None = None
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether something had been taken from the model."""
+        swapped_share = (self.swapped_bytes or 0) / self.engine_bytes if self.engine_bytes else 0.0
+        return (
+            (self.cold_share or 0.0) > _LOST_SHARE
+            or swapped_share > _LOST_SHARE
+            or (self.replay_ratio or 0.0) > _SLOW_REPLAY
+        )
+
+
+def next_interval(interval_s: float, found: Found, settings: WarmthSettings) -> float:
+    """Return the interval after a pass: shorter where something had been taken, else longer, within the bounds."""
+    changed_s = interval_s * (_SHORTER if found.has_lost else _LONGER)
+    return min(max(changed_s, settings.min_interval_s), settings.max_interval_s)

@@ -1,0 +1,242 @@
+"""The policy of keeping warm: its promises for every situation, and the situations one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberd.core.lock import LockState
+from emberd.core.memory import Power, PowerSource, Pressure
+from emberd.core.settings import WarmthSettings
+from emberd.core.thrash import Hold
+from emberd.core.warmth import (
+    BATTERY_STRETCH,
+    CALM_AFTER_CRITICAL_S,
+    FRESH_S,
+    Cache,
+    Found,
+    Reason,
+    Snapshot,
+    Step,
+    Trigger,
+    decide,
+    next_interval,
+)
+
+NOW_S = 10_000.0
+AUTO = WarmthSettings()
+GENERATIONS = {Step.REPLAY, Step.TINY}
+WARMING = {Step.REPLAY, Step.TINY, Step.TOUCH, Step.LOCK}
+times = st.none() | st.floats(NOW_S - 1000, NOW_S)
+until = st.none() | st.floats(NOW_S - 100, NOW_S + 100)
+powers = st.builds(
+    Power, st.sampled_from(PowerSource), st.none() | st.floats(0, 1), st.sampled_from([None, True, False])
+)
+snapshots = st.builds(
+    Snapshot,
+    now_s=st.just(NOW_S),
+    trigger=st.sampled_from(Trigger),
+    is_ready=st.booleans(),
+    requests=st.integers(0, 2),
+    lock=st.sampled_from(LockState),
+    is_locked_outside=st.booleans(),
+    can_lock_outside=st.sampled_from([None, True, False]),
+    is_mapped=st.sampled_from([None, True, False]),
+    cache=st.sampled_from(Cache),
+    pressure=st.sampled_from(Pressure),
+    last_critical_s=times,
+    power=powers,
+    paused_until_s=until,
+    cool_until_s=until,
+    hold=st.sampled_from(Hold),
+    last_use_s=times,
+    last_pass_s=times,
+    interval_s=st.floats(0.1, 10_000),
+)
+settings = st.builds(
+    WarmthSettings,
+    mode=st.sampled_from(["auto", "off"]),
+    replay=st.booleans(),
+    lock_outside=st.booleans(),
+    may_restart=st.booleans(),
+    on_battery=st.sampled_from(["stretch", "off", "same"]),
+    min_interval_s=st.floats(1, 60),
+    max_interval_s=st.floats(60, 3600),
+)
+
+
+# --- promises -----------------------------------------------------------------------------------------------------
+
+
+@given(snapshots, settings)
+def test_a_foreign_prompt_is_never_sent_while_the_cache_may_hold_a_users(seen: Snapshot, wish: WarmthSettings):
+    steps = decide(seen, wish).steps
+    if seen.cache is not Cache.EMPTY:
+        assert Step.TINY not in steps
+    if seen.cache is not Cache.KNOWN:
+        assert Step.REPLAY not in steps
+
+
+@given(snapshots, settings)
+def test_nothing_is_warmed_or_restarted_while_a_request_runs_or_waits(seen: Snapshot, wish: WarmthSettings):
+    if seen.requests or not seen.is_ready:
+        assert not set(decide(seen, wish).steps) & (WARMING | {Step.RESTART})
+
+
+@given(snapshots, settings)
+def test_nothing_is_warmed_under_critical_pressure_or_shortly_after(seen: Snapshot, wish: WarmthSettings):
+    was_critical = seen.last_critical_s is not None and NOW_S - seen.last_critical_s < CALM_AFTER_CRITICAL_S
+    if seen.pressure is Pressure.CRITICAL or was_critical:
+        assert not set(decide(seen, wish).steps) & WARMING
+
+
+@given(snapshots, settings)
+def test_on_battery_it_is_off_or_stretched_as_its_owner_wishes(seen: Snapshot, wish: WarmthSettings):
+    seen = replace(seen, power=Power(PowerSource.BATTERY, 0.5), trigger=Trigger.TIMER)
+    steps = set(decide(seen, wish).steps) & WARMING
+    if wish.on_battery == "off":
+        assert not steps
+    warmed = [when for when in (seen.last_use_s, seen.last_pass_s) if when is not None]
+    interval_s = max(seen.interval_s, wish.min_interval_s)
+    if seen.pressure is Pressure.WARN:
+        interval_s = wish.min_interval_s
+    if wish.on_battery == "stretch" and steps and warmed:
+        longest_s = wish.max_interval_s * BATTERY_STRETCH
+        assert NOW_S - max(warmed) >= min(interval_s * BATTERY_STRETCH, longest_s) - 1e-6
+
+
+@given(snapshots, settings)
+def test_what_a_user_or_a_pass_has_just_warmed_is_left_alone(seen: Snapshot, wish: WarmthSettings):
+    warmed = [when for when in (seen.last_use_s, seen.last_pass_s) if when is not None]
+    if (
+        warmed
+        and NOW_S - max(warmed) < FRESH_S
+        and seen.trigger is not Trigger.ASKED
+        and wish.min_interval_s >= FRESH_S
+    ):
+        assert not set(decide(seen, wish).steps) & WARMING
+
+
+@given(snapshots, settings)
+def test_the_next_look_is_within_bounds(seen: Snapshot, wish: WarmthSettings):
+    look_s = decide(seen, wish).look_again_s
+    assert wish.min_interval_s <= look_s <= wish.max_interval_s * BATTERY_STRETCH
+
+
+@given(snapshots, settings)
+def test_what_is_held_is_let_go_when_the_guard_or_the_owner_says_so(seen: Snapshot, wish: WarmthSettings):
+    is_cool = seen.cool_until_s is not None and seen.cool_until_s > NOW_S
+    if seen.is_locked_outside and (wish.mode == "off" or is_cool or seen.hold.lets_go):
+        assert Step.UNLOCK in decide(seen, wish).steps
+    elif not seen.is_locked_outside:
+        assert Step.UNLOCK not in decide(seen, wish).steps
+
+
+@given(snapshots, settings)
+def test_the_engine_is_restarted_only_if_allowed_and_only_for_its_lock(seen: Snapshot, wish: WarmthSettings):
+    if Step.RESTART in decide(seen, wish).steps:
+        assert wish.may_restart
+        assert seen.lock is LockState.HELD
+        assert seen.hold is Hold.NOTHING
+
+
+@given(snapshots, settings)
+def test_steps_and_reasons_agree(seen: Snapshot, wish: WarmthSettings):
+    decision = decide(seen, wish)
+    resting = {Reason.NOT_DUE, Reason.NOTHING_TO_DO, Reason.PAUSED, Reason.BUSY, Reason.PRESSURE, Reason.NOT_READY}
+    assert not (decision.steps and decision.reason in resting)
+    assert not (Step.LOCK in decision.steps and Step.TOUCH in decision.steps), "locking touches"
+
+
+@given(
+    st.floats(1, 3600), st.builds(Found, st.none() | st.floats(0, 1), st.none() | st.integers(0, 1 << 40)), settings
+)
+def test_intervals_stay_within_bounds(interval_s: float, found: Found, wish: WarmthSettings):
+    assert wish.min_interval_s <= next_interval(interval_s, found, wish) <= wish.max_interval_s
+
+
+# --- situations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("situation", "steps"),
+    [
+        ({"lock": LockState.HELD, "cache": Cache.KNOWN}, [Step.REPLAY]),
+        ({"lock": LockState.HELD, "cache": Cache.EMPTY}, [Step.TINY]),
+        ({"lock": LockState.HELD, "cache": Cache.UNKNOWN}, []),
+        ({"lock": LockState.PARTIAL, "can_lock_outside": True, "cache": Cache.KNOWN}, [Step.LOCK, Step.REPLAY]),
+        ({"lock": LockState.UNKNOWN, "can_lock_outside": True, "cache": Cache.UNKNOWN}, [Step.LOCK]),
+        ({"can_lock_outside": False, "cache": Cache.KNOWN}, [Step.TOUCH, Step.REPLAY]),
+        ({"can_lock_outside": None, "cache": Cache.UNKNOWN}, [Step.TOUCH]),
+        ({"is_locked_outside": True, "can_lock_outside": True, "cache": Cache.KNOWN}, [Step.REPLAY]),
+        ({"is_mapped": False, "can_lock_outside": True, "cache": Cache.KNOWN}, [Step.REPLAY]),
+        ({"is_mapped": False, "cache": Cache.UNKNOWN}, []),
+        ({"is_mapped": None, "cache": Cache.KNOWN}, [Step.TOUCH, Step.REPLAY]),
+    ],
+)
+def test_weights_and_cache_are_kept_by_the_means_of_the_situation(situation: dict[str, Any], steps: list[Step]):
+    assert list(decide(Snapshot(NOW_S, **situation), AUTO).steps) == steps
+
+
+def test_a_wish_to_lock_nothing_from_outside_and_to_replay_nothing_is_obeyed():
+    wish = WarmthSettings(lock_outside=False, replay=False)
+    assert decide(Snapshot(NOW_S, can_lock_outside=True, cache=Cache.KNOWN), wish).steps == (Step.TOUCH,)
+
+
+@pytest.mark.parametrize(
+    ("situation", "reason"),
+    [
+        ({"is_ready": False}, Reason.NOT_READY),
+        ({"requests": 1}, Reason.BUSY),
+        ({"pressure": Pressure.CRITICAL}, Reason.PRESSURE),
+        ({"last_critical_s": NOW_S - CALM_AFTER_CRITICAL_S + 1}, Reason.PRESSURE),
+        ({"paused_until_s": NOW_S + 1}, Reason.PAUSED),
+        ({"cool_until_s": NOW_S + 1, "paused_until_s": NOW_S + 1}, Reason.COOL),
+        ({"hold": Hold.NO_WARMING}, Reason.LETTING_GO),
+        ({"last_pass_s": NOW_S - 9}, Reason.NOT_DUE),
+        ({"last_use_s": NOW_S - 9, "last_pass_s": NOW_S - 500}, Reason.NOT_DUE),
+        ({"lock": LockState.HELD, "cache": Cache.UNKNOWN}, Reason.NOTHING_TO_DO),
+        ({"last_pass_s": NOW_S - 11}, Reason.DUE),
+        ({"last_critical_s": NOW_S - CALM_AFTER_CRITICAL_S}, Reason.DUE),
+        ({"last_pass_s": NOW_S - 3, "trigger": Trigger.WOKEN}, Reason.WOKEN),
+        ({"last_pass_s": NOW_S - 3, "trigger": Trigger.KNOCK}, Reason.KNOCK),
+        ({"last_pass_s": NOW_S - 1, "trigger": Trigger.KNOCK}, Reason.NOT_DUE),
+        ({"last_pass_s": NOW_S, "trigger": Trigger.ASKED}, Reason.ASKED),
+    ],
+)
+def test_every_rest_and_every_pass_has_its_reason(situation: dict[str, Any], reason: Reason):
+    assert decide(Snapshot(NOW_S, **situation), AUTO).reason is reason
+
+
+def test_on_battery_the_owner_can_still_ask_for_a_pass():
+    wish = WarmthSettings(on_battery="off")
+    unplugged = Snapshot(NOW_S, power=Power(PowerSource.BATTERY, 0.9))
+    assert decide(unplugged, wish).reason is Reason.ON_BATTERY
+    assert decide(replace(unplugged, trigger=Trigger.ASKED), wish).reason is Reason.ASKED
+    assert decide(replace(unplugged, power=Power(PowerSource.MAINS, 0.9, is_low_power=True)), wish).steps == ()
+
+
+def test_pressure_shortens_the_wait_for_the_next_pass():
+    seen = Snapshot(NOW_S, last_pass_s=NOW_S - 20, interval_s=300)
+    assert decide(seen, AUTO).reason is Reason.NOT_DUE
+    assert decide(replace(seen, pressure=Pressure.WARN), AUTO).reason is Reason.DUE
+
+
+@pytest.mark.parametrize(
+    ("found", "interval_s"),
+    [
+        (Found(), 150),
+        (Found(cold_share=0.0, swapped_bytes=0, engine_bytes=100, replay_ratio=1.1), 150),
+        (Found(cold_share=0.001), 150),
+        (Found(cold_share=0.01), 50),
+        (Found(swapped_bytes=1, engine_bytes=100), 50),
+        (Found(swapped_bytes=1), 150),
+        (Found(replay_ratio=3.0), 50),
+    ],
+)
+def test_the_interval_follows_what_was_taken(found: Found, interval_s: float):
+    assert next_interval(100, found, AUTO) == interval_s
