@@ -1,0 +1,135 @@
+"""The cheapest request that leaves the same KV cache: the last request and its reply, with one token. Pure.
+
+The cache keeps the common prefix of what it holds and of what it is asked, and drops the rest. So the prompt alone
+would cost the reply (63 tokens in place of 3 for the next turn, KoboldCPP 1.104), and no generation (`max_length`
+0) cuts the cache without using it. Sampling does not matter: with one token, whatever it is, the next turn's prompt
+replaces it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The last request for a generation and what came back. Never printed: both are private.
+
+    Attributes:
+        path: the request's path, without a query.
+        body: its JSON object.
+        reply: the text that the client was sent.
+    """
+
+    path: str
+    body: Mapping[str, Any] = field(repr=False)
+    reply: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A request to send.
+
+    Attributes:
+        path: where.
+        body: the JSON object.
+    """
+
+    path: str
+    body: dict[str, Any] = field(repr=False)
+
+
+_SAMPLING = frozenset(
+    {
+        "stop",
+        "stop_sequence",
+        "stop_token",
+        "grammar",
+        "grammar_string",
+        "json_schema",
+        "response_format",
+        "logprobs",
+        "top_logprobs",
+        "n_probs",
+        "n",
+        "best_of",
+        "stream",
+        "stream_options",
+        "genkey",
+        "max_tokens",
+        "max_completion_tokens",
+        "max_length",
+        "n_predict",
+        "max_context_length",
+    }
+)
+"""Fields that change what is generated, or how it is told, and not what is in the cache before."""
+_KOBOLD = ("/api/v1/generate", "/api/latest/generate", "/api/extra/generate/stream")
+_COMPLETIONS = ("/v1/completions",)
+_CHAT = ("/v1/chat/completions", "/chat/completions")
+_LLAMA = ("/completion", "/completions")
+_UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_prefix", "input_suffix"})
+"""With these the engine builds another prompt than the text that is seen here, or makes several generations."""
+GENKEY = "emberd-replay"
+"""The replay's own key, so that it can be aborted without touching a user's generation (never an empty one)."""
+
+
+def make_replay(turn: Turn, engine: str, *, continues_turn: bool) -> Replay | None:
+    """Return the request that keeps the cache of a turn, None if there is none that surely does.
+
+    Args:
+        turn: the last turn of a user.
+        engine: the adapter's name: koboldcpp, llama-server or embedded.
+        continues_turn: the engine leaves the assistant's last message open: KoboldCPP from 1.104 on with
+            `continue_assistant_turn`, llama.cpp's server by itself.
+    """
+    body, path = turn.body, turn.path.rstrip("/")
+    if any(body.get(name) for name in _UNLIKE):
+        return None
+    kept = {name: value for name, value in body.items() if name not in _SAMPLING}
+    if path.endswith(_CHAT):
+        return _chat(kept, turn.reply, engine, continues_turn=continues_turn)
+    return _text(path, kept, turn.reply, engine) if isinstance(kept.get("prompt"), str) else None
+
+
+def _text(path: str, kept: dict[str, Any], reply: str, engine: str) -> Replay | None:
+    kept["prompt"] += reply
+    if path.endswith(_KOBOLD):
+        return Replay("/api/v1/generate", {**kept, "max_length": 1, "genkey": GENKEY})
+    if path.endswith(_COMPLETIONS):
+        return Replay("/v1/completions", {**kept, "max_tokens": 1, **_of_engine(engine)})
+    if path.endswith(_LLAMA) and engine != "koboldcpp":
+        return Replay("/completion", {**kept, "n_predict": 1, **_of_engine(engine)})
+    return None
+
+
+def _chat(kept: dict[str, Any], reply: str, engine: str, *, continues_turn: bool) -> Replay | None:
+    messages = kept.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        return None
+    last = messages[-1]
+    if reply and continues_turn:
+        if last.get("role") == "assistant":
+            if not isinstance(last.get("content"), str):
+                return None
+            messages = [*messages[:-1], {**last, "content": last["content"] + reply}]
+        else:
+            messages = [*messages, {"role": "assistant", "content": reply}]
+        if engine == "koboldcpp":
+            kept["continue_assistant_turn"] = True
+    return Replay("/v1/chat/completions", {**kept, "messages": messages, "max_tokens": 1, **_of_engine(engine)})
+
+
+def _of_engine(engine: str) -> dict[str, Any]:
+    return {"genkey": GENKEY} if engine == "koboldcpp" else {"cache_prompt": True}
+
+
+def tiny(engine: str) -> Replay:
+    """Return a generation of one token with a prompt of our own; only where no user's prompt can be lost."""
+    if engine == "koboldcpp":
+        return Replay("/api/v1/generate", {"prompt": "Hello", "max_length": 1, "genkey": GENKEY})
+    return Replay("/completion", {"prompt": "Hello", "n_predict": 1, "cache_prompt": True})

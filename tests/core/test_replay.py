@@ -1,0 +1,117 @@
+"""The request that keeps the KV cache: what is kept of the user's, and when there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from emberd.core.replay import GENKEY, Replay, Turn, make_replay, tiny
+
+
+def replay_of(path: str, body: dict[str, Any], reply: str = " there", engine: str = "koboldcpp") -> Replay | None:
+    return make_replay(Turn(path, body, reply), engine, continues_turn=True)
+
+
+@pytest.mark.parametrize("path", ["/api/v1/generate", "/api/latest/generate/", "/api/extra/generate/stream"])
+def test_text_generation_is_replayed_with_its_reply_and_one_token(path: str):
+    asked = {
+        "prompt": "Hello",
+        "memory": "A story.",
+        "max_length": 300,
+        "max_context_length": 4096,
+        "stop_sequence": ["\n"],
+        "temperature": 0.7,
+        "genkey": "KCPP1234",
+    }
+    made = replay_of(path, asked)
+    assert made is not None
+    assert made.path == "/api/v1/generate"
+    assert made.body == {
+        "prompt": "Hello there",
+        "memory": "A story.",
+        "temperature": 0.7,
+        "max_length": 1,
+        "genkey": GENKEY,
+    }
+
+
+def test_chat_leaves_the_assistants_turn_open():
+    user = {"role": "user", "content": "Hello"}
+    made = replay_of("/v1/chat/completions", {"messages": [user], "stream": True, "max_tokens": 0, "model": "m"})
+    assert made is not None
+    assert made.body == {
+        "model": "m",
+        "messages": [user, {"role": "assistant", "content": " there"}],
+        "continue_assistant_turn": True,
+        "max_tokens": 1,
+        "genkey": GENKEY,
+    }
+
+
+def test_a_turn_that_continued_the_assistants_words_is_replayed_with_all_of_them():
+    begun = {"role": "assistant", "content": "Well,"}
+    made = replay_of("/v1/chat/completions", {"messages": [begun], "continue_assistant_turn": True})
+    assert made is not None
+    assert made.body["messages"] == [{"role": "assistant", "content": "Well, there"}]
+
+
+def test_an_engine_that_cannot_continue_gets_the_chat_unchanged():
+    user = {"role": "user", "content": "Hello"}
+    turn = Turn("/v1/chat/completions", {"messages": [user]}, "there")
+    made = make_replay(turn, "koboldcpp", continues_turn=False)
+    assert made is not None
+    assert made.body == {"messages": [user], "max_tokens": 1, "genkey": GENKEY}
+
+
+def test_llama_cpps_server_is_asked_in_its_own_words():
+    made = replay_of("/completion", {"prompt": "Hello", "n_predict": 50, "id_slot": 1}, engine="llama-server")
+    assert made is not None
+    assert made.path == "/completion"
+    assert made.body == {"prompt": "Hello there", "id_slot": 1, "n_predict": 1, "cache_prompt": True}
+    made = replay_of("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, engine="embedded")
+    assert made is not None
+    assert "continue_assistant_turn" not in made.body
+    assert made.body["messages"][-1] == {"role": "assistant", "content": " there"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["one", "two"]}),
+        ("/v1/completions", {"prompt": [1, 2, 3]}),
+        ("/v1/completions", {"prompt": "x", "echo": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}),
+        ("/v1/chat/completions", {"messages": []}),
+        ("/v1/chat/completions", {"messages": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}),
+        ("/api/v1/generate", {"prompt": "x", "images": ["aGk="]}),
+        ("/api/v1/generate", {}),
+        ("/completion", {"prompt": "x"}),
+        ("/api/generate", {"prompt": "x"}),
+        ("/sdapi/v1/txt2img", {"prompt": "x"}),
+    ],
+)
+def test_what_cannot_be_replayed_surely_is_not(path: str, body: dict[str, Any]):
+    assert replay_of(path, body) is None
+
+
+@pytest.mark.parametrize("engine", ["koboldcpp", "llama-server", "embedded"])
+def test_nothing_ever_asks_for_a_default_length_or_has_an_empty_key(engine: str):
+    bodies = [
+        ("/api/v1/generate", {"prompt": "x", "max_length": 0, "genkey": ""}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 0}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}),
+    ]
+    made = [each for path, body in bodies if (each := replay_of(path, body, engine=engine))]
+    assert len(made) == 3
+    for each in (*made, tiny(engine)):
+        lengths = [each.body[name] for name in ("max_length", "max_tokens", "n_predict") if name in each.body]
+        assert lengths == [1]
+        assert each.body.get("genkey", GENKEY) == GENKEY
+
+
+def test_neither_prompt_nor_reply_is_in_a_repr():
+    turn = Turn("/api/v1/generate", {"prompt": "secret prompt"}, "secret reply")
+    made = make_replay(turn, "koboldcpp", continues_turn=True)
+    assert "secret" not in repr(turn) + repr(made) + f"{turn} {made}"
