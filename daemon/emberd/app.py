@@ -25,16 +25,20 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
     from pathlib import Path
 
+    import httpx
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.settings import Settings
     from emberd.engine.http import EngineHttp
     from emberd.host.paths import StatePaths
     from emberd.services.endpoint import Endpoint
+    from emberd.services.knocks import Knocks
     from emberd.services.memory_meter import MemoryMeter
+    from emberd.services.proxy import Proxy
     from emberd.services.residency_meter import ResidencyMeter
     from emberd.services.supervisor import Supervisor
     from emberd.services.swap_meter import SwapMeter
+    from emberd.services.turns import Turns
 
 _LAST_ANSWERS_S = 2.0
 """After the engine is gone, what is still open are refusals on their way out."""
@@ -70,61 +74,70 @@ class _Daemon:
         host, port = listener.getsockname()[:2]
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._host = ThisHost()
+        self._host.forbid_core_dumps()
         self._stop = asyncio.Event()
         self._started_s = time.monotonic()
         self._interrupts = 0
         self._has_terminal = sys.stderr.isatty()
         self._reloading: asyncio.Future[None] | None = None
         self._log: FilteringBoundLogger
+        self._client: httpx.AsyncClient
         self._http: EngineHttp
         self._supervisor: Supervisor
         self._endpoint: Endpoint
+        self._proxy: Proxy
+        self._turns: Turns
+        self._knocks: Knocks
         self._memory: MemoryMeter
         self._swap: SwapMeter
         self._residency: ResidencyMeter
+
+    def _build(self) -> None:
+        """Make the services, and tell each of the others what it needs of them."""
+        from emberd.engine import http  # noqa: PLC0415
+        from emberd.engine.choose import choose_engine  # noqa: PLC0415
+        from emberd.services import logs  # noqa: PLC0415
+        from emberd.services.endpoint import Endpoint  # noqa: PLC0415
+        from emberd.services.knocks import Knocks  # noqa: PLC0415
+        from emberd.services.memory_meter import MemoryMeter  # noqa: PLC0415
+        from emberd.services.proxy import Proxy  # noqa: PLC0415
+        from emberd.services.residency_meter import ResidencyMeter  # noqa: PLC0415
+        from emberd.services.supervisor import Paths, Supervisor  # noqa: PLC0415
+        from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
+        from emberd.services.turns import Turns  # noqa: PLC0415
+
+        log = self._log = logs.configure(self._settings.log)
+        self._client = http.client()
+        self._http = http.EngineHttp(self._client)
+        engine = choose_engine(self._settings, self._host, self._http, self._paths)
+        paths = Paths(self._paths.record, self._paths.output, self._paths.scratch)
+        supervisor = self._supervisor = Supervisor(self._settings, engine, self._host, paths, log)
+        self._endpoint = Endpoint()
+        self._knocks = Knocks()
+        self._turns = Turns(lambda: self._settings.endpoint.remember_kib * 1024)
+        self._proxy = Proxy(supervisor, lambda: self._settings.endpoint, self._turns, self._knocks, log)
+        self._memory = MemoryMeter(self._host, log, supervisor.sample)
+        self._swap = SwapMeter(self._host, self._paths.history, log, supervisor.sample)
+        self._residency = ResidencyMeter(self._host, log, supervisor.sample)
 
     async def run(self) -> int:
         """Build, serve, wait for a reason to stop, shut down."""
         from emberd.services.lean import import_lean  # noqa: PLC0415  # before anything that imports httpx
 
         import_lean()
-        from emberd.engine import http  # noqa: PLC0415
-        from emberd.engine.choose import choose_engine  # noqa: PLC0415
-        from emberd.services import logs  # noqa: PLC0415
         from emberd.services.control import ControlServer  # noqa: PLC0415
-        from emberd.services.endpoint import Endpoint  # noqa: PLC0415
-        from emberd.services.memory_meter import MemoryMeter  # noqa: PLC0415
-        from emberd.services.proxy import Proxy, make_app  # noqa: PLC0415
-        from emberd.services.residency_meter import ResidencyMeter  # noqa: PLC0415
-        from emberd.services.supervisor import Paths, Supervisor  # noqa: PLC0415
-        from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
+        from emberd.services.proxy import make_app  # noqa: PLC0415
 
-        self._log = logs.configure(self._settings.log)
-        client = http.client()
-        self._http = http.EngineHttp(client)
-        engine = choose_engine(self._settings, self._host, self._http, self._paths)
-        self._supervisor = Supervisor(
-            self._settings,
-            engine,
-            self._host,
-            Paths(self._paths.record, self._paths.output, self._paths.scratch),
-            self._log,
-        )
-        supervisor = self._supervisor
-        self._endpoint = Endpoint()
-        proxy = Proxy(supervisor, lambda: self._settings.endpoint.hold_timeout_s, self._log)
-        app = make_app(proxy, lambda: supervisor.state.value)
-        self._memory = MemoryMeter(self._host, self._log, supervisor.sample)
-        self._swap = SwapMeter(self._host, self._paths.history, self._log, supervisor.sample)
-        self._residency = ResidencyMeter(self._host, self._log, supervisor.sample)
+        self._build()
+        app = make_app(self._proxy, lambda: self._supervisor.state.value)
         control = ControlServer(self._paths.control, self._verbs(), self._log)
         self._take_signals()
         await control.start()
-        owner = asyncio.create_task(supervisor.run(), name="supervisor")
+        owner = asyncio.create_task(self._supervisor.run(), name="supervisor")
         serving = asyncio.create_task(self._endpoint.serve(app, self._listener), name="endpoint")
-        meters = [
-            asyncio.create_task(meter.run(), name=name)
-            for name, meter in (("memory", self._memory), ("swap", self._swap), ("residency", self._residency))
+        tasks = [owner, serving] + [
+            asyncio.create_task(service.run(), name=name)
+            for name, service in (("memory", self._memory), ("swap", self._swap), ("residency", self._residency))
         ]
         self._log.info(
             "emberd_started",
@@ -139,15 +152,14 @@ class _Daemon:
             if not owner.done():  # else nobody is left to stop the engine; the next emberd adopts it
                 await self._shut_down()
         finally:
-            tasks = [owner, serving, *meters]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._swap.close()
             await self._residency.close()
             await control.close()
-            await proxy.aclose()
-            await client.aclose()
+            await self._proxy.aclose()
+            await self._client.aclose()
         if failed is not None:
             raise failed
         self._log.info("emberd_stopped")
@@ -243,6 +255,9 @@ class _Daemon:
         async def status() -> dict[str, Any]:
             return {
                 **self._status(),
+                **self._proxy.status(),
+                "seconds_since_knock": self._knocks.seconds_since,
+                "remembers_turn": self._turns.last is not None,
                 "memory": await self._memory.status(),
                 "residency": await self._residency.status(),
                 "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
@@ -257,10 +272,14 @@ class _Daemon:
             self._supervisor.post(lifecycle.Restart("asked for by its owner"))
             return {"ok": True, "starts": starts}
 
+        async def forget() -> dict[str, Any]:
+            return {"ok": True, "had_turn": self._turns.forget()}
+
         verbs: dict[str, Awaitable[dict[str, Any]]] | dict[str, Any] = {
             "status": status,
             "stop": stop,
             "restart": restart,
+            "forget": forget,
             "reload": self._reload,
         }
         return verbs

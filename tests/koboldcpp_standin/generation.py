@@ -42,9 +42,13 @@ def tokens_of(text: str) -> list[str]:
     return [BEGIN, *_TOKEN.findall(text)]
 
 
-def reply_token(prompt: str, index: int) -> str:
-    """Return the token number `index` of the reply to `prompt`: a word of two letters behind a space."""
-    digest = hashlib.sha256(f"{index}:{prompt}".encode()).digest()
+def next_token(text: str) -> str:
+    """Return the token behind a text: a word of two letters behind a space.
+
+    It depends on the text alone, as that of a model at temperature 0 does: a reply taken up in its middle goes
+    on as it would have.
+    """
+    digest = hashlib.sha256(text.encode()).digest()
     return " " + _SYLLABLES[digest[0] % len(_SYLLABLES)]
 
 
@@ -210,7 +214,7 @@ class Model:
                 return STOP_END_OF_TEXT
             if not self._wait(job, self.switches.token_s):
                 return STOP_LENGTH
-            token = reply_token(job.prompt, job.produced)
+            token = next_token(job.prompt + job.text)
             self._cache.append(token)
             if self._weights is not None:
                 self._weights.store_token(len(self._cache))

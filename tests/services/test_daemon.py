@@ -200,14 +200,14 @@ def test_a_request_whose_engine_dies_before_it_answers_is_sent_again(make_daemon
     assert answer.get()
 
 
-def test_a_stream_whose_engine_dies_is_seen_as_broken_and_the_next_is_whole(
+def test_a_stream_that_cannot_be_continued_is_seen_as_broken_and_the_next_is_whole(
     make_daemon: MakeDaemon, tmp_path: Path
 ):
     """KoboldCPP's streams end by closing: a death must not look like a normal end."""
     daemon = make_daemon(STANDIN_CRASH_AFTER_TOKENS="3", STANDIN_ONCE_FILE=str(tmp_path / "once"))
     daemon.start()
     first = daemon.wait_ready()["engine"]["pid"]
-    body = {"prompt": "Hello", "max_length": 10}
+    body = {"prompt": "Hello", "max_length": 10, "grammar": "root ::= [a-z ]*"}
     url = f"{daemon.url}/api/extra/generate/stream"
     with (
         pytest.raises(httpx.RemoteProtocolError),

@@ -6,17 +6,24 @@ import asyncio
 import contextlib
 import sys
 import tracemalloc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import structlog
 
 from emberd.core.errors import NotReady
+from emberd.core.settings import EndpointSettings, Settings
+from emberd.engine.http import EngineHttp
+from emberd.engine.http import client as engine_client
+from emberd.engine.koboldcpp import KoboldCpp
+from emberd.host import ThisHost
 from emberd.host.listener import bind
-from emberd.services import proxy as proxy_module
+from emberd.services import messages
 from emberd.services.endpoint import Endpoint
+from emberd.services.knocks import Knocks
 from emberd.services.proxy import MAX_ENGINE_CONNECTIONS, Proxy, make_app
+from emberd.services.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -37,6 +44,10 @@ class OpenGate:
         self.refused: list[int] = []
         self.asked = self.held = 0
         self.stays_ready = False
+        self.engine_key = "1:a"
+        self.http = engine_client()
+        unused: Any = None
+        self.engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(self.http), unused, unused, unused)
 
     async def ensure_ready(self, timeout_s: float) -> int:
         """Wait for `ready`."""
@@ -118,10 +129,17 @@ class Front:
     def __init__(self, gate: OpenGate) -> None:
         self.gate = gate
         self.hold_s = float(LIMIT_S)
+        self.max_waiting = 64
+        self.remember_bytes = 1 << 20
+        self.turns = Turns(lambda: self.remember_bytes)
+        self.knocks = Knocks()
         self.url = ""
         self.port = 0
         self.engines: list[Engine] = []
         self.endpoint = Endpoint()
+
+    def settings(self) -> EndpointSettings:
+        return EndpointSettings(hold_timeout_s=self.hold_s, max_waiting=self.max_waiting)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a connection that says nothing yet."""
@@ -144,7 +162,7 @@ async def front() -> AsyncIterator[Front]:
     listener = bind("127.0.0.1", 0)
     made.port = listener.getsockname()[1]
     made.url = f"http://127.0.0.1:{made.port}"
-    proxy = Proxy(gate, lambda: made.hold_s, structlog.get_logger())
+    proxy = Proxy(gate, made.settings, made.turns, made.knocks, structlog.get_logger())
     endpoint = made.endpoint
     serving = asyncio.create_task(endpoint.serve(make_app(proxy, lambda: "READY"), listener))
     try:
@@ -154,6 +172,7 @@ async def front() -> AsyncIterator[Front]:
             await endpoint.stop(1)
             await serving
             await proxy.aclose()
+            await gate.http.aclose()
             for engine in made.engines:
                 await engine.close()
         listener.close()
@@ -678,7 +697,7 @@ async def test_a_client_that_stops_within_its_body_is_told_and_lets_the_engine_g
     front: Front, monkeypatch: pytest.MonkeyPatch, sent: int
 ):
     """Below the first part the engine is not even connected; beyond it, it has one connection that comes free."""
-    monkeypatch.setattr(proxy_module, "_CLIENT_SILENCE_S", 0.2)
+    monkeypatch.setattr(messages, "CLIENT_SILENCE_S", 0.2)
 
     async def read_all(_: bytes, reader: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:
         await reader.read(-1)
@@ -694,7 +713,7 @@ async def test_a_client_that_stops_within_its_body_is_told_and_lets_the_engine_g
 
 
 async def test_a_client_that_reads_nothing_does_not_keep_the_engine(front: Front, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(proxy_module, "_CLIENT_SILENCE_S", 0.2)
+    monkeypatch.setattr(messages, "CLIENT_SILENCE_S", 0.2)
 
     async def flood(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.0 200 OK\r\n\r\n")

@@ -17,6 +17,7 @@ _VERBS = {
     "stop": "Stop the daemon and its engine.",
     "restart": "Restart the engine and wait until it is ready.",
     "reload": "Read the settings again.",
+    "forget": "Forget the last prompt and reply.",
     "residency": "Show how much of a model is in memory.",
     "touch": "Bring a model into memory.",
     "demo": "Show the main job on a small model.",

@@ -65,13 +65,19 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("heartbeat", ". ".join(word for word in words if word), "dim"))
     if status["swap"] and status["swap"]["written_today_bytes"]:
         rows.append(("swap", _swap_words(status["swap"]), ""))
-    requests = f"{status['requests_in_flight']} running, {status['requests_held']} waiting"
-    rows.append(("requests", requests, ""))
+    rows.append(("requests", _request_words(status), ""))
     if status["last_exit"]:
         rows.append(("last exit", status["last_exit"], "dim"))
     rows += [("notice", f"{notice['message']} ({notice['code']})", "yellow") for notice in status["notices"]]
     rows.append(("emberd", f"{status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}", "dim"))
     return rows
+
+
+def _request_words(status: dict[str, Any]) -> str:
+    words = f"{status['requests_in_flight']} running, {status['requests_waiting']} waiting"
+    if status["requests_waiting"]:
+        words += f" for up to {duration(status['longest_wait_s'])}"
+    return words
 
 
 def _lock_rows(lock: dict[str, Any]) -> list[tuple[str, str, str]]:

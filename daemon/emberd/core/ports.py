@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from signal import Signals
 
+    from emberd.core.generation import Generation
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
     from emberd.core.residency import Paging
@@ -50,6 +51,21 @@ class Engine(Protocol):
         """Ask what the engine is doing, without touching the model. Never raises; bounded by `timeout_s`."""
         ...
 
+    async def abort(self, port: int, key: str, timeout_s: float) -> None:
+        """End the generation with this key, with an empty one whatever runs.
+
+        Does nothing where closing the connection is enough. Never raises; bounded by `timeout_s`.
+        """
+        ...
+
+    async def count_tokens(self, port: int, text: str, timeout_s: float) -> int | None:
+        """Return how many tokens a text is, None if the engine does not tell. Never raises; bounded."""
+        ...
+
+    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
+        """Tell whether the engine can take up such a reply behind its first words. Never raises; bounded."""
+        ...
+
     def read_progress(self, line: str) -> LoadProgress | None:
         """Recognise a line of the engine's log that tells of loading."""
         ...
@@ -86,6 +102,10 @@ class Host(Protocol):
     @property
     def paging(self) -> Paging:
         """What the system's calls about pages can do."""
+        ...
+
+    def forbid_core_dumps(self) -> None:
+        """Keep this process from being written to disk when it crashes."""
         ...
 
     def watch_exit(self, pid: int) -> EventWatch:

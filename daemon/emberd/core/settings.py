@@ -99,6 +99,20 @@ class EndpointSettings:
         low=0,
         high=3600,
     )
+    max_waiting: int = setting(
+        64,
+        "How many requests may wait for an engine or for their turn; further ones get 503 at once.",
+        low=0,
+        high=10_000,
+    )
+    remember_kib: int = setting(
+        8192,
+        "The last request and its reply are kept in memory, to keep the prompt cache and to process them again "
+        "after a crash. Larger ones are not kept. 0: nothing is kept.",
+        unit="KiB",
+        low=0,
+        high=1_048_576,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emberd.core.errors import ConfigError
+from emberd.core.generation import Dialect
 from emberd.core.types import Activity, LaunchPlan, Readiness
 from emberd.engine import llama_log
 from emberd.engine.http import NOTHING_LISTENS
@@ -24,6 +25,7 @@ from emberd.host.model_file import check_model
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from emberd.core.generation import Generation
     from emberd.core.ports import Host
     from emberd.core.settings import Settings
     from emberd.core.types import LoadProgress
@@ -38,6 +40,7 @@ _PRIVATE = re.compile(r"^(?:Namespace\(|Body Err:|Input:|Output:)|password='")
 _WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bind")
 """1.104 then spins on the unbound socket for ever; 1.76 exits with 1, later builds with 0."""
 _PROTECTED_MODEL = "koboldcpp/protected-model"
+_CONTINUES_TURNS = (1, 104)
 _UNITS_OF_A_GENERATION = 1_000_000
 """Keeps the count of finished generations above any length of a running reply."""
 
@@ -160,6 +163,23 @@ class KoboldCpp:
             generated_units=units + (len(reply) if isinstance(reply, str) else 0),
         )
 
+    async def abort(self, port: int, key: str, timeout_s: float) -> None:
+        """Ask /api/extra/abort; an empty key ends whatever runs if nothing waits in the engine."""
+        await self._http.post(port, "/api/extra/abort", {"genkey": key}, timeout_s)
+
+    async def count_tokens(self, port: int, text: str, timeout_s: float) -> int | None:
+        """Ask /api/extra/tokencount, which also counts the token before every text."""
+        empty = (await self._http.post(port, "/api/extra/tokencount", {"prompt": ""}, timeout_s)).get("value")
+        whole = (await self._http.post(port, "/api/extra/tokencount", {"prompt": text}, timeout_s)).get("value")
+        return whole - max(empty, 0) if isinstance(whole, int) and isinstance(empty, int) else None
+
+    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
+        """Tell whether `continue_assistant_turn` is known, which a chat needs (1.104; not in 1.76)."""
+        if generation.dialect is not Dialect.CHAT:
+            return True
+        version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
+        return read_version(version) >= _CONTINUES_TURNS
+
     def read_progress(self, line: str) -> LoadProgress | None:
         """Recognise llama.cpp's and KoboldCPP's loading lines."""
         return llama_log.read_progress(line)
@@ -214,6 +234,12 @@ class KoboldCpp:
                 f"engine.kcpps {path} is not a JSON object", "Save it again from KoboldCPP's launcher."
             )
         return content
+
+
+def read_version(text: object) -> tuple[int, ...]:
+    """Return the leading numbers of a version such as `1.104.yr0-ROCm`, empty if there are none."""
+    found = re.match(r"\d+(?:\.\d+)*", text) if isinstance(text, str) else None
+    return tuple(int(part) for part in found.group().split(".")) if found else ()
 
 
 def model_name(path: str) -> str:

@@ -20,6 +20,7 @@ from emberd.host.model_file import check_model
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from emberd.core.generation import Generation
     from emberd.core.ports import Host
     from emberd.core.settings import Settings
     from emberd.core.types import LoadProgress
@@ -87,6 +88,19 @@ class LlamaServer:
             return Activity(answered=False)
         health = await self._http.get(port, "/health", timeout_s)
         return Activity(answered=health.status == _HTTP_OK)
+
+    async def abort(self, port: int, key: str, timeout_s: float) -> None:
+        """Do nothing: the server ends a generation whose connection was closed."""
+
+    async def count_tokens(self, port: int, text: str, timeout_s: float) -> int | None:
+        """Ask /tokenize, which adds no token before the text."""
+        answer = await self._http.post(port, "/tokenize", {"content": text}, timeout_s)
+        tokens = answer.get("tokens")
+        return len(tokens) if isinstance(tokens, list) else None
+
+    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:  # noqa: ARG002
+        """Return True: an assistant's last message is continued (llama.cpp, common/chat.cpp, since 2025)."""
+        return True
 
     def read_progress(self, line: str) -> LoadProgress | None:
         """Recognise llama.cpp's loading lines."""

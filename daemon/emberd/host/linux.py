@@ -29,6 +29,8 @@ _CACHESTAT = 451
 """Number of the call on x86-64 and arm64 alike, Linux 6.5 (scripts/syscall.tbl)."""
 _MADV_POPULATE_READ = 22
 """Linux 5.14 (<asm-generic/mman-common.h>)."""
+_PR_SET_DUMPABLE = 4
+"""<linux/prctl.h>; a program that is executed afterwards can be dumped again (prctl(2))."""
 _CAP_IPC_LOCK = 14
 """<linux/capability.h>"""
 _MEMLOCK_LINE = "Max locked memory"
@@ -53,6 +55,11 @@ class LinuxHost(PosixHost):
     def __init__(self, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> None:
         self._proc = proc
         self._sys = sys
+
+    def forbid_core_dumps(self) -> None:
+        """Set the limit, and PR_SET_DUMPABLE too: a core_pattern that is a pipe ignores the limit (core(5))."""
+        super().forbid_core_dumps()
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
     def watch_exit(self, pid: int) -> ReadableWatch:
         """Watch a process through a pidfd, which becomes readable when it ends (pidfd_open(2), Linux 5.3).

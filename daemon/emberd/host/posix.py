@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 from typing import TYPE_CHECKING
 
 import psutil
@@ -60,7 +61,14 @@ class ReadableWatch:
 
 
 class PosixHost:
-    """Readings that psutil gives alike on both systems."""
+    """What is alike on both systems."""
+
+    def forbid_core_dumps(self) -> None:
+        """Keep this process, which remembers what a person said, from being written to disk when it crashes.
+
+        Its children inherit the limit (setrlimit(2)), the engine too: a core file of it would hold the same.
+        """
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
     def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:
         """Return the TCP ports that these processes listen on, None if it cannot be told."""

@@ -136,6 +136,21 @@ class Supervisor:
         """Hand an event to the owner task."""
         self._inbox.put_nowait(event)
 
+    @property
+    def engine(self) -> Engine:
+        """The engine's adapter."""
+        return self._engine
+
+    @property
+    def engine_key(self) -> str | None:
+        """Text that tells this engine's process from others, None while there is none."""
+        return self.sample().key
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the engine served before this emberd was there."""
+        return self._is_adopted
+
     async def ensure_ready(self, timeout_s: float) -> int:
         """Return the engine's port as soon as it is READY.
 

@@ -1,0 +1,193 @@
+"""Requests for generated text: which dialect, what was asked, and whether a cut reply could be continued. Pure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Dialect(Enum):
+    """How a request for text and its reply are written."""
+
+    KOBOLD = "kobold"
+    """KoboldCPP's own: `prompt`, `max_length`, `results[0].text`; streamed, `token` in each event."""
+    COMPLETIONS = "completions"
+    """OpenAI's text completions."""
+    CHAT = "chat"
+    """OpenAI's chat completions."""
+    LLAMA = "llama"
+    """llama.cpp's server: `prompt`, `n_predict`, `content`."""
+    OLLAMA = "ollama"
+    """Ollama's: known by its paths, not taken apart."""
+
+
+_ENDINGS: tuple[tuple[str, Dialect], ...] = (
+    ("/api/v1/generate", Dialect.KOBOLD),
+    ("/api/latest/generate", Dialect.KOBOLD),
+    ("/api/extra/generate/stream", Dialect.KOBOLD),
+    ("/chat/completions", Dialect.CHAT),
+    ("/v1/completions", Dialect.COMPLETIONS),
+    ("/completion", Dialect.LLAMA),
+    ("/completions", Dialect.LLAMA),
+    ("/api/generate", Dialect.OLLAMA),
+    ("/api/chat", Dialect.OLLAMA),
+)
+"""KoboldCPP matches paths by their ends (its docs; tested with 1.76 and 1.104); the first that fits counts."""
+_OTHER_GENERATIONS = ("/v1/responses", "/v1/messages", "/infill", "/noscript")
+_OLLAMA_PATHS = ("/api/generate", "/api/chat", "/api/tags", "/api/show", "/api/ps", "/api/embed", "/api/embeddings")
+_BUDGETS = {
+    Dialect.KOBOLD: ("max_length",),
+    Dialect.COMPLETIONS: ("max_tokens", "n_predict"),
+    Dialect.CHAT: ("max_completion_tokens", "max_tokens", "n_predict"),
+    Dialect.LLAMA: ("n_predict", "max_tokens"),
+}
+_SEVERAL = ("n", "best_of", "n_cmpl")
+_STATEFUL = {
+    "logprobs": "token probabilities",
+    "top_logprobs": "token probabilities",
+    "n_probs": "token probabilities",
+    "tools": "tools",
+    "functions": "tools",
+    "grammar": "a grammar",
+    "grammar_string": "a grammar",
+    "json_schema": "a grammar",
+    "echo": "the prompt in the reply",
+}
+"""What a second generation cannot take up in the middle, in words for the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A request for text. Never printed: the body is private.
+
+    Attributes:
+        dialect: how it is written.
+        path: the request's path, without a query.
+        is_streamed: the reply comes as events.
+        body: the JSON object.
+    """
+
+    dialect: Dialect
+    path: str
+    is_streamed: bool
+    body: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def budget_name(self) -> str:
+        """Name of the field with the greatest length; the dialect's usual one if the request has none."""
+        names = _BUDGETS[self.dialect]
+        return next((name for name in names if self.body.get(name) is not None), names[0])
+
+    @property
+    def budget_tokens(self) -> int | None:
+        """Greatest length of the reply, None if the engine's default counts."""
+        value = self.body.get(self.budget_name)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts at which the reply ends."""
+        for name in ("stop_sequence", "stop"):
+            value = self.body.get(name)
+            if isinstance(value, str) and value:
+                return (value,)
+            if isinstance(value, list):
+                return tuple(each for each in value if isinstance(each, str) and each)
+        return ()
+
+    @property
+    def key(self) -> str:
+        """The request's `genkey`, by which KoboldCPP aborts it; empty if it has none."""
+        value = self.body.get("genkey")
+        return value if isinstance(value, str) else ""
+
+    def obstacle(self) -> str:
+        """Return why a cut reply cannot be continued honestly, empty if it can."""
+        for name in _SEVERAL:
+            value = self.body.get(name)
+            if isinstance(value, int) and value > 1:
+                return "several replies at once"
+        for name, words in _STATEFUL.items():
+            if self.body.get(name):
+                return words
+        wanted = self.body.get("response_format")
+        if isinstance(wanted, dict) and wanted.get("type") not in {None, "text"}:
+            return "a grammar"
+        if self.dialect is Dialect.CHAT:
+            return "" if _are_messages(self.body.get("messages")) else "messages that are not text"
+        return "" if isinstance(self.body.get("prompt"), str) else "a prompt that is not one text"
+
+
+def recognise(method: str, path: str, content: bytes) -> Generation | None:
+    """Return the request for text that this is; None for everything else, an unreadable body included.
+
+    Args:
+        method: HTTP method.
+        path: without the query.
+        content: the whole body.
+    """
+    dialect = dialect_of(path)
+    if method != "POST" or dialect is None or dialect is Dialect.OLLAMA:
+        return None
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(body, dict):
+        return None
+    is_streamed = path.rstrip("/").endswith("/stream") if dialect is Dialect.KOBOLD else bool(body.get("stream"))
+    return Generation(dialect, path, is_streamed, body)
+
+
+def dialect_of(path: str) -> Dialect | None:
+    """Return the dialect of a path that generates text, None for all others."""
+    path = path.rstrip("/")
+    return next((dialect for ending, dialect in _ENDINGS if path.endswith(ending)), None)
+
+
+def changes_cache(method: str, path: str) -> bool:
+    """Tell whether a request makes the engine generate text, and so replaces what its KV cache holds."""
+    if path.rstrip("/").endswith("/noscript"):
+        return True  # a GET there can generate
+    return method == "POST" and (dialect_of(path) is not None or path.rstrip("/").endswith(_OTHER_GENERATIONS))
+
+
+def is_ollama(path: str) -> bool:
+    """Tell whether a path is one of Ollama's, whose clients read errors from a text."""
+    return path.rstrip("/") in _OLLAMA_PATHS
+
+
+def _are_messages(value: Any) -> bool:
+    if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
+        return False
+    last = value[-1]
+    return last.get("role") != "assistant" or isinstance(last.get("content"), str)
+
+
+def continued(generation: Generation, text: str, used_tokens: int) -> dict[str, Any]:
+    """Return the body that asks for the rest of a reply.
+
+    Args:
+        generation: the request, without an obstacle.
+        text: what the client was sent.
+        used_tokens: how many tokens that is.
+    """
+    body = dict(generation.body)
+    if generation.dialect is Dialect.CHAT:
+        messages = list(body["messages"])
+        if messages[-1].get("role") == "assistant":
+            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + text}
+        else:
+            messages.append({"role": "assistant", "content": text})
+        # KoboldCPP's word (1.104); llama.cpp's server continues an assistant's last message by itself.
+        body |= {"messages": messages, "continue_assistant_turn": True}
+    else:
+        body["prompt"] += text
+    if generation.budget_tokens is not None:
+        body[generation.budget_name] = max(generation.budget_tokens - used_tokens, 1)
+    return body

@@ -1,0 +1,251 @@
+"""A streamed reply as it passes: complete events go on at once, what they say is remembered. Pure.
+
+Server-sent events (HTML Living Standard, 9.2) end with an empty line. Only whole events are passed on, so that a
+reply that is cut can be continued behind the last one; engines write an event at once, so nothing waits for this.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from emberd.core.generation import Dialect
+
+if TYPE_CHECKING:
+    from emberd.core.generation import Generation
+
+_UNREAD_BYTES = 64 * 1024
+"""Events are taken apart when so many bytes have come, or when somebody asks what they say."""
+_LONGEST_EVENT_BYTES = 1024 * 1024
+"""Longer than any event of text; what goes on without an end is no stream of events."""
+_DONE = "[DONE]"
+
+
+@dataclass(slots=True)
+class StreamedReply:
+    """What has been sent to a client of one streamed reply. Never printed.
+
+    Attributes:
+        generation: the request.
+        most_bytes: greatest length of the text that is remembered.
+        text: the reply so far.
+        events: events with text in them.
+        is_finished: the engine said that the reply is over.
+        obstacle: why it could not be continued, empty if it can.
+    """
+
+    generation: Generation = field(repr=False)
+    most_bytes: int
+    text: str = field(default="", repr=False)
+    events: int = 0
+    is_finished: bool = False
+    obstacle: str = ""
+    _envelope: dict[str, Any] = field(default_factory=dict, repr=False)
+    _unread: list[bytes] = field(default_factory=list, repr=False)
+    _unread_bytes: int = 0
+    _partial: bytes = field(default=b"", repr=False)
+    _used_before: int = 0
+    _is_second: bool = False
+    _is_done: bool = False
+    _awaited: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        self.obstacle = self.generation.obstacle()
+
+    def take(self, chunk: bytes) -> bytes:
+        """Take bytes of the engine; return those to send now: whole events, unchanged until the reply is cut."""
+        data = self._partial + chunk
+        end = len(data) if data.endswith((b"\n\n", b"\r\n\r\n")) else _end_of_events(data)
+        if end == 0 and len(data) > _LONGEST_EVENT_BYTES:
+            self.obstacle = self.obstacle or "a reply that is no stream of events"
+            end = len(data)
+        whole, self._partial = data[:end], data[end:]
+        if self._is_second:
+            return b"".join(self._rewritten(event) for event in _split(whole))
+        if whole:
+            self._unread.append(whole)
+            self._unread_bytes += len(whole)
+            if self._unread_bytes > _UNREAD_BYTES:
+                self.read()
+        return whole
+
+    def read(self) -> None:
+        """Take apart what has come since the last time."""
+        unread, self._unread, self._unread_bytes = b"".join(self._unread), [], 0
+        for event in _split(unread):
+            self._note(_data_of(event))
+
+    def begin_again(self, used_tokens: int) -> None:
+        """Hear that another stream takes up where this one was cut; an event that had begun is forgotten.
+
+        Args:
+            used_tokens: tokens of the text so far, to be added to the counts that the second stream tells.
+        """
+        self.read()
+        self._partial = b""
+        self._is_second = True
+        self._used_before = used_tokens
+        self._awaited = _begun_stop(self.text, self.generation.stops)
+
+    def rest(self) -> bytes:
+        """Return what is left at the end of a reply that was not cut; it is no whole event, and passes as it is."""
+        left, self._partial = self._partial, b""
+        return left
+
+    def farewell(self) -> bytes:
+        """Return what is missing of a reply that was cut behind its last word."""
+        is_openai = self.generation.dialect in {Dialect.CHAT, Dialect.COMPLETIONS}
+        return b"data: [DONE]\n\n" if is_openai and not self._is_done else b""
+
+    def end_by_length(self) -> bytes:
+        """Return the events that end a reply whose budget was used up when it was cut."""
+        return self._ending("length")
+
+    def end_by_error(self, message: str) -> bytes:
+        """Return the event that says why the reply ends here."""
+        error = {"message": message, "type": "engine_died", "code": "engine_died"}
+        content: dict[str, Any] = {"error": error}
+        if self.generation.dialect is Dialect.KOBOLD:
+            content = {"token": "", "finish_reason": "error", **content}
+            return b"event: error\n" + _event(content)
+        return _event(content)
+
+    def _ending(self, reason: str) -> bytes:
+        dialect = self.generation.dialect
+        if dialect is Dialect.KOBOLD:
+            return b"event: message\n" + _event({"token": "", "finish_reason": reason})
+        if dialect is Dialect.LLAMA:
+            return _event({"content": "", "stop": True, "stop_type": "limit" if reason == "length" else "word"})
+        said: dict[str, Any] = {"delta": {}} if dialect is Dialect.CHAT else {"text": ""}
+        choice = {"index": 0, "finish_reason": reason, **said}
+        return _event({**self._envelope, "choices": [choice]}) + f"data: {_DONE}\n\n".encode()
+
+    def _note(self, data: str) -> dict[str, Any] | None:
+        """Remember what an event says; return its object."""
+        if not data:
+            return None
+        if data == _DONE:
+            self.is_finished = self._is_done = True
+            return None
+        try:
+            content = json.loads(data)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            self.obstacle = self.obstacle or "an event that is not understood"
+            return None
+        text, is_last, obstacle = _said(self.generation.dialect, content)
+        self.obstacle = self.obstacle or obstacle
+        self.is_finished = self.is_finished or is_last
+        if not self._envelope:
+            names = ("id", "object", "created", "model", "system_fingerprint")
+            self._envelope = {name: content[name] for name in names if name in content}
+        if text:
+            self.events += 1
+            self.text += text
+            if len(self.text) > self.most_bytes:
+                self.obstacle = self.obstacle or "its length"
+        return content
+
+    def _rewritten(self, event: bytes) -> bytes:
+        """Return an event of a second stream as the first would have had it, empty for one that must not show."""
+        data = _data_of(event)
+        before = len(self.text)
+        content = self._note(data)
+        if content is None:
+            return event
+        text = self.text[before:]
+        if self._awaited and text:
+            if text.startswith(self._awaited):
+                # The stop sequence began before the cut and ends behind it: the engine cannot know.
+                self.is_finished = True
+                return self._ending("stop")
+            self._awaited = self._awaited[len(text) :] if self._awaited.startswith(text) else ""
+        if self.generation.dialect is Dialect.KOBOLD:
+            return event
+        if self.generation.dialect is Dialect.LLAMA:
+            return _with_count(event, content, "tokens_predicted", self._used_before)
+        choices = content.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+        if choice is not None and isinstance(choice.get("delta"), dict) and choice["delta"].pop("role", None):
+            is_empty = not choice["delta"].get("content") and not choice.get("finish_reason")
+            if is_empty:
+                return b""
+        usage = content.get("usage")
+        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
+            usage["completion_tokens"] += self._used_before
+            if isinstance(usage.get("prompt_tokens"), int):
+                usage["prompt_tokens"] = max(usage["prompt_tokens"] - self._used_before, 0)
+        return _event({**content, **self._envelope})
+
+
+def reply_text(dialect: Dialect, content: Any) -> str | None:
+    """Return the text of a reply that was not streamed, None if it is not there."""
+    try:
+        text: Any = {
+            Dialect.KOBOLD: lambda: content["results"][0]["text"],
+            Dialect.COMPLETIONS: lambda: content["choices"][0]["text"],
+            Dialect.CHAT: lambda: content["choices"][0]["message"]["content"],
+            Dialect.LLAMA: lambda: content["content"],
+        }[dialect]()
+    except (KeyError, IndexError, TypeError):
+        return None
+    return text if isinstance(text, str) else None
+
+
+def _said(dialect: Dialect, content: dict[str, Any]) -> tuple[str, bool, str]:
+    """Return an event's text, whether it is the last with text, and why it forbids a continuation."""
+    if dialect is Dialect.KOBOLD:
+        return _as_text(content.get("token")), bool(content.get("finish_reason")), ""
+    if dialect is Dialect.LLAMA:
+        return _as_text(content.get("content")), content.get("stop") is True, ""
+    choices = content.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    is_last = bool(choice.get("finish_reason"))
+    if dialect is Dialect.COMPLETIONS:
+        return _as_text(choice.get("text")), is_last, ""
+    delta = choice.get("delta")
+    if not isinstance(delta, dict):
+        return "", is_last, ""
+    obstacle = "thoughts" if delta.get("reasoning_content") else "tools" if delta.get("tool_calls") else ""
+    return _as_text(delta.get("content")), is_last, obstacle
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _begun_stop(text: str, stops: tuple[str, ...]) -> str:
+    """Return the rest of the longest stop sequence whose beginning ends the text, empty if none does."""
+    rests = [
+        stop[length:] for stop in stops for length in range(len(stop) - 1, 0, -1) if text.endswith(stop[:length])
+    ]
+    return min(rests, key=len, default="")
+
+
+def _with_count(event: bytes, content: dict[str, Any], name: str, more: int) -> bytes:
+    value = content.get(name)
+    return _event({**content, name: value + more}) if isinstance(value, int) else event
+
+
+def _end_of_events(data: bytes) -> int:
+    """Return the length of the whole events at the beginning."""
+    newline, other = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+    return max(newline + 2 if newline >= 0 else 0, other + 4 if other >= 0 else 0)
+
+
+def _split(whole: bytes) -> list[bytes]:
+    """Cut whole events apart; each keeps its empty line."""
+    if b"\r" in whole:
+        whole = whole.replace(b"\r\n", b"\n")
+    return [part + b"\n\n" for part in whole.split(b"\n\n") if part.strip(b"\n")]
+
+
+def _data_of(event: bytes) -> str:
+    lines = event.decode("utf-8", "replace").split("\n")
+    return "\n".join(line[5:].removeprefix(" ") for line in lines if line.startswith("data:"))
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(content)}\n\n".encode()

@@ -1,0 +1,333 @@
+"""One request on its way through: sent, sent again, its reply passed on, and continued when an engine dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import httpx
+
+from emberd.core.errors import NotReady
+from emberd.core.generation import changes_cache, continued, recognise
+from emberd.core.replay import Turn
+from emberd.core.streamed import StreamedReply, reply_text
+from emberd.services.messages import end_to_end, engine_request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from starlette.types import Scope
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.generation import Generation
+    from emberd.core.ports import Engine
+    from emberd.services.messages import Body, Client
+    from emberd.services.places import Places
+    from emberd.services.turns import Turns
+
+_MOST_SENDS = 3
+"""How often one request may meet an engine that ends before it gives anything new."""
+_RETRY_BUSY_S = 1
+_PAUSE_AFTER_REFUSAL_S = 0.05
+"""The supervisor looks meanwhile; without a pause a closed port would be asked thousands of times a second."""
+_ASK_S = 2.0
+"""Questions between two streams: what is this text in tokens, can this engine continue."""
+_HTTP_OK = 200
+
+
+class Gate(Protocol):
+    """What requests ask of the supervisor."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine's adapter."""
+        ...
+
+    @property
+    def engine_key(self) -> str | None:
+        """Text that tells this engine's process from others, None while there is none."""
+        ...
+
+    async def ensure_ready(self, timeout_s: float) -> int:
+        """Return the port of a ready engine.
+
+        Raises:
+            NotReady: there is none in time.
+        """
+        ...
+
+    def admitted(self) -> AbstractContextManager[Callable[[int], None]]:
+        """Count a request on its way to the engine; yields what is told of reply bytes that pass."""
+        ...
+
+    async def is_alive(self, port: int) -> bool:
+        """Tell whether the engine on `port` outlived the reply that has just ended; bounded."""
+        ...
+
+    def doubt(self, port: int) -> None:
+        """Hear that the engine on `port` refused or broke a connection; it must show again that it is ready."""
+        ...
+
+
+class ReplyBrokenOff(Exception):
+    """The engine ended in the middle of a reply that cannot be continued."""
+
+
+class _Cut(Exception):
+    """The engine ended in the middle of a reply that can be continued."""
+
+
+class Exchange:
+    """One request and its reply.
+
+    Args:
+        gate: the supervisor.
+        transport: to the engine.
+        places: connections to the engine, of which there are few.
+        turns: remembers what the engine's cache holds.
+        log: events go here; never a header, a path's query or a body.
+        hold_timeout_s: how long to wait for an engine, seconds; anew after each cut.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        transport: httpx.AsyncHTTPTransport,
+        places: Places,
+        turns: Turns,
+        log: FilteringBoundLogger,
+        hold_timeout_s: float,
+    ) -> None:
+        self._gate = gate
+        self._transport = transport
+        self._places = places
+        self._turns = turns
+        self._log = log
+        self._hold_timeout_s = hold_timeout_s
+        self._generation: Generation | None = None
+        self._stream: StreamedReply | None = None
+        self._whole: bytearray | None = None
+        self._port = 0
+        self._is_running = False
+
+    async def run(self, scope: Scope, body: Body, client: Client) -> None:
+        """Carry it out.
+
+        Raises:
+            ClientGone: the client left.
+            ClientSilent: the client stopped within its body.
+            ReplyBrokenOff: the engine died; the client must see that something is missing.
+        """
+        deadline_s = time.monotonic() + self._hold_timeout_s
+        sends = 0
+        try:
+            while sends < _MOST_SENDS and (body.can_be_sent_again or self._stream is not None):
+                port = self._port = await self._places.take(deadline_s)
+                seen = len(self._stream.text) if self._stream else 0
+                try:
+                    content = await self._rest_to_ask(port)
+                    if content is None and self._stream is not None:
+                        await self._end_early(self._stream, client)
+                        return
+                    with self._gate.admitted() as flowed:
+                        await self._send(scope, body, client, content, flowed)
+                        return
+                except (httpx.ConnectError, httpx.ConnectTimeout):
+                    pass  # nothing was sent, so nothing counts
+                except _Cut:
+                    has_grown = self._stream is not None and len(self._stream.text) > seen
+                    sends = 0 if has_grown else sends + 1
+                    deadline_s = time.monotonic() + self._hold_timeout_s
+                    self._log.warning("reply_cut", can_continue=True)
+                except httpx.TransportError as error:
+                    sends += 1
+                    self._log.warning("request_failed", error=type(error).__name__, was_sent=sends)
+                finally:
+                    self._places.give_back()
+                self._gate.doubt(port)
+                if not _left(deadline_s):
+                    break
+                await asyncio.sleep(min(_PAUSE_AFTER_REFUSAL_S, _left(deadline_s)))
+        except NotReady as not_ready:
+            await self._give_up(client, not_ready)
+            return
+        if sends:
+            await self._give_up(client, None)
+        else:
+            await self._give_up(client, NotReady("LOADING", "the engine accepts no connections", _RETRY_BUSY_S))
+
+    async def abandon(self) -> None:
+        """End the generation of a client that has left; closing the connection is not enough for all engines.
+
+        KoboldCPP ends a stream within 0.4 s of its client's end, and a reply that is not streamed never (1.104).
+        """
+        generation = self._generation
+        if not self._is_running or generation is None:
+            return
+        if generation.key:
+            await self._gate.engine.abort(self._port, generation.key, _ASK_S)
+        else:
+            # Without a key the engine aborts whatever runs: only if that can be nobody else's.
+            async with self._places.alone() as is_alone:
+                if is_alone:
+                    await self._gate.engine.abort(self._port, "", _ASK_S)
+
+    async def _send(
+        self, scope: Scope, body: Body, client: Client, content: bytes | None, flowed: Callable[[int], None]
+    ) -> None:
+        replaces = changes_cache(scope["method"], scope["path"])
+        if replaces:
+            self._turns.begin(self._gate.engine_key)
+            if self._generation is None and body.in_hand is not None:
+                self._generation = recognise(scope["method"], scope["path"], body.in_hand)
+        self._is_running = True
+        try:
+            response = await self._transport.handle_async_request(engine_request(scope, body, self._port, content))
+            body.let_go()
+            await self._reply(response, client, flowed)
+            self._is_running = False
+        finally:
+            if replaces:
+                self._turns.end(self._turn())
+
+    async def _reply(self, response: httpx.Response, client: Client, flowed: Callable[[int], None]) -> None:
+        if self._stream is not None and not _is_stream(response):
+            await response.aclose()
+            raise httpx.RemoteProtocolError("the engine did not continue")
+        if self._stream is None:
+            headers = end_to_end([(name.lower(), value) for name, value in response.headers.raw])
+            start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
+            await client.send(start)
+            self._watch(response)
+        stream, whole = self._stream, self._whole
+        try:
+            async for chunk in response.aiter_raw():
+                flowed(len(chunk))
+                if stream is not None:
+                    await client.send_part(stream.take(chunk))
+                    continue
+                if whole is not None:
+                    whole = self._whole = self._turns.with_room(whole, chunk)
+                await client.send_part(chunk)
+        except httpx.TransportError as error:
+            await self._break_off(client, type(error).__name__, error)
+        finally:
+            await response.aclose()
+        if stream is not None:
+            stream.read()
+        is_whole = _tells_its_length(response) or (stream is not None and stream.is_finished)
+        if not is_whole and not await self._gate.is_alive(self._port):
+            await self._break_off(client, "engine_died")
+        if stream is not None:
+            await client.send_part(stream.rest())
+        await client.end()
+
+    def _watch(self, response: httpx.Response) -> None:
+        """Follow what a generation says, to continue it and to remember it."""
+        generation = self._generation
+        if generation is None or response.status_code != _HTTP_OK:
+            return
+        if generation.is_streamed and _is_stream(response):
+            self._stream = StreamedReply(generation, self._turns.most_bytes)
+        elif not generation.is_streamed:
+            self._whole = bytearray()
+
+    async def _break_off(self, client: Client, error_name: str, error: Exception | None = None) -> None:
+        """Decide what a cut reply means.
+
+        Raises:
+            _Cut: it can be continued.
+            ReplyBrokenOff: it cannot.
+        """
+        stream = self._stream
+        if stream is not None:
+            stream.read()
+            if not stream.obstacle:
+                raise _Cut from error
+        self._log.warning("reply_broken_off", error=error_name)
+        self._gate.doubt(self._port)
+        if stream is not None:
+            await self._give_up(client, None)
+        raise ReplyBrokenOff from error
+
+    async def _rest_to_ask(self, port: int) -> bytes | None:
+        """Return the body that asks for the rest of a cut reply, None if none was cut or there is no rest."""
+        stream = self._stream
+        if stream is None or stream.is_finished:
+            return None
+        engine, generation = self._gate.engine, stream.generation
+        if not stream.text:
+            used = 0
+            content = dict(generation.body)
+        else:
+            if not await engine.can_continue(port, generation, _ASK_S):
+                stream.obstacle = "a chat, which this engine cannot continue"
+                return None
+            counted = await engine.count_tokens(port, stream.text, _ASK_S)
+            used = max(counted or 0, stream.events)
+            if generation.budget_tokens is not None and used >= generation.budget_tokens:
+                return None
+            content = continued(generation, stream.text, used)
+        stream.begin_again(used)
+        self._log.info("reply_continued", tokens_so_far=used)
+        return json.dumps(content).encode()
+
+    async def _end_early(self, stream: StreamedReply, client: Client) -> None:
+        """End a cut reply that needs or gets no more."""
+        if stream.obstacle:
+            await self._give_up(client, None)
+            return
+        await client.send_part(stream.farewell() if stream.is_finished else stream.end_by_length())
+        await client.end()
+
+    async def _give_up(self, client: Client, not_ready: NotReady | None) -> None:
+        """Tell the client that there will be no (more) reply."""
+        why = not_ready.message if not_ready else "the engine ended before it answered"
+        if self._stream is not None:
+            if self._stream.obstacle:
+                why = f"the engine ended, and a reply with {self._stream.obstacle} cannot be continued"
+            await client.send_part(self._stream.end_by_error(why))
+            raise ReplyBrokenOff
+        if not_ready is not None:
+            await client.refuse(not_ready)
+        else:
+            await client.answer(502, "engine_died", why)
+
+    def _turn(self) -> Turn | None:
+        """Return what the engine's cache holds now, None if that is not known."""
+        generation = self._generation
+        if generation is None:
+            return None
+        text = ""
+        if self._stream is not None:
+            self._stream.read()
+            text = self._stream.text
+        elif self._whole:
+            text = _text_of(generation, self._whole)
+        return Turn(generation.path, generation.body, text)
+
+
+def _text_of(generation: Generation, whole: bytearray) -> str:
+    try:
+        return reply_text(generation.dialect, json.loads(whole)) or ""
+    except (ValueError, RecursionError):
+        return ""
+
+
+def _is_stream(response: httpx.Response) -> bool:
+    kind = response.headers.get("content-type", "")
+    return response.status_code == _HTTP_OK and kind.partition(";")[0].strip() == "text/event-stream"
+
+
+def _tells_its_length(response: httpx.Response) -> bool:
+    """Tell whether a cut reply shows by itself; KoboldCPP's streams and errors end by closing, as a death does."""
+    framed = "content-length" in response.headers or "transfer-encoding" in response.headers
+    return framed or response.status_code in {204, 304}
+
+
+def _left(deadline_s: float) -> float:
+    """Return the seconds until a deadline on the monotonic clock, never negative."""
+    return max(deadline_s - time.monotonic(), 0.0)

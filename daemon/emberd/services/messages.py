@@ -1,0 +1,242 @@
+"""The two ends of a request: what comes from the client, and what goes back. Bytes pass as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from emberd.core.generation import is_ollama
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import Message, Receive, Scope, Send
+
+    from emberd.core.errors import NotReady
+
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"expect",
+    }
+)
+"""Headers between two neighbours (RFC 9110, 7.6.1), besides proxy-*; `expect` is answered here, before the engine
+is asked."""
+_CONNECT_TIMEOUT_S = 5.0
+_WRITE_TIMEOUT_S = 120.0
+"""An engine reads a body as soon as it has the head; one that does not for so long is hung."""
+CLIENT_SILENCE_S = 60.0
+"""Longest pause within a request's body, and the longest time that a client may read nothing of its reply: either
+holds one of the engine's few connections."""
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+class ClientSilent(Exception):
+    """The client stopped in the middle of its request's body."""
+
+
+class Client:
+    """The way back to the client: knows whether an answer has begun, and gives up a client that reads nothing.
+
+    Args:
+        send: ASGI's.
+        path: of the request; the dialect of errors follows from it.
+    """
+
+    def __init__(self, send: Send, path: str) -> None:
+        self._send = send
+        self._path = path
+        self.has_begun = False
+
+    async def send(self, message: Message) -> None:
+        """Send one part of the answer.
+
+        Raises:
+            ClientGone: the client took nothing for CLIENT_SILENCE_S.
+        """
+        self.has_begun = True
+        try:
+            async with asyncio.timeout(CLIENT_SILENCE_S):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientGone from None
+
+    async def send_part(self, part: bytes) -> None:
+        """Send bytes of the body; more follow."""
+        if part:
+            await self.send({"type": "http.response.body", "body": part, "more_body": True})
+
+    async def end(self) -> None:
+        """End the answer."""
+        await self.send({"type": "http.response.body", "body": b""})
+
+    async def refuse(self, not_ready: NotReady) -> None:
+        """Answer 503 with the state of the engine."""
+        headers = {"retry-after": str(not_ready.retry_after_s)}
+        await self.answer(503, "engine_not_ready", not_ready.message, not_ready.state, headers)
+
+    async def answer(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        state: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """Answer with an error in the client's dialect.
+
+        Clients of OpenAI find the message in `error.message`, KoboldCPP's in `detail.msg`, Ollama's in `error`.
+        """
+        error = {"type": kind, "code": kind, "state": state, "message": message}
+        content: dict[str, Any] = (
+            {"error": message}
+            if is_ollama(self._path)
+            else {
+                "error": {key: value for key, value in error.items() if value is not None},
+                "detail": {"type": "service_unavailable", "msg": message},
+            }
+        )
+        body = json.dumps(content).encode()
+        all_headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            **(headers or {}),
+        }
+        await self.send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(name.encode(), value.encode()) for name, value in all_headers.items()],
+            }
+        )
+        await self.send({"type": "http.response.body", "body": body})
+
+
+class Body:
+    """A request's body: its first part in hand, the rest as it comes.
+
+    Args:
+        receive: ASGI's.
+        first_part_bytes: read before the engine is connected.
+    """
+
+    def __init__(self, receive: Receive, first_part_bytes: int) -> None:
+        self._receive = receive
+        self._first_part_bytes = first_part_bytes
+        self._is_complete = False
+        self._is_free = asyncio.Event()
+        self._first = b""
+        self._rest_was_taken = False
+
+    @property
+    def can_be_sent_again(self) -> bool:
+        """Whether everything is still in hand."""
+        return not self._rest_was_taken
+
+    async def read_first_part(self) -> None:
+        """Read until the body ends or its first part is here."""
+        while not self._is_complete and len(self._first) < self._first_part_bytes:
+            self._first += await self._next()
+
+    @property
+    def in_hand(self) -> bytes | None:
+        """The whole body; None if only its first part is here."""
+        return self._first if self._is_complete else None
+
+    def let_go(self) -> None:
+        """Hear that the engine has answered: it wants no more of the body, whatever the client still sends."""
+        self._is_free.set()
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yield the first part and then the rest as it comes; only once."""
+        self._rest_was_taken = True
+        yield self._first
+        while not self._is_complete:
+            yield await self._next()
+
+    async def _next(self) -> bytes:
+        try:
+            async with asyncio.timeout(CLIENT_SILENCE_S):
+                message: Message = await self._receive()
+        except TimeoutError:
+            raise ClientSilent from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        if not message.get("more_body", False):
+            self._is_complete = True
+            self._is_free.set()
+        part: bytes = message.get("body", b"")
+        return part
+
+    async def wait_for_client_to_leave(self) -> None:
+        """Return when the client has closed its connection; until `let_go` the body's own reader sees it."""
+        await self._is_free.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+class _Upload(httpx.AsyncByteStream):
+    """A body that is still coming, in the shape that httpx takes."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._body.stream()
+
+
+def engine_request(scope: Scope, body: Body, port: int, content: bytes | None = None) -> httpx.Request:
+    """Return the same request for the engine; the target is passed byte by byte.
+
+    Args:
+        scope: ASGI's.
+        body: the client's.
+        port: the engine's.
+        content: sent in place of the client's body; None to pass that.
+    """
+    target: bytes = scope["raw_path"]
+    if scope["query_string"]:
+        target += b"?" + scope["query_string"]
+    headers = end_to_end(scope["headers"])
+    names = {name for name, _ in scope["headers"]}
+    if b"host" not in names:  # HTTP/1.0
+        headers.insert(0, (b"host", f"127.0.0.1:{port}".encode()))
+    whole = body.in_hand if content is None else content
+    if b"transfer-encoding" in names or content is not None:
+        # A length beside chunks is untrue (RFC 9112, 6.3); the engine must not believe it.
+        headers = [(name, value) for name, value in headers if name != b"content-length"]
+        headers.append(
+            (b"transfer-encoding", b"chunked") if whole is None else (b"content-length", b"%d" % len(whole))
+        )
+    # `stream` and not `content`: httpx then adds no header of its own.
+    request = httpx.Request(
+        scope["method"],
+        f"http://127.0.0.1:{port}",
+        headers=headers,
+        stream=_Upload(body) if whole is None else httpx.ByteStream(whole),
+        extensions={
+            "target": target,
+            "timeout": {"connect": _CONNECT_TIMEOUT_S, "read": None, "write": _WRITE_TIMEOUT_S, "pool": None},
+        },
+    )
+    request.method = scope["method"]  # httpx makes it upper case
+    return request
+
+
+def end_to_end(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Drop the headers that are meant for the next neighbour only, those named by `Connection` included."""
+    named = {word.strip().lower() for name, value in headers if name == b"connection" for word in value.split(b",")}
+    # Some engines name `close` or `keep-alive` there, some name headers; content-length is never a hop's business.
+    hops = _HOP_BY_HOP | (named - {b"content-length", b"content-type", b"host"})
+    return [(name, value) for name, value in headers if name not in hops and not name.startswith(b"proxy-")]

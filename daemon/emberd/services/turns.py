@@ -1,0 +1,95 @@
+"""The memory of the last turn: what the engine's KV cache holds, in this process's memory only.
+
+Never logged, never written: a turn is what a person said and was told. It is bounded, and forgotten when told.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+from emberd.core.warmth import Cache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from emberd.core.replay import Turn
+
+
+class Turns:
+    """Remembers one turn; KoboldCPP's cache holds one.
+
+    Args:
+        most_bytes: tells how many bytes of request and reply are remembered; 0 for nothing.
+    """
+
+    def __init__(self, most_bytes: Callable[[], int]) -> None:
+        self._most_bytes = most_bytes
+        self._turn: Turn | None = None
+        self._holder: str | None = None
+        self._is_known = False
+        self._running = 0
+        self.ended_s: float | None = None
+        """When a user's generation ended last, on the monotonic clock."""
+
+    def __repr__(self) -> str:
+        return "<Turns>"
+
+    @property
+    def most_bytes(self) -> int:
+        """Bound of what is remembered of one turn."""
+        return self._most_bytes()
+
+    @property
+    def last(self) -> Turn | None:
+        """The last turn, None if there was none or it is not remembered."""
+        return self._turn
+
+    def cache(self, engine_key: str | None, *, is_adopted: bool) -> Cache:
+        """Return whose prompt the cache of an engine holds.
+
+        Args:
+            engine_key: text that tells the engine's process from others.
+            is_adopted: it served before this emberd was there.
+        """
+        if self._holder != engine_key:
+            return Cache.UNKNOWN if is_adopted else Cache.EMPTY
+        return Cache.KNOWN if self._is_known and self._turn is not None else Cache.UNKNOWN
+
+    def begin(self, engine_key: str | None) -> None:
+        """Hear that a generation of a user's is sent to this engine."""
+        self._running += 1
+        self._holder, self._is_known = engine_key, False
+
+    def end(self, turn: Turn | None) -> None:
+        """Hear that a generation ended.
+
+        Args:
+            turn: what the cache holds now, None if that is not known.
+        """
+        self._running -= 1
+        self.ended_s = time.monotonic()
+        self._turn = turn if turn is not None and self._has_room(turn) else None
+        self._is_known = not self._running
+
+    def replayed(self, engine_key: str | None) -> None:
+        """Hear that this engine has processed the turn again."""
+        if not self._running:
+            self._holder, self._is_known = engine_key, True
+
+    def forget(self) -> bool:
+        """Forget request and reply; True if there was something to forget. The engine's cache keeps what it has."""
+        had, self._turn = self._turn is not None, None
+        return had
+
+    def with_room(self, whole: bytearray, chunk: bytes) -> bytearray | None:
+        """Append to a reply while there is room, else give it up: None."""
+        if len(whole) + len(chunk) > max(self.most_bytes, 0):
+            return None
+        whole += chunk
+        return whole
+
+    def _has_room(self, turn: Turn) -> bool:
+        size = len(json.dumps(turn.body)) + len(turn.reply.encode("utf-8", "surrogatepass"))
+        return size <= self.most_bytes

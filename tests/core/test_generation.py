@@ -1,0 +1,309 @@
+"""Requests for text and their streamed replies: recognised, followed, and taken up again where they were cut."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberd.core.generation import Dialect, Generation, changes_cache, continued, dialect_of, is_ollama, recognise
+from emberd.core.streamed import StreamedReply, reply_text
+
+MANY = 1 << 20
+
+
+def asked(dialect: Dialect, **body: Any) -> Generation:
+    body = (
+        {"messages": [{"role": "user", "content": "Hi"}]} | body
+        if dialect is Dialect.CHAT
+        else {"prompt": "Hi"} | body
+    )
+    return Generation(dialect, "/some/path", is_streamed=True, body=body)
+
+
+def event(**content: Any) -> bytes:
+    return f"data: {json.dumps(content)}\n\n".encode()
+
+
+def chunk(text: str | None, reason: str | None = None, **more: Any) -> bytes:
+    delta = {} if text is None else {"content": text}
+    choice = {"index": 0, "delta": delta, "finish_reason": reason}
+    return event(id="first", created=1, model="m", choices=[choice], **more)
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [
+        ("/api/v1/generate", Dialect.KOBOLD),
+        ("/api/latest/generate/", Dialect.KOBOLD),
+        ("/api/extra/generate/stream", Dialect.KOBOLD),
+        ("/v1/completions", Dialect.COMPLETIONS),
+        ("/v1/chat/completions", Dialect.CHAT),
+        ("/chat/completions", Dialect.CHAT),
+        ("/completion", Dialect.LLAMA),
+        ("/api/generate", Dialect.OLLAMA),
+        ("/api/chat", Dialect.OLLAMA),
+        ("/api/extra/generate/check", None),
+        ("/api/v1/model", None),
+        ("/", None),
+    ],
+)
+def test_a_path_tells_the_dialect(path: str, dialect: Dialect | None):
+    assert dialect_of(path) is dialect
+    assert changes_cache("POST", path) is (dialect is not None)
+    assert changes_cache("GET", path) is False
+
+
+def test_other_ways_to_make_text_cost_the_cache_too():
+    assert changes_cache("GET", "/noscript")
+    assert changes_cache("POST", "/v1/responses")
+    assert is_ollama("/api/tags")
+    assert not is_ollama("/api/v1/generate")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "is_streamed"),
+    [
+        ("/api/extra/generate/stream", b'{"prompt": "x"}', True),
+        ("/api/v1/generate", b'{"prompt": "x", "stream": true}', False),
+        ("/v1/completions", b'{"prompt": "x", "stream": true}', True),
+        ("/completion", b'{"prompt": "x"}', False),
+    ],
+)
+def test_a_streamed_request_is_told_from_others(path: str, body: bytes, is_streamed: bool):
+    found = recognise("POST", path, body)
+    assert found is not None
+    assert found.is_streamed is is_streamed
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'"x"', b"[" * 100_000])
+def test_what_is_no_request_for_text_is_none(content: bytes):
+    assert recognise("POST", "/v1/completions", content) is None
+    assert recognise("GET", "/v1/completions", b'{"prompt": "x"}') is None
+    assert recognise("POST", "/api/chat", b"{}") is None
+
+
+@pytest.mark.parametrize(
+    ("dialect", "body", "obstacle"),
+    [
+        (Dialect.KOBOLD, {}, ""),
+        (Dialect.KOBOLD, {"grammar": "root ::= x"}, "a grammar"),
+        (Dialect.KOBOLD, {"prompt": 3}, "a prompt that is not one text"),
+        (Dialect.COMPLETIONS, {"n": 1}, ""),
+        (Dialect.COMPLETIONS, {"n": 2}, "several replies at once"),
+        (Dialect.COMPLETIONS, {"best_of": 3}, "several replies at once"),
+        (Dialect.COMPLETIONS, {"logprobs": 5}, "token probabilities"),
+        (Dialect.COMPLETIONS, {"prompt": ["a", "b"]}, "a prompt that is not one text"),
+        (Dialect.COMPLETIONS, {"response_format": {"type": "json_object"}}, "a grammar"),
+        (Dialect.CHAT, {"response_format": {"type": "text"}, "logprobs": False, "tools": []}, ""),
+        (Dialect.CHAT, {"tools": [{}]}, "tools"),
+        (Dialect.CHAT, {"messages": []}, "messages that are not text"),
+        (Dialect.CHAT, {"messages": [{"role": "assistant", "content": [{}]}]}, "messages that are not text"),
+    ],
+)
+def test_what_cannot_be_continued_honestly_has_a_reason(dialect: Dialect, body: dict[str, Any], obstacle: str):
+    assert asked(dialect, **body).obstacle() == obstacle
+
+
+@pytest.mark.parametrize(
+    ("dialect", "body", "expected"),
+    [
+        (Dialect.KOBOLD, {"max_length": 100}, {"prompt": "Hi you", "max_length": 93}),
+        (Dialect.KOBOLD, {}, {"prompt": "Hi you"}),
+        (Dialect.KOBOLD, {"max_length": 3}, {"prompt": "Hi you", "max_length": 1}),
+        (Dialect.COMPLETIONS, {"max_tokens": 10, "stop": "x"}, {"prompt": "Hi you", "max_tokens": 3, "stop": "x"}),
+        (Dialect.LLAMA, {"n_predict": -1}, {"prompt": "Hi you", "n_predict": -1}),
+    ],
+)
+def test_the_rest_is_asked_behind_the_text_with_the_rest_of_the_budget(
+    dialect: Dialect, body: dict[str, Any], expected: dict[str, Any]
+):
+    assert continued(asked(dialect, **body), " you", 7) == expected
+
+
+def test_the_rest_of_a_chat_is_asked_as_the_assistants_open_turn():
+    user = {"role": "user", "content": "Hi"}
+    request = asked(Dialect.CHAT, max_completion_tokens=20, max_tokens=9)
+    assert continued(request, " you", 7) == {
+        "messages": [user, {"role": "assistant", "content": " you"}],
+        "continue_assistant_turn": True,
+        "max_completion_tokens": 13,
+        "max_tokens": 9,
+    }
+    begun = asked(Dialect.CHAT, messages=[user, {"role": "assistant", "content": "Well"}])
+    assert continued(begun, ", yes", 2)["messages"][1:] == [{"role": "assistant", "content": "Well, yes"}]
+    assert request.body["messages"] == [user], "the client's own request stays"
+
+
+def test_no_body_is_in_a_repr():
+    request = asked(Dialect.KOBOLD, prompt="secret")
+    reply = StreamedReply(request, MANY)
+    reply.take(b'data: {"token": "secret"}\n\ndata: secret')
+    reply.read()
+    assert "secret" not in repr(request) + repr(reply)
+
+
+# --- replies ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.text(max_size=5), max_size=8),
+    st.randoms(use_true_random=False),
+    st.sampled_from(["\n\n", "\r\n\r\n"]),
+)
+def test_bytes_pass_unchanged_and_in_whole_events_wherever_they_are_cut(texts: list[str], chance: Any, end: str):
+    whole = "".join(
+        f"event: message{end[: -len(end) // 2]}data: {json.dumps({'token': text})}{end}" for text in texts
+    )
+    data = whole.encode()
+    reply = StreamedReply(asked(Dialect.KOBOLD), MANY)
+    sent, position = b"", 0
+    while position < len(data):
+        step = chance.randint(1, 20)
+        part = reply.take(data[position : position + step])
+        assert not part or part.endswith(end.encode())
+        sent += part
+        position += step
+    assert sent + reply.rest() == data
+    reply.read()
+    assert reply.text == "".join(texts)
+    assert not reply.is_finished
+
+
+@pytest.mark.parametrize(
+    ("dialect", "events"),
+    [
+        (Dialect.KOBOLD, [event(token="a", finish_reason=None), event(token="b", finish_reason="length")]),
+        (
+            Dialect.COMPLETIONS,
+            [event(choices=[{"text": "a"}]), event(choices=[{"text": "b", "finish_reason": "stop"}])],
+        ),
+        (
+            Dialect.CHAT,
+            [event(choices=[{"delta": {"role": "assistant"}}]), chunk("a"), chunk("b"), chunk(None, "stop")],
+        ),
+        (
+            Dialect.LLAMA,
+            [event(content="a", stop=False), event(content="b", stop=False), event(content="", stop=True)],
+        ),
+    ],
+)
+def test_text_and_end_are_read_in_each_dialect(dialect: Dialect, events: list[bytes]):
+    reply = StreamedReply(asked(dialect), MANY)
+    for each in events[:-1]:
+        reply.take(each)
+    reply.read()
+    assert not reply.is_finished
+    reply.take(events[-1])
+    reply.read()
+    assert (reply.text, reply.is_finished, reply.obstacle) == ("ab", True, "")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "whole", "text"),
+    [
+        (Dialect.KOBOLD, {"results": [{"text": "a"}]}, "a"),
+        (Dialect.COMPLETIONS, {"choices": [{"text": "a"}]}, "a"),
+        (Dialect.CHAT, {"choices": [{"message": {"content": "a"}}]}, "a"),
+        (Dialect.CHAT, {"choices": [{"message": {"content": None}}]}, None),
+        (Dialect.LLAMA, {"content": "a"}, "a"),
+        (Dialect.LLAMA, [], None),
+        (Dialect.KOBOLD, {"results": []}, None),
+    ],
+)
+def test_the_text_of_a_whole_reply_is_found(dialect: Dialect, whole: Any, text: str | None):
+    assert reply_text(dialect, whole) == text
+
+
+def test_thoughts_and_calls_of_tools_are_not_continued():
+    for delta, obstacle in (({"reasoning_content": "hm"}, "thoughts"), ({"tool_calls": [{}]}, "tools")):
+        reply = StreamedReply(asked(Dialect.CHAT), MANY)
+        reply.take(event(choices=[{"delta": delta}]))
+        reply.read()
+        assert reply.obstacle == obstacle
+
+
+def test_a_reply_too_long_to_be_remembered_passes_and_is_not_continued():
+    reply = StreamedReply(asked(Dialect.KOBOLD), 10)
+    data = event(token="x" * 11)
+    assert reply.take(data) == data
+    reply.read()
+    assert reply.obstacle == "its length"
+
+
+def test_what_never_ends_an_event_passes_as_it_is():
+    reply = StreamedReply(asked(Dialect.KOBOLD), MANY)
+    sent = b"".join(reply.take(b"x" * 100_000) for _ in range(20)) + reply.rest()
+    assert sent == b"x" * 2_000_000
+    assert reply.obstacle
+
+
+def test_the_second_stream_reads_as_the_first():
+    reply = StreamedReply(asked(Dialect.CHAT), MANY)
+    reply.take(event(id="first", created=1, model="m", choices=[{"delta": {"role": "assistant", "content": ""}}]))
+    reply.take(chunk("a") + b'data: {"choices": [{"del')
+    reply.begin_again(1)
+    role = event(id="second", created=9, model="m", choices=[{"delta": {"role": "assistant", "content": ""}}])
+    assert reply.take(role) == b""
+    seen = reply.take(
+        event(id="second", created=9, model="m", choices=[{"delta": {"role": "assistant", "content": "b"}}])
+    )
+    assert json.loads(seen[6:]) == {
+        "id": "first",
+        "created": 1,
+        "model": "m",
+        "choices": [{"delta": {"content": "b"}}],
+    }
+    usage = event(id="second", choices=[], usage={"prompt_tokens": 11, "completion_tokens": 4, "total_tokens": 15})
+    counted = json.loads(reply.take(usage)[6:])["usage"]
+    assert counted == {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    assert reply.take(b"data: [DONE]\n\n") == b"data: [DONE]\n\n"
+    assert (reply.text, reply.is_finished) == ("ab", True)
+
+
+def test_a_stop_sequence_that_spans_the_cut_ends_the_reply():
+    reply = StreamedReply(asked(Dialect.KOBOLD, stop_sequence=["\nUser:"]), MANY)
+    reply.take(event(token="Bye\nUs", finish_reason=None))
+    reply.begin_again(3)
+    ended = reply.take(event(token="er: hello", finish_reason=None))
+    assert reply.is_finished
+    assert json.loads(ended.split(b"data: ")[1]) == {"token": "", "finish_reason": "stop"}
+
+
+def test_a_stop_sequence_that_only_seemed_to_begin_changes_nothing():
+    reply = StreamedReply(asked(Dialect.KOBOLD, stop_sequence=["\nUser:"]), MANY)
+    reply.take(event(token="Bye\nU", finish_reason=None))
+    reply.begin_again(3)
+    for text in ("s", "ual"):
+        assert reply.take(event(token=text, finish_reason=None)) == event(token=text, finish_reason=None)
+    assert reply.text == "Bye\nUsual"
+    assert not reply.is_finished
+
+
+@pytest.mark.parametrize("dialect", [Dialect.KOBOLD, Dialect.COMPLETIONS, Dialect.CHAT, Dialect.LLAMA])
+def test_a_reply_without_a_rest_is_ended_in_its_dialect(dialect: Dialect):
+    reply = StreamedReply(asked(dialect), MANY)
+    reply.take(chunk("a"))
+    reply.begin_again(1)
+    ended = reply.end_by_length()
+    follower = StreamedReply(asked(dialect), MANY)
+    assert follower.take(ended) == ended
+    follower.read()
+    assert follower.is_finished
+    assert b"engine_died" in reply.end_by_error("why")
+
+
+def test_a_reply_cut_behind_its_last_word_only_needs_its_farewell():
+    reply = StreamedReply(asked(Dialect.CHAT), MANY)
+    reply.take(chunk("a") + chunk(None, "stop"))
+    reply.read()
+    assert reply.is_finished
+    assert reply.farewell() == b"data: [DONE]\n\n"
+    kobold = StreamedReply(asked(Dialect.KOBOLD), MANY)
+    assert kobold.farewell() == b""
