@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from emberd import __version__
 from emberd.core import lifecycle
+from emberd.core.access import AccessRules
 from emberd.core.errors import EmberdError, EngineFailed
 from emberd.core.lifecycle import State
 from emberd.host import ThisHost, config_file
+from emberd.host.activation import execute_with
+from emberd.host.api_key import read_api_key
 from emberd.host.instance import hold_lock
 from emberd.host.listener import bind
 from emberd.host.paths import prepare, state_paths
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Sequence
     from pathlib import Path
 
     import httpx
@@ -50,31 +53,49 @@ def run(settings: Settings, config_path: Path) -> int:
     Raises:
         EmberdError: it cannot start; nothing was left behind.
     """
+    key = read_api_key(settings, config_path)
     paths = state_paths(settings)
     prepare(paths)
     lock = hold_lock(paths.lock)
-    listener = bind(settings.endpoint.host, settings.endpoint.port)
+    host = ThisHost()
+    listeners = host.given_sockets() or [bind(settings.endpoint.host, settings.endpoint.port)]
     # From here on clients wait in the backlog; what is slow to import comes after.
+    daemon = _Daemon(settings, config_path, paths, listeners, key, host)
     try:
-        return asyncio.run(_Daemon(settings, config_path, paths, listener).run())
+        code = asyncio.run(daemon.run())
+        if daemon.is_to_be_replaced:
+            execute_with(listeners)
+        return code
     finally:
-        listener.close()
+        for listener in listeners:
+            listener.close()
         os.close(lock)
 
 
 class _Daemon:
     """One run of the daemon."""
 
-    def __init__(self, settings: Settings, config_path: Path, paths: StatePaths, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        config_path: Path,
+        paths: StatePaths,
+        listeners: Sequence[socket.socket],
+        key: str,
+        computer: ThisHost,
+    ) -> None:
+        self._rules = _rules(settings, key)
         self._first = self._settings = settings
         self._config_path = config_path
         self._had_config = config_path.exists()
         self._paths = paths
-        self._listener = listener
-        host, port = listener.getsockname()[:2]
+        self._listeners = listeners
+        host, port = listeners[0].getsockname()[:2]
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        self._host = ThisHost()
-        self._host.forbid_core_dumps()
+        self._host = computer
+        computer.forbid_core_dumps()
+        self.is_to_be_replaced = False
+        """After its end this process is to become a new emberd on the same sockets."""
         self._stop = asyncio.Event()
         self._started_s = time.monotonic()
         self._interrupts = 0
@@ -115,7 +136,9 @@ class _Daemon:
         self._endpoint = Endpoint()
         self._knocks = Knocks()
         self._turns = Turns(lambda: self._settings.endpoint.remember_kib * 1024)
-        self._proxy = Proxy(supervisor, lambda: self._settings.endpoint, self._turns, self._knocks, log)
+        self._proxy = Proxy(
+            supervisor, lambda: self._settings.endpoint, lambda: self._rules, self._turns, self._knocks, log
+        )
         self._memory = MemoryMeter(self._host, log, supervisor.sample)
         self._swap = SwapMeter(self._host, self._paths.history, log, supervisor.sample)
         self._residency = ResidencyMeter(self._host, log, supervisor.sample)
@@ -134,7 +157,7 @@ class _Daemon:
         self._take_signals()
         await control.start()
         owner = asyncio.create_task(self._supervisor.run(), name="supervisor")
-        serving = asyncio.create_task(self._endpoint.serve(app, self._listener), name="endpoint")
+        serving = asyncio.create_task(self._endpoint.serve(app, self._listeners), name="endpoint")
         tasks = [owner, serving] + [
             asyncio.create_task(service.run(), name=name)
             for name, service in (("memory", self._memory), ("swap", self._swap), ("residency", self._residency))
@@ -149,7 +172,9 @@ class _Daemon:
         )
         try:
             failed = await self._wait_for_end(owner, serving)
-            if not owner.done():  # else nobody is left to stop the engine; the next emberd adopts it
+            if self.is_to_be_replaced:
+                await self._make_room()
+            elif not owner.done():  # else nobody is left to stop the engine; the next emberd adopts it
                 await self._shut_down()
         finally:
             for task in tasks:
@@ -230,6 +255,7 @@ class _Daemon:
 
         try:
             settings, _ = config_file.load(str(self._config_path) if self._had_config else None)
+            key = read_api_key(settings, self._config_path)
             fixed = [
                 key
                 for key, old, new in (
@@ -245,6 +271,7 @@ class _Daemon:
             self._log.error("reload_refused", error=error.message, remedy=error.remedy)
             raise
         self._settings = settings
+        self._rules = _rules(settings, key)
         self._log = logs.configure(settings.log)
         if fixed:
             self._log.warning("reload_incomplete", keys=fixed, remedy="restart emberd to change these")
@@ -267,6 +294,11 @@ class _Daemon:
             self._stop.set()
             return {"ok": True, "pid": os.getpid()}
 
+        async def replace() -> dict[str, Any]:
+            self.is_to_be_replaced = True
+            self._stop.set()
+            return {"ok": True, "pid": os.getpid(), "uptime_s": round(time.monotonic() - self._started_s, 3)}
+
         async def restart() -> dict[str, Any]:
             starts = self._supervisor.status()["starts"]
             self._supervisor.post(lifecycle.Restart("asked for by its owner"))
@@ -279,6 +311,7 @@ class _Daemon:
             "status": status,
             "stop": stop,
             "restart": restart,
+            "replace": replace,
             "forget": forget,
             "reload": self._reload,
         }
@@ -297,11 +330,23 @@ class _Daemon:
 
     # --- stop -----------------------------------------------------------------------------------------------
 
+    async def _make_room(self) -> None:
+        """Let running requests end; the engine goes on, and new connections wait in the backlog."""
+        in_flight = self._supervisor.status()["requests_in_flight"]
+        self._log.info("emberd_replacing_itself", requests_in_flight=in_flight)
+        await self._endpoint.stop(self._settings.lifecycle.drain_timeout_s)
+
     async def _shut_down(self) -> None:
         """Drain and stop the engine under its own bounds, then the endpoint."""
         self._log.info("emberd_stopping", requests_in_flight=self._supervisor.status()["requests_in_flight"])
         await self._supervisor.shut_down()
+        for listener in self._listeners:
+            listener.close()  # nobody will accept any more; a service manager has a descriptor of its own
         await self._endpoint.stop(_LAST_ANSWERS_S)
+
+
+def _rules(settings: Settings, key: str) -> AccessRules:
+    return AccessRules(settings.endpoint.names, settings.endpoint.origins, key)
 
 
 def _terminal_answers() -> bool:

@@ -45,7 +45,8 @@ def test_any_text_survives_writing_and_reading(text: str):
         ("[model]\npath = 5", "must be a string in quotes"),
         ('[engine]\nextra_args = "--quiet"', "must be a list of strings"),
         ('[engine]\nkind = "kobold"', "must be one of koboldcpp, llama-server, embedded"),
-        ('[endpoint]\nhost = "0.0.0.0"', "is not a loopback address"),
+        ("[warmth]\nreplay = 1", "warmth.replay: must be true or false, not 1"),
+        ("[warmth]\nmin_interval_s = 400", "is more than warmth.max_interval_s"),
         ("[lifecycle]\nbackoff_initial_s = 100", "is more than lifecycle.backoff_max_s"),
     ],
 )

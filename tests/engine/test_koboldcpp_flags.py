@@ -407,9 +407,6 @@ def test_a_model_that_would_be_downloaded_is_refused() -> None:
         ("no_fast_forward", ("--nofastforward",), True),
         ("rate_limit", ("--ratelimit", "2"), True),
         ("mmap_off", ("--no-mmap",), True),
-        ("password_on_command_line", ("--password", SECRET), True),
-        ("password_on_command_line", ("--adminpassword", SECRET), True),
-        ("password_on_command_line", (f"--hordekey={SECRET}",), True),
     ],
 )
 def test_each_surprising_argument_has_its_notice(code: str, words: tuple[str, ...], *, is_kept: bool) -> None:
@@ -465,11 +462,19 @@ def test_unmapped_and_locked_on_metal_is_said_to_lock_nothing() -> None:
     assert "--usemmap" not in with_words("--nommap").arguments
 
 
-@pytest.mark.parametrize("words", [("--password", SECRET), (f"--password={SECRET}",)])
-def test_a_password_is_hidden_in_every_form(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [("--password", SECRET), (f"--password={SECRET}",), ("--adminpassword", SECRET), (f"--hordekey={SECRET}",)],
+)
+def test_a_password_goes_into_the_file_and_not_onto_the_command_line(words: tuple[str, ...]) -> None:
     line = with_words(*words)
-    assert SECRET in line.hidden
-    assert not [word for word in line.arguments if SECRET in word and word not in line.hidden]
+    dest = words[0].partition("=")[0].removeprefix("--")
+    assert line.kcpps == {dest: SECRET}
+    assert "--config" in line.arguments
+    assert not [word for word in line.arguments if SECRET in word]
+    assert line.password == (SECRET if dest == "password" else "")
+    assert SECRET not in repr(dataclasses.replace(line, kcpps=None, hidden=()))
+    assert not line.notices
 
 
 def test_a_password_of_the_file_is_hidden_too() -> None:
@@ -577,7 +582,9 @@ def test_no_mmap_on_the_command_line_wins_over_the_files_mmap() -> None:
 
 def test_a_password_that_loses_is_not_shown() -> None:
     line = with_file({"password": f"{SECRET}-of-file"}, "--password", SECRET)
-    assert codes(line) == ["password_on_command_line", "kcpps_conflict"]
+    assert codes(line) == ["kcpps_conflict"]
+    assert line.password == SECRET
+    assert line.kcpps == {"password": SECRET}
     assert not [notice for notice in line.notices if SECRET in notice.message]
 
 

@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
 
@@ -346,9 +347,44 @@ ssize_t getxattr(const char *path, const char *name, void *value, size_t size, u
     return (ssize_t)attribute_length;
 }
 
+/* Sockets of the job, launch_activate_socket(3): the caller frees the array; a second call fails with EALREADY. */
+
+#define SOCKETS 4
+
+static int launchd_error;
+static int launchd_sockets[SOCKETS];
+static size_t launchd_count;
+
+/* Says with what launchd answers: an error, or so many sockets. */
+int standin_launchd(int error, const int *sockets, size_t count)
+{
+    if (count > SOCKETS)
+        return -1;
+    launchd_error = error;
+    launchd_count = count;
+    if (count)
+        memcpy(launchd_sockets, sockets, count * sizeof(int));
+    return 0;
+}
+
+int launch_activate_socket(const char *name, int **sockets, size_t *count)
+{
+    if (launchd_error)
+        return launchd_error;
+    if (strcmp(name, "Listeners") != 0)
+        return ENOENT;
+    *sockets = malloc(SOCKETS * sizeof(int));
+    memcpy(*sockets, launchd_sockets, launchd_count * sizeof(int));
+    *count = launchd_count;
+    launchd_error = EALREADY;
+    return 0;
+}
+
 /* Forgets all: a computer of which nothing is known. */
 void standin_reset(void)
 {
+    launchd_error = ESRCH;
+    launchd_count = 0;
     process_count = sysctl_count = 0;
     memset(&swap_usage, 0, sizeof(swap_usage));
     memset(&statistics, 0, sizeof(statistics));

@@ -70,6 +70,11 @@ class DarwinStandin:
         """Say how host_statistics64 answers."""
         self.library.standin_kernel(ints, is_strict, fails_with)
 
+    def launchd(self, *descriptors: int, error: int = 0) -> None:
+        """Say which sockets launchd gives, or with which error it refuses."""
+        array = (ctypes.c_int * len(descriptors))(*descriptors)
+        assert self.library.standin_launchd(error, array, ctypes.c_size_t(len(descriptors))) == 0
+
     def attribute(self, path: Path, name: str, value: bytes) -> None:
         """Give a file its extended attribute."""
         assert self.library.standin_attribute(os.fsencode(path), name.encode(), value, len(value)) == 0

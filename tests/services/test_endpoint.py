@@ -61,7 +61,7 @@ class Served:
         self.listener = bind("127.0.0.1", 0)
         self.port: int = self.listener.getsockname()[1]
         self.endpoint = Endpoint(silence_s)
-        self.serving = asyncio.create_task(self.endpoint.serve(self.app, self.listener))
+        self.serving = asyncio.create_task(self.endpoint.serve(self.app, [self.listener]))
 
     async def connect(self, first: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a connection and say something."""
@@ -154,7 +154,7 @@ async def test_a_client_that_comes_before_the_server_waits_and_is_answered():
     writer.write(GET)
     endpoint, app = Endpoint(), App()
     app.release.set()
-    serving = asyncio.create_task(endpoint.serve(app, listener))
+    serving = asyncio.create_task(endpoint.serve(app, [listener]))
     async with asyncio.timeout(LIMIT_S):
         assert (await reader.readuntil(b"done")).startswith(b"HTTP/1.1 200")
         await endpoint.stop(0)
@@ -237,6 +237,7 @@ async def test_stop_accepts_no_more_and_lets_a_running_request_end(served: Serve
     stopping = asyncio.create_task(served.endpoint.stop(LIMIT_S))
     await asyncio.sleep(0.05)
     assert not stopping.done()
+    served.listener.close()
     with pytest.raises(ConnectionRefusedError):
         await served.connect()
     served.app.release.set()
@@ -294,6 +295,7 @@ async def test_a_cancelled_endpoint_leaves_neither_request_nor_socket_behind(ser
         with pytest.raises(asyncio.CancelledError):
             await served.serving
     assert served.app.cancelled.is_set()
+    served.listener.close()
     with pytest.raises(ConnectionRefusedError):
         await served.connect()
     assert (await everything(reader)).endswith(b"cut")

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import structlog
 
+from emberd.core.access import AccessRules
 from emberd.core.errors import NotReady
 from emberd.core.settings import EndpointSettings, Settings
 from emberd.engine.http import EngineHttp
@@ -130,6 +131,7 @@ class Front:
         self.gate = gate
         self.hold_s = float(LIMIT_S)
         self.max_waiting = 64
+        self.rules = AccessRules(names=("x", "my.name"))
         self.remember_bytes = 1 << 20
         self.turns = Turns(lambda: self.remember_bytes)
         self.knocks = Knocks()
@@ -162,9 +164,9 @@ async def front() -> AsyncIterator[Front]:
     listener = bind("127.0.0.1", 0)
     made.port = listener.getsockname()[1]
     made.url = f"http://127.0.0.1:{made.port}"
-    proxy = Proxy(gate, made.settings, made.turns, made.knocks, structlog.get_logger())
+    proxy = Proxy(gate, made.settings, lambda: made.rules, made.turns, made.knocks, structlog.get_logger())
     endpoint = made.endpoint
-    serving = asyncio.create_task(endpoint.serve(make_app(proxy, lambda: "READY"), listener))
+    serving = asyncio.create_task(endpoint.serve(make_app(proxy, lambda: "READY"), [listener]))
     try:
         yield made
     finally:

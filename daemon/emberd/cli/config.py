@@ -11,8 +11,9 @@ import click
 
 from emberd.cli.talk import as_json, show
 from emberd.core.errors import ConfigError
-from emberd.core.settings import Settings, to_toml
+from emberd.core.settings import Settings, masked, to_toml
 from emberd.host import config_file
+from emberd.host.api_key import read_api_key
 
 if TYPE_CHECKING:
     from emberd.core.types import LaunchPlan
@@ -75,7 +76,7 @@ def init(config: str | None, model: str | None, engine: str | None, kind: Any, f
 @click.pass_obj
 def show_settings(config: str | None, defaults: bool, is_json: bool) -> None:  # noqa: FBT001  # click's flags
     """Print every setting in force, with default, unit and range."""
-    settings = Settings() if defaults else config_file.load(config)[0]
+    settings = masked(Settings() if defaults else config_file.load(config)[0])
     show(dataclasses.asdict(settings), is_json, lambda _: click.echo(to_toml(settings), nl=False))
 
 
@@ -85,6 +86,7 @@ def show_settings(config: str | None, defaults: bool, is_json: bool) -> None:  #
 def check(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
     """Try the settings: the file, the model, the engine and its arguments. Starts nothing that loads a model."""
     settings, file = config_file.load(config)
+    read_api_key(settings, file)
     if not file.exists() and not settings.model.path:
         raise ConfigError(f"there is no settings file at {file}", "Make one: emberd config init --model FILE")
     plan = asyncio.run(_plan(settings))

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
 import click
 
 from emberd.cli.talk import as_json, ask_daemon, show
-from emberd.core.errors import EngineFailed
+from emberd.core.errors import EmberdError, EngineFailed
 from emberd.host import config_file
 
 _ASK_AGAIN_S = 0.2
+_START_LIMIT_S = 20.0
+"""A new emberd answers within a second; a computer that swaps takes longer."""
 
 
 @click.command("restart")
+@click.option("--daemon", "is_daemon", is_flag=True, help="Replace emberd itself; the engine goes on.")
 @as_json
 @click.pass_obj
-def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
-    """Restart the engine and wait until it is ready; clients' requests wait meanwhile."""
+def command(config: str | None, is_json: bool, is_daemon: bool) -> None:  # noqa: FBT001  # click's flags
+    """Restart the engine and wait until it is ready; clients' requests wait meanwhile.
+
+    With --daemon emberd replaces itself: running requests end first, new connections wait, none is refused, and the
+    engine is taken over without loading the model again.
+    """
     settings, _ = config_file.load(config)
+    if is_daemon:
+        show(_replace(config, settings.lifecycle.drain_timeout_s), is_json, _print_replaced)
+        return
     began_s = time.monotonic()
     starts = ask_daemon(config, "restart")["starts"]
     timing = settings.lifecycle
@@ -36,6 +47,29 @@ def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click
         is_json,
         lambda _: click.echo(f"ready (pid {pid}, {seconds:.1f} s)"),
     )
+
+
+def _replace(config: str | None, drain_timeout_s: float) -> dict[str, Any]:
+    """Ask emberd to replace itself, and wait for the new one.
+
+    Raises:
+        EngineFailed: it did not come back in time.
+    """
+    began_s = time.monotonic()
+    before = ask_daemon(config, "replace")
+    deadline_s = began_s + drain_timeout_s + _START_LIMIT_S
+    while time.monotonic() < deadline_s:
+        time.sleep(_ASK_AGAIN_S)
+        with contextlib.suppress(EmberdError):
+            status = ask_daemon(config, "status")
+            if status["uptime_s"] < time.monotonic() - began_s:
+                seconds = round(time.monotonic() - began_s, 3)
+                return {"replaced": True, "pid": status["pid"], "state": status["state"], "seconds": seconds}
+    raise EngineFailed(f"emberd (pid {before['pid']}) did not come back", "See its log; then: emberd run.")
+
+
+def _print_replaced(answer: dict[str, Any]) -> None:
+    click.echo(f"emberd replaced (pid {answer['pid']}, engine {answer['state']}, {answer['seconds']:.1f} s)")
 
 
 def wait_until_ready(config: str | None, starts: int, limit_s: float, *, is_quiet: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Mapping, Sequence
     from pathlib import Path
     from signal import Signals
@@ -22,6 +23,11 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """The adapter's name, as in engine.kind."""
+        ...
+
+    @property
+    def password(self) -> str:
+        """What the engine wants as a bearer token, empty for nothing. Never shown."""
         ...
 
     @property
@@ -102,6 +108,14 @@ class Host(Protocol):
     @property
     def paging(self) -> Paging:
         """What the system's calls about pages can do."""
+        ...
+
+    def given_sockets(self) -> list[socket.socket]:
+        """Return the listening sockets that this process was given, none if it was given none.
+
+        Raises:
+            ConfigError: something else was given.
+        """
         ...
 
     def forbid_core_dumps(self) -> None:

@@ -27,10 +27,16 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 def setting(
-    default: Any, help_text: str, *, unit: str = "", low: float | None = None, high: float | None = None
+    default: Any,
+    help_text: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    is_secret: bool = False,
 ) -> Any:
-    """Declare one setting; low and high are inclusive."""
-    metadata = {"help": help_text, "unit": unit, "low": low, "high": high}
+    """Declare one setting; low and high are inclusive. A secret is never printed."""
+    metadata = {"help": help_text, "unit": unit, "low": low, "high": high, "is_secret": is_secret}
     if isinstance(default, list):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -90,7 +96,9 @@ class EngineSettings:
 class EndpointSettings:
     """The port that clients use."""
 
-    host: str = setting("127.0.0.1", "Address of the endpoint; loopback only.")
+    host: str = setting(
+        "127.0.0.1", "Address of the endpoint. One that other computers can reach needs an API key."
+    )
     port: int = setting(5001, "TCP port of the endpoint. 5001 is KoboldCPP's own.", low=1, high=65535)
     hold_timeout_s: float = setting(
         120.0,
@@ -105,6 +113,18 @@ class EndpointSettings:
         low=0,
         high=10_000,
     )
+    names: tuple[str, ...] = setting(
+        [], "Names under which clients may ask for this computer, besides localhost and IP addresses."
+    )
+    origins: tuple[str, ...] = setting(
+        [],
+        'Pages of other computers that may use the model, such as "https://lite.koboldai.net"; "null" for pages '
+        'opened from a file, "*" for every page.',
+    )
+    api_key_file: str = setting(
+        "", "A file (mode 0600) with the key that clients must send. Empty: EMBERD_API_KEY, else no key."
+    )
+    api_key: str = setting("", "The key itself; the settings file must then have mode 0600.", is_secret=True)
     remember_kib: int = setting(
         8192,
         "The last request and its reply are kept in memory, to keep the prompt cache and to process them again "
@@ -259,6 +279,7 @@ class Declaration:
         low: least value allowed, None if unbounded.
         high: greatest value allowed, None if unbounded.
         help: what it means, for a person.
+        is_secret: its value is never printed.
     """
 
     key: str
@@ -270,6 +291,7 @@ class Declaration:
     low: float | None
     high: float | None
     help: str
+    is_secret: bool
 
     def choices(self) -> tuple[str, ...]:
         """Return the allowed words of a choice, empty for other types."""
@@ -305,6 +327,7 @@ def declarations() -> Iterator[Declaration]:
                 low=entry.metadata["low"],
                 high=entry.metadata["high"],
                 help=entry.metadata["help"],
+                is_secret=entry.metadata["is_secret"],
             )
 
 
@@ -402,11 +425,6 @@ def _number(declaration: Declaration, value: Any) -> int | float:
 
 def _check_together(settings: Settings, source: str) -> None:
     """Refuse settings that are each valid and contradict each other."""
-    if settings.endpoint.host not in {"127.0.0.1", "::1", "localhost"}:
-        raise ConfigError(
-            f"{source}: endpoint.host: {settings.endpoint.host!r} is not a loopback address",
-            'emberd serves this computer only; use "127.0.0.1" and a tunnel (ssh -L) for other machines.',
-        )
     if settings.lifecycle.backoff_initial_s > settings.lifecycle.backoff_max_s:
         raise ConfigError(
             f"{source}: lifecycle.backoff_initial_s ({settings.lifecycle.backoff_initial_s:g} s) is more than "
@@ -442,6 +460,16 @@ def to_toml(settings: Settings, *, with_help: bool = True) -> str:
         value = getattr(getattr(settings, table), declaration.name)
         lines.append(f"{declaration.name} = {_toml_value(value)}")
     return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def masked(settings: Settings) -> Settings:
+    """Return the settings as people may see them."""
+    for declaration in declarations():
+        section = getattr(settings, declaration.table)
+        if declaration.is_secret and getattr(section, declaration.name):
+            hidden = dataclasses.replace(section, **{declaration.name: "********"})
+            settings = dataclasses.replace(settings, **{declaration.table: hidden})
+    return settings
 
 
 def _toml_value(value: Any) -> str:

@@ -48,21 +48,30 @@ class EngineHttp:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
-    async def get(self, port: int, path: str, timeout_s: float) -> Answer:
+    async def get(self, port: int, path: str, timeout_s: float, password: str = "") -> Answer:
         """Ask with GET; bounded by `timeout_s` as a whole."""
-        return await self._ask("GET", port, path, timeout_s)
+        return await self._ask("GET", port, path, timeout_s, None, password)
 
-    async def post(self, port: int, path: str, body: Mapping[str, Any], timeout_s: float) -> Answer:
+    async def post(
+        self, port: int, path: str, body: Mapping[str, Any], timeout_s: float, password: str = ""
+    ) -> Answer:
         """Ask with POST and a JSON body; bounded by `timeout_s` as a whole."""
-        return await self._ask("POST", port, path, timeout_s, body)
+        return await self._ask("POST", port, path, timeout_s, body, password)
 
     async def _ask(
-        self, method: str, port: int, path: str, timeout_s: float, body: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        port: int,
+        path: str,
+        timeout_s: float,
+        body: Mapping[str, Any] | None,
+        password: str,
     ) -> Answer:
+        headers = {"connection": "close"} | ({"authorization": f"Bearer {password}"} if password else {})
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._client.request(
-                    method, f"http://127.0.0.1:{port}{path}", json=body, headers={"connection": "close"}
+                    method, f"http://127.0.0.1:{port}{path}", json=body, headers=headers
                 )
         except httpx.ConnectError:
             return Answer(NOTHING_LISTENS)

@@ -76,6 +76,7 @@ class KoboldCpp:
         self._asker = asker
         self._scratch = scratch
         self._kcpps_target = kcpps_target
+        self.password = ""
 
     def model_path(self) -> Path | None:
         """Return the model of model.path, else the one that the .kcpps file names."""
@@ -116,6 +117,7 @@ class KoboldCpp:
                 is_metal=self._host.name == "darwin" and engine.gpu_layers != 0,
             ),
         )
+        self.password = line.password
         if model is None:
             check_model(line.model)
         if engine.extra_args:
@@ -154,7 +156,8 @@ class KoboldCpp:
             return Activity(answered=False)
         if idle == 1:
             return Activity(answered=True, is_generating=False)
-        reply = (await self._http.get(port, "/api/extra/generate/check", timeout_s)).get("results", 0, "text")
+        check = await self._http.get(port, "/api/extra/generate/check", timeout_s, self.password)
+        reply = check.get("results", 0, "text")
         finished = perf.get("total_gens")
         units = (finished if isinstance(finished, int) else 0) * _UNITS_OF_A_GENERATION
         return Activity(
@@ -165,12 +168,16 @@ class KoboldCpp:
 
     async def abort(self, port: int, key: str, timeout_s: float) -> None:
         """Ask /api/extra/abort; an empty key ends whatever runs if nothing waits in the engine."""
-        await self._http.post(port, "/api/extra/abort", {"genkey": key}, timeout_s)
+        await self._http.post(port, "/api/extra/abort", {"genkey": key}, timeout_s, self.password)
 
     async def count_tokens(self, port: int, text: str, timeout_s: float) -> int | None:
         """Ask /api/extra/tokencount, which also counts the token before every text."""
-        empty = (await self._http.post(port, "/api/extra/tokencount", {"prompt": ""}, timeout_s)).get("value")
-        whole = (await self._http.post(port, "/api/extra/tokencount", {"prompt": text}, timeout_s)).get("value")
+        counts = []
+        for each in ("", text):
+            asked = {"prompt": each}
+            answer = await self._http.post(port, "/api/extra/tokencount", asked, timeout_s, self.password)
+            counts.append(answer.get("value"))
+        empty, whole = counts
         return whole - max(empty, 0) if isinstance(whole, int) and isinstance(empty, int) else None
 
     async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:

@@ -6,7 +6,7 @@ first named wins, and whoever loses a wish that was meant is told.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from emberd.core.errors import ConfigError
@@ -67,10 +67,11 @@ class CommandLine:
 
     Attributes:
         arguments: everything behind the executable.
-        kcpps: merged settings to write to Wishes.kcpps_target; None if the owner has no file.
+        kcpps: settings to write to Wishes.kcpps_target: the owner's and their passwords; None if there are none.
         notices: what the owner should know.
         hidden: passwords, and the words they are part of.
         model: the model that will be loaded, as it was named.
+        password: what the engine will ask its clients for, empty for nothing.
     """
 
     arguments: tuple[str, ...]
@@ -78,6 +79,7 @@ class CommandLine:
     notices: tuple[Notice, ...]
     hidden: tuple[str, ...]
     model: str
+    password: str = field(default="", repr=False)
 
 
 def compose(build: Build, wishes: Wishes) -> CommandLine:
@@ -103,19 +105,30 @@ def compose(build: Build, wishes: Wishes) -> CommandLine:
     model, said = _choose_model(wishes.model, file)
     merged, said_of_file = merge(build, file, kept, decided)
     notices += [*said, *said_of_file, *_memory_notices(kept, wishes)]
+    if build.offers("config"):
+        # Everybody on this computer can read a command line; the file has mode 0600.
+        merged |= {given.dest: given.value for given in kept if given.dest in SECRETS}
+        kept = [given for given in kept if given.dest not in SECRETS]
+    has_file = wishes.kcpps is not None or bool(merged)
     own = [
         word
-        for dest, values in _own_arguments(kept, wishes, model)
+        for dest, values in _own_arguments(kept, wishes, model, has_file=has_file)
         if build.offers(dest)
         for word in (f"--{dest}", *values)
     ]
     return CommandLine(
         arguments=(*(word for given in kept for word in given.words), *own),
-        kcpps=None if wishes.kcpps is None else merged,
+        kcpps=merged if has_file else None,
         notices=tuple(notices),
         hidden=tuple(dict.fromkeys(_secrets(kept, merged))),
         model=model,
+        password=_password(kept, merged),
     )
+
+
+def _password(kept: Sequence[Given], merged: Mapping[str, object]) -> str:
+    values = [given.value for given in kept if given.dest == "password"] or [merged.get("password")]
+    return values[-1] if isinstance(values[-1], str) else ""
 
 
 def _decided_by_settings(wishes: Wishes) -> Decided:
@@ -195,7 +208,9 @@ def _memory_notices(kept: Sequence[Given], wishes: Wishes) -> Iterator[Notice]:
         )
 
 
-def _own_arguments(kept: Sequence[Given], wishes: Wishes, model: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _own_arguments(
+    kept: Sequence[Given], wishes: Wishes, model: str, *, has_file: bool
+) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield destination and values of what emberd asks for, without what the owner has asked for already.
 
     The two-word form with the destination is the only one that wins over a file.
@@ -216,7 +231,7 @@ def _own_arguments(kept: Sequence[Given], wishes: Wishes, model: str) -> Iterato
         own["contextsize"] = (str(wishes.context_size),)
     if wishes.gpu_layers is not None:
         own["gpulayers"] = (str(wishes.gpu_layers),)
-    if wishes.kcpps is not None:
+    if has_file:
         own["config"] = (wishes.kcpps_target,)
     yield from ((dest, values) for dest, values in own.items() if dest not in given)
 

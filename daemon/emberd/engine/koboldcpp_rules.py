@@ -107,12 +107,6 @@ _PORT = Rule(
 )
 _MODEL = Rule(Act.REFUSE, Act.DROP, "emberd names the model.", remedy="Set model.path instead.")
 _IDLE = Rule(Act.WARN, Act.WARN, "KoboldCPP will unload the model that emberd keeps warm.", "idle_unloading")
-_PASSWORD = Rule(
-    Act.WARN,
-    Act.KEEP,
-    f"Everybody on this machine can read it in the process list. Put it into the file of {FILE}.",
-    "password_on_command_line",
-)
 
 RULES: Mapping[str, Rule] = {
     # What emberd decides.
@@ -159,9 +153,6 @@ RULES: Mapping[str, Rule] = {
         remedy="Remove it, or set it to 0.",
         concerns=is_verbose,
     ),
-    "password": _PASSWORD,
-    "adminpassword": _PASSWORD,
-    "hordekey": _PASSWORD,
     "remotetunnel": Rule(
         Act.WARN,
         Act.WARN,

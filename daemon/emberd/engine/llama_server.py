@@ -60,6 +60,11 @@ class LlamaServer:
         self._host = host
         self._http = http
 
+    @property
+    def password(self) -> str:
+        """Return nothing: an --api-key of the owner's is passed on as the client sends it."""
+        return ""
+
     def model_path(self) -> Path | None:
         """Return the model of model.path."""
         named = self._settings.model.path

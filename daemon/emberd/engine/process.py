@@ -140,7 +140,7 @@ class EngineProcess(ProcessTree):
     def __init__(self, pid: int, host: Host, child: subprocess.Popen[bytes] | None = None) -> None:
         super().__init__(pid, host)
         self.status: int | None = None
-        """Exit code or negative signal number; None while it lives, and for ever if it was adopted."""
+        """Exit code or negative signal number; None while it lives, and for ever if it is no child of ours."""
         self.has_ended = False
         self.started_s = time.monotonic()
         self._child = child
@@ -163,6 +163,12 @@ class EngineProcess(ProcessTree):
         self.has_ended = True
         if self._child is not None:
             self.status = self._child.wait(timeout=KILL_WAIT_S)
+            return
+        # An emberd that replaced itself is still the parent of the engine that it adopted.
+        with contextlib.suppress(ChildProcessError):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
         """Let go of the watch; the process is not touched."""

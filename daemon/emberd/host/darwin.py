@@ -12,11 +12,13 @@ import psutil
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.residency import Paging
 from emberd.host import darwin_memory
+from emberd.host.activation import from_launchd
 from emberd.host.darwin_calls import DarwinCalls
 from emberd.host.darwin_power import read_power
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
@@ -49,6 +51,14 @@ class DarwinHost(PosixHost):
     def __init__(self, calls: DarwinCalls | None = None, pmset: str = _PMSET) -> None:
         self._calls = DarwinCalls() if calls is None else calls
         self._pmset = pmset
+
+    def given_sockets(self) -> list[socket.socket]:
+        """Return the sockets of the environment, else launchd's.
+
+        Raises:
+            ConfigError: something else was given, or launchd refused.
+        """
+        return super().given_sockets() or from_launchd(self._calls.library)
 
     def watch_exit(self, pid: int) -> ReadableWatch:
         """Watch a process through EVFILT_PROC with NOTE_EXIT, which needs no parenthood (kqueue(2)).

@@ -142,6 +142,7 @@ class DarwinCalls:
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         self._library = ctypes.CDLL(None) if library is None else library
+        self.library = self._library
         # xnu, libsyscall/wrappers/libproc/libproc.h: pid, flavor, and the address of the structure, although the
         # type of the argument is a pointer to a pointer.
         self._proc_pid_rusage = self._function("proc_pid_rusage", c_int, [c_int, c_int, c_void_p])

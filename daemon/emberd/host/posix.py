@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from emberd.host.activation import from_environment
+
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Sequence
 
 
@@ -62,6 +65,14 @@ class ReadableWatch:
 
 class PosixHost:
     """What is alike on both systems."""
+
+    def given_sockets(self) -> list[socket.socket]:
+        """Return the listening sockets that a service manager, or an emberd that this one replaces, has given.
+
+        Raises:
+            ConfigError: something else was given.
+        """
+        return from_environment()
 
     def forbid_core_dumps(self) -> None:
         """Keep this process, which remembers what a person said, from being written to disk when it crashes.

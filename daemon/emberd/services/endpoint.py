@@ -11,6 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Sequence
 
     from starlette.types import ASGIApp
 
@@ -102,7 +103,7 @@ class _Server(uvicorn.Server):
 
 
 class Endpoint:
-    """Serves one ASGI app on one socket.
+    """Serves one ASGI app.
 
     Args:
         silence_s: how long a connection may say nothing before and between requests, whole seconds.
@@ -114,8 +115,11 @@ class Endpoint:
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
 
-    async def serve(self, app: ASGIApp, listener: socket.socket) -> None:
-        """Serve until `stop`; returns when running requests have ended or were cut. Cancelled, it cuts at once."""
+    async def serve(self, app: ASGIApp, listeners: Sequence[socket.socket]) -> None:
+        """Serve until `stop`; returns when running requests have ended or were cut. Cancelled, it cuts at once.
+
+        The listeners stay open: who comes after the end waits in their backlog until they are closed.
+        """
         logging.getLogger("uvicorn.error").addFilter(_is_news)
         server = self._server = _Server(
             uvicorn.Config(
@@ -136,7 +140,7 @@ class Endpoint:
         )
         try:
             # `_serve` is `serve` without uvicorn's signal handlers.
-            await server._serve(sockets=[listener])  # noqa: SLF001
+            await server._serve(sockets=[each.dup() for each in listeners])  # noqa: SLF001
         finally:
             self._ended.set()
 

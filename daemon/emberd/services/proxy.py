@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from emberd.core import access
 from emberd.core.errors import NotReady
 from emberd.core.generation import changes_cache
 from emberd.services.exchange import Exchange, ReplyBrokenOff
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.access import AccessRules
     from emberd.core.settings import EndpointSettings
     from emberd.services.exchange import Gate
     from emberd.services.knocks import Knocks
@@ -49,6 +51,7 @@ class Proxy:
     Args:
         gate: the supervisor.
         settings: tells the settings of the endpoint.
+        rules: tells whom to let in.
         turns: remembers what the engine's cache holds.
         knocks: hears that somebody is there.
         log: events go here; never a header, a path's query or a body.
@@ -58,12 +61,14 @@ class Proxy:
         self,
         gate: Gate,
         settings: Callable[[], EndpointSettings],
+        rules: Callable[[], AccessRules],
         turns: Turns,
         knocks: Knocks,
         log: FilteringBoundLogger,
     ) -> None:
         self._gate = gate
         self._settings = settings
+        self._rules = rules
         self._turns = turns
         self._knocks = knocks
         self._log = log
@@ -88,7 +93,15 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         client = Client(send, scope["path"])
+        rules = self._rules()
+        refusal = access.judge(scope["method"], scope["path"], scope["headers"], rules)
         try:
+            if refusal is not None:
+                self._log.warning("request_refused", reason=refusal.code)
+                await client.answer(refusal.status, refusal.code, refusal.message, headers={"connection": "close"})
+                return
+            if rules.key:
+                _change_key(scope, self._gate.engine.password)
             if _asks_for_websocket(scope):
                 await client.answer(501, "no_websocket", "the engine speaks no WebSocket")
                 return
@@ -124,6 +137,14 @@ class Proxy:
             await exchange.abandon()
         if isinstance(ended, Exception):
             raise ended
+
+
+def _change_key(scope: Scope, password: str) -> None:
+    """Take emberd's key out of a request, and put the engine's in: it is no business of the engine's."""
+    headers = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
+    if password:
+        headers.append((b"authorization", f"Bearer {password}".encode()))
+    scope["headers"] = headers
 
 
 def _asks_for_websocket(scope: Scope) -> bool:

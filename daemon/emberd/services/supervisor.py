@@ -115,6 +115,8 @@ class Supervisor:
         self._requests = 0
         self._tree: tuple[int, ...] = ()
         self._held = 0
+        self._has_begun = False
+        """Before the first event an engine may yet be adopted or started: who asks then is not refused."""
         self._flowed_bytes = 0
         self._generated_units = 0
         self._starts = 0
@@ -325,7 +327,7 @@ class Supervisor:
             return lifecycle.DeadlinePassed()
 
     def _apply(self, event: Event) -> None:
-        before = self._life
+        before, self._has_begun = self._life, True
         self._life, effects = lifecycle.step(
             before,
             event,
@@ -370,7 +372,7 @@ class Supervisor:
     def _refuse_if_hopeless(self) -> None:
         if self._is_closing:
             raise NotReady(self._life.state.value, "emberd is shutting down", _RETRY_AFTER_S)
-        if self._life.state in lifecycle.AT_REST:
+        if self._life.state in lifecycle.AT_REST and self._has_begun:
             reason = self._life.reason.splitlines()[0] if self._life.reason else "the engine is stopped"
             raise NotReady(self._life.state.value, reason, 60)
 
