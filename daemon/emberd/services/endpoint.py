@@ -21,6 +21,8 @@ _LARGEST_HEAD_BYTES = 128 * 1024
 """KoboldCPP takes request lines of 64 KiB (Python's http.server), and its /noscript page puts prompts there."""
 _CANCEL_LIMIT_S = 1.0
 _SHUTDOWN_POLL_S = 0.01
+_FIRST_WORDS_S = 0.05
+"""Who was let in last may have a request on its way; closed without it, that connection would be a lost request."""
 _TRUNCATED = "ASGI callable returned without completing response."
 
 
@@ -83,6 +85,7 @@ class _Server(uvicorn.Server):
         """Stop accepting, let running requests end for `patience_s`, cancel the rest, close every connection."""
         for server in self.servers:
             server.close()
+        await asyncio.sleep(_FIRST_WORDS_S)
         for connection in list(self.server_state.connections):
             connection.shutdown()
         await self._await_end(self.patience_s)
