@@ -28,6 +28,7 @@ FAST = {
     "lifecycle.backoff_initial_s": 0.1,
     "lifecycle.backoff_max_s": 0.2,
     "lifecycle.stop_timeout_s": 5.0,
+    "warmth.mode": "off",
 }
 
 

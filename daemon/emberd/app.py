@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from emberd.engine.http import EngineHttp
     from emberd.host.paths import StatePaths
     from emberd.services.endpoint import Endpoint
+    from emberd.services.keepwarm import KeepWarm
     from emberd.services.knocks import Knocks
     from emberd.services.memory_meter import MemoryMeter
     from emberd.services.proxy import Proxy
@@ -112,6 +113,7 @@ class _Daemon:
         self._memory: MemoryMeter
         self._swap: SwapMeter
         self._residency: ResidencyMeter
+        self._keepwarm: KeepWarm
 
     def _build(self) -> None:
         """Make the services, and tell each of the others what it needs of them."""
@@ -119,6 +121,7 @@ class _Daemon:
         from emberd.engine.choose import choose_engine  # noqa: PLC0415
         from emberd.services import logs  # noqa: PLC0415
         from emberd.services.endpoint import Endpoint  # noqa: PLC0415
+        from emberd.services.keepwarm import KeepWarm  # noqa: PLC0415
         from emberd.services.knocks import Knocks  # noqa: PLC0415
         from emberd.services.memory_meter import MemoryMeter  # noqa: PLC0415
         from emberd.services.proxy import Proxy  # noqa: PLC0415
@@ -142,6 +145,16 @@ class _Daemon:
         self._memory = MemoryMeter(self._host, log, supervisor.sample)
         self._swap = SwapMeter(self._host, self._paths.history, log, supervisor.sample)
         self._residency = ResidencyMeter(self._host, log, supervisor.sample)
+        self._keepwarm = KeepWarm(
+            self._host,
+            log,
+            lambda: self._settings,
+            supervisor,
+            self._residency.toucher,
+            self._turns,
+            self._knocks,
+            self._proxy.places,
+        )
 
     async def run(self) -> int:
         """Build, serve, wait for a reason to stop, shut down."""
@@ -152,7 +165,7 @@ class _Daemon:
         from emberd.services.proxy import make_app  # noqa: PLC0415
 
         self._build()
-        app = make_app(self._proxy, lambda: self._supervisor.state.value)
+        app = make_app(self._proxy, lambda: self._supervisor.state.value, lambda: self._keepwarm.is_warm)
         control = ControlServer(self._paths.control, self._verbs(), self._log)
         self._take_signals()
         await control.start()
@@ -160,7 +173,12 @@ class _Daemon:
         serving = asyncio.create_task(self._endpoint.serve(app, self._listeners), name="endpoint")
         tasks = [owner, serving] + [
             asyncio.create_task(service.run(), name=name)
-            for name, service in (("memory", self._memory), ("swap", self._swap), ("residency", self._residency))
+            for name, service in (
+                ("memory", self._memory),
+                ("swap", self._swap),
+                ("residency", self._residency),
+                ("keepwarm", self._keepwarm),
+            )
         ]
         self._log.info(
             "emberd_started",
@@ -285,6 +303,7 @@ class _Daemon:
                 **self._proxy.status(),
                 "seconds_since_knock": self._knocks.seconds_since,
                 "remembers_turn": self._turns.last is not None,
+                "warmth": self._keepwarm.status(),
                 "memory": await self._memory.status(),
                 "residency": await self._residency.status(),
                 "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
@@ -304,6 +323,12 @@ class _Daemon:
             self._supervisor.post(lifecycle.Restart("asked for by its owner"))
             return {"ok": True, "starts": starts}
 
+        async def pause(seconds: float) -> dict[str, Any]:
+            return self._keepwarm.pause(seconds)
+
+        async def resume() -> dict[str, Any]:
+            return self._keepwarm.resume()
+
         async def forget() -> dict[str, Any]:
             return {"ok": True, "had_turn": self._turns.forget()}
 
@@ -313,6 +338,10 @@ class _Daemon:
             "restart": restart,
             "replace": replace,
             "forget": forget,
+            "warm": self._keepwarm.warm,
+            "pause": pause,
+            "resume": resume,
+            "cool": self._keepwarm.cool,
             "reload": self._reload,
         }
         return verbs

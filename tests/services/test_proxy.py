@@ -166,7 +166,7 @@ async def front() -> AsyncIterator[Front]:
     made.url = f"http://127.0.0.1:{made.port}"
     proxy = Proxy(gate, made.settings, lambda: made.rules, made.turns, made.knocks, structlog.get_logger())
     endpoint = made.endpoint
-    serving = asyncio.create_task(endpoint.serve(make_app(proxy, lambda: "READY"), [listener]))
+    serving = asyncio.create_task(endpoint.serve(make_app(proxy, lambda: "READY", lambda: True), [listener]))
     try:
         yield made
     finally:

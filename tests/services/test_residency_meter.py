@@ -111,7 +111,7 @@ async def test_a_model_that_is_gone_is_unknown_with_the_reason_and_found_again(r
 async def test_a_killed_toucher_costs_nothing(rig: Rig, tmp_path: Path):
     rig.run(write(tmp_path / "model.gguf", MIB))
     assert (await rig.status())["share"] == 1
-    toucher = next(child for child in psutil.Process().children() if "toucher_process" in " ".join(child.cmdline()))
+    toucher = psutil.Process(rig.meter.toucher.pid)
     toucher.send_signal(signal.SIGKILL)
     async with asyncio.timeout(10):
         while psutil.pid_exists(toucher.pid):  # until this process has heard of it
@@ -139,6 +139,13 @@ async def test_an_engine_without_a_known_model_is_unknown(rig: Rig):
     assert (await rig.status())["unknown"] == "no_model"
 
 
+def _is_toucher(process: psutil.Process) -> bool:
+    try:
+        return any("toucher_process" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def test_the_status_shows_a_running_models_residency(make_daemon: MakeDaemon):
     daemon = make_daemon()
     daemon.start()
@@ -146,8 +153,7 @@ def test_the_status_shows_a_running_models_residency(make_daemon: MakeDaemon):
     assert (seen["share"], seen["source"]) == (1, "mincore")
     said = daemon.verb("status").stdout
     assert "resident" in said
-    toucher = [child for child in psutil.Process(daemon.child.pid).children() if child.name().startswith("python")]
-    touchers = [child for child in toucher if any("toucher_process" in word for word in child.cmdline())]
+    touchers = [child for child in psutil.Process(daemon.child.pid).children() if _is_toucher(child)]
     assert len(touchers) == 1
     daemon.signal(signal.SIGTERM)
     assert daemon.end() == 0

@@ -58,6 +58,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
     if status["residency"]:
         seen = status["residency"]
         rows.append(("resident", residency_words(seen), "dim" if seen["share"] is None else ""))
+    rows.append(("warmth", _warmth_words(status["warmth"]), ""))
     rows += _memory_rows(status["memory"])
     heartbeat = status["metal_heartbeat"]
     if heartbeat:
@@ -71,6 +72,24 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows += [("notice", f"{notice['message']} ({notice['code']})", "yellow") for notice in status["notices"]]
     rows.append(("emberd", f"{status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}", "dim"))
     return rows
+
+
+def _warmth_words(warmth: dict[str, Any]) -> str:
+    if warmth["mode"] == "off":
+        return "off"
+    words = []
+    for key, word in (("cool_for_s", "cool for"), ("paused_for_s", "paused for")):
+        if warmth[key]:
+            words.append(f"{word} {duration(warmth[key])}")
+    if warmth["hold"] != "all":
+        words.append(f"let go ({warmth['hold'].replace('_', ' ')}): the computer was swapping")
+    if warmth["last"]:
+        last = warmth["last"]
+        ago = "" if warmth["warm_for_s"] is None else f" {duration(warmth['warm_for_s'])} ago"
+        words.append(f"{', '.join(last['steps']) or 'nothing'}{ago} in {last['seconds']:.2f} s ({last['reason']})")
+    if warmth["next_look_in_s"] is not None:
+        words.append(f"next in {duration(warmth['next_look_in_s'])}")
+    return "; ".join(words) or "not yet"
 
 
 def _request_words(status: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON instead of text.")
 
 
-def ask_daemon(config: str | None, verb: str, timeout_s: float = ASK_LIMIT_S) -> dict[str, Any]:
+def ask_daemon(config: str | None, verb: str, timeout_s: float = ASK_LIMIT_S, **arguments: float) -> dict[str, Any]:
     """Ask the daemon that the settings point to.
 
     Raises:
@@ -25,7 +26,19 @@ def ask_daemon(config: str | None, verb: str, timeout_s: float = ASK_LIMIT_S) ->
         ConfigError: the settings are wrong.
     """
     settings, _ = config_file.load(config)
-    return ask(state_paths(settings).control, verb, timeout_s)
+    return ask(state_paths(settings).control, verb, timeout_s, **arguments)
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds of a duration such as 90s, 30m, 2h or 1d; a bare number is minutes.
+
+    Raises:
+        click.BadParameter: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    if not found:
+        raise click.BadParameter(f"{text!r} is no duration: write 90s, 30m, 2h or 1d")
+    return float(found[1]) * {"s": 1, "": 60, "m": 60, "h": 3600, "d": 86_400}[found[2]]
 
 
 def show(content: dict[str, Any], is_json: bool, to_text: Callable[[dict[str, Any]], None]) -> None:  # noqa: FBT001  # click's flag

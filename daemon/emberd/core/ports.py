@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from emberd.core.generation import Generation
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
+    from emberd.core.replay import Replay
     from emberd.core.residency import Paging
     from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness
 
@@ -66,6 +67,14 @@ class Engine(Protocol):
 
     async def count_tokens(self, port: int, text: str, timeout_s: float) -> int | None:
         """Return how many tokens a text is, None if the engine does not tell. Never raises; bounded."""
+        ...
+
+    async def continues_turns(self, port: int, timeout_s: float) -> bool:
+        """Tell whether the assistant's last message of a chat is continued. Never raises; bounded."""
+        ...
+
+    async def send(self, port: int, request: Replay, timeout_s: float) -> bool:
+        """Send a request of emberd's own; True if it was answered well. Never raises; bounded."""
         ...
 
     async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from emberd.core.generation import Generation
     from emberd.core.ports import Host
+    from emberd.core.replay import Replay
     from emberd.core.settings import Settings
     from emberd.core.types import LoadProgress
     from emberd.engine.http import EngineHttp
@@ -180,12 +181,19 @@ class KoboldCpp:
         empty, whole = counts
         return whole - max(empty, 0) if isinstance(whole, int) and isinstance(empty, int) else None
 
-    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
-        """Tell whether `continue_assistant_turn` is known, which a chat needs (1.104; not in 1.76)."""
-        if generation.dialect is not Dialect.CHAT:
-            return True
+    async def continues_turns(self, port: int, timeout_s: float) -> bool:
+        """Tell whether `continue_assistant_turn` is known (1.104; not in 1.76)."""
         version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
         return read_version(version) >= _CONTINUES_TURNS
+
+    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
+        """Tell whether a reply can be taken up; a chat needs an open turn."""
+        return generation.dialect is not Dialect.CHAT or await self.continues_turns(port, timeout_s)
+
+    async def send(self, port: int, request: Replay, timeout_s: float) -> bool:
+        """POST it."""
+        answer = await self._http.post(port, request.path, request.body, timeout_s, self.password)
+        return answer.status == _HTTP_OK
 
     def read_progress(self, line: str) -> LoadProgress | None:
         """Recognise llama.cpp's and KoboldCPP's loading lines."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from emberd.core.generation import Generation
     from emberd.core.ports import Host
+    from emberd.core.replay import Replay
     from emberd.core.settings import Settings
     from emberd.core.types import LoadProgress
     from emberd.engine.http import EngineHttp
@@ -103,9 +104,17 @@ class LlamaServer:
         tokens = answer.get("tokens")
         return len(tokens) if isinstance(tokens, list) else None
 
-    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:  # noqa: ARG002
+    async def continues_turns(self, port: int, timeout_s: float) -> bool:  # noqa: ARG002  # the Engine protocol
         """Return True: an assistant's last message is continued (llama.cpp, common/chat.cpp, since 2025)."""
         return True
+
+    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:  # noqa: ARG002
+        """Return True: prompts and open turns are continued."""
+        return True
+
+    async def send(self, port: int, request: Replay, timeout_s: float) -> bool:
+        """POST it."""
+        return (await self._http.post(port, request.path, request.body, timeout_s)).status == _HTTP_OK
 
     def read_progress(self, line: str) -> LoadProgress | None:
         """Recognise llama.cpp's loading lines."""

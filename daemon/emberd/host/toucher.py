@@ -109,6 +109,11 @@ class Toucher:
         """Process id of the running toucher, None if there is none."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
+    @property
+    def is_touching(self) -> bool:
+        """Whether a pass over the pages is under way; other commands wait for its end."""
+        return self._touching
+
     def use(self, paths: Sequence[Path]) -> None:
         """Name the model's files; they are mapped with the next command."""
         self._paths = tuple(str(path) for path in paths)

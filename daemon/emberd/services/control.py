@@ -39,7 +39,7 @@ class ControlServer:
     """
 
     def __init__(
-        self, path: Path, verbs: Mapping[str, Callable[[], Awaitable[dict[str, Any]]]], log: FilteringBoundLogger
+        self, path: Path, verbs: Mapping[str, Callable[..., Awaitable[dict[str, Any]]]], log: FilteringBoundLogger
     ) -> None:
         self._log = log
         self._path = path
@@ -79,12 +79,13 @@ class ControlServer:
 
     async def _do(self, line: bytes) -> dict[str, Any]:
         try:
-            name = json.loads(line)["verb"]
+            asked = json.loads(line)
+            name, arguments = asked["verb"], asked.get("arguments", {})
             verb = self._verbs[name]
         except (ValueError, KeyError, TypeError):
             return {"error": f"not a verb of this emberd; it knows {', '.join(self._verbs)}"}
         try:
-            return await verb()
+            return await verb(**arguments)
         except EmberdError as error:
             return {"error": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
         except Exception as error:  # noqa: BLE001  # a bug is answered too: the asker waits
@@ -92,7 +93,7 @@ class ControlServer:
             return {"error": f"internal error: {error!r}", "remedy": "Look at emberd's log."}
 
 
-def ask(path: Path, verb: str, timeout_s: float = ASK_LIMIT_S) -> dict[str, Any]:
+def ask(path: Path, verb: str, timeout_s: float = ASK_LIMIT_S, **arguments: float) -> dict[str, Any]:
     """Ask the daemon and return its answer; for the command line.
 
     Raises:
@@ -104,7 +105,7 @@ def ask(path: Path, verb: str, timeout_s: float = ASK_LIMIT_S) -> dict[str, Any]
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout_s)
             connection.connect(str(path))
-            connection.sendall(json.dumps({"verb": verb}).encode() + b"\n")
+            connection.sendall(json.dumps({"verb": verb, "arguments": arguments}).encode() + b"\n")
             while not answer.endswith(b"\n") and (part := connection.recv(65536)):
                 answer += part
     except (FileNotFoundError, ConnectionRefusedError) as error:

@@ -35,6 +35,7 @@ class Places:
         self._since: dict[object, float] = {}
         self._open = asyncio.Event()
         self._open.set()
+        self._arrived = asyncio.Event()
 
     @property
     def waiting(self) -> int:
@@ -46,12 +47,18 @@ class Places:
         """How long the first of them has waited."""
         return time.monotonic() - min(self._since.values()) if self._since else 0.0
 
+    async def arrival(self) -> None:
+        """Return when the next request comes."""
+        self._arrived.clear()
+        await self._arrived.wait()
+
     async def take(self, deadline_s: float) -> int:
         """Wait for a ready engine and for a place, first come first served; return the engine's port.
 
         Raises:
             NotReady: one of the two did not come before `deadline_s` (monotonic), or too many wait already.
         """
+        self._arrived.set()
         ticket = object()
         self._since[ticket] = time.monotonic()
         try:

@@ -72,7 +72,7 @@ class Proxy:
         self._turns = turns
         self._knocks = knocks
         self._log = log
-        self._places = Places(gate, MAX_ENGINE_CONNECTIONS, lambda: settings().max_waiting)
+        self.places = self._places = Places(gate, MAX_ENGINE_CONNECTIONS, lambda: settings().max_waiting)
         self._transport = httpx.AsyncHTTPTransport(
             verify=False,  # plain HTTP on loopback; loading certificate authorities costs 1 MiB
             trust_env=False,
@@ -151,12 +151,13 @@ def _asks_for_websocket(scope: Scope) -> bool:
     return any(name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"])
 
 
-def make_app(proxy: Proxy, state: Callable[[], str]) -> ASGIApp:
+def make_app(proxy: Proxy, state: Callable[[], str], is_warm: Callable[[], bool]) -> ASGIApp:
     """Return the front port's app: everything under /emberd is emberd's own, everything else the engine's.
 
     Args:
         proxy: passes requests on.
         state: tells the name of the engine's state.
+        is_warm: tells whether the model has been used or warmed a short time ago.
     """
 
     async def healthz(_: Request) -> Response:
@@ -166,7 +167,12 @@ def make_app(proxy: Proxy, state: Callable[[], str]) -> ASGIApp:
         name = state()
         return JSONResponse({"status": name}, 200 if name == "READY" else 503)
 
-    own = Starlette(routes=[Route("/emberd/healthz", healthz), Route("/emberd/readyz", readyz)])
+    async def warmz(_: Request) -> Response:
+        is_so = state() == "READY" and is_warm()
+        return JSONResponse({"status": "warm" if is_so else "not warm"}, 200 if is_so else 503)
+
+    routes = {"healthz": healthz, "readyz": readyz, "warmz": warmz}
+    own = Starlette(routes=[Route(f"/emberd/{name}", answer) for name, answer in routes.items()])
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         is_own = scope["path"] == "/emberd" or scope["path"].startswith("/emberd/")

@@ -37,7 +37,7 @@ class ResidencyMeter:
         self._host = host
         self._log = log
         self._sample = sample
-        self._toucher = Toucher(host.paging)
+        self._toucher = self.toucher = Toucher(host.paging)
         self._last: tuple[str, float, Residency] | None = None
         self._reading = asyncio.Lock()
 
@@ -71,7 +71,8 @@ class ResidencyMeter:
     async def status(self) -> dict[str, Any] | None:
         """Return the residency as plain values, at most _FRESH_S old. None without an engine."""
         last = self._last
-        if last is None or last[0] != self._sample().key or time.monotonic() - last[1] > _FRESH_S:
+        is_old = last is None or last[0] != self._sample().key or time.monotonic() - last[1] > _FRESH_S
+        if is_old and not self._toucher.is_touching:  # a pass over a cold model takes seconds
             await self.tick()
             last = self._last
         return None if last is None else {**as_plain(last[2]), "age_s": round(time.monotonic() - last[1], 3)}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from emberd.core import exit_status, lifecycle, liveness
 from emberd.core.errors import EmberdError, NotReady, StateUnusable
 from emberd.core.lifecycle import Effect, Event, Lifecycle, State
+from emberd.core.lock import LockState
 from emberd.core.types import EngineSample, Readiness
 from emberd.core.wired import is_released
 from emberd.engine import record as records
@@ -115,6 +116,7 @@ class Supervisor:
         self._requests = 0
         self._tree: tuple[int, ...] = ()
         self._held = 0
+        self._must_not_lock = False
         self._has_begun = False
         """Before the first event an engine may yet be adopted or started: who asks then is not refused."""
         self._flowed_bytes = 0
@@ -147,6 +149,26 @@ class Supervisor:
     def engine_key(self) -> str | None:
         """Text that tells this engine's process from others, None while there is none."""
         return self.sample().key
+
+    @property
+    def port(self) -> int | None:
+        """The engine's port, None while it is not ready."""
+        return self._record.port if self._record and self._life.state is State.READY else None
+
+    @property
+    def lock_state(self) -> LockState:
+        """The last verdict about the engine's lock."""
+        return self._meter.verdict.state if self._meter.verdict else LockState.UNKNOWN
+
+    @property
+    def will_lock(self) -> bool:
+        """Whether the engine was asked to lock: there is room for it, and its owner wants it."""
+        return self._record is not None and self._record.will_lock
+
+    def restart_without_lock(self) -> None:
+        """Start the engine anew, without asking it to lock, until emberd itself is restarted."""
+        self._must_not_lock = True
+        self.post(lifecycle.Restart("its lock makes the computer swap"))
 
     @property
     def is_adopted(self) -> bool:
@@ -445,7 +467,7 @@ class Supervisor:
         except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
             self._log.exception("lock_meter_bug")
             return self._settings.engine.lock != "never", ()
-        return decision.will_lock, decision.reasons
+        return decision.will_lock and not self._must_not_lock, decision.reasons
 
     def _start_process(self, plan: LaunchPlan, *, will_lock: bool) -> None:
         """Start the process and write down what is needed to adopt it, in this order and without a pause."""

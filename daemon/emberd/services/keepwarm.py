@@ -1,0 +1,477 @@
+"""Keeps the idle model warm: looks, asks core/warmth.py what to do, does it, and looks again when that says so.
+
+APScheduler says when. A look that was missed (the computer slept) is made once and at once: `coalesce`, no grace
+time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+from emberd.core import thrash, warmth
+from emberd.core.gguf import split_names
+from emberd.core.lock import LockState
+from emberd.core.lock_limits import judge_limits
+from emberd.core.memory import Pressure
+from emberd.core.replay import GENKEY, Replay, make_replay, tiny
+from emberd.core.warmth import Cache, Decision, Found, Snapshot, Step, Trigger
+from emberd.host.toucher import ToucherLost, ToucherRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.memory import Power, SystemMemory
+    from emberd.core.ports import Engine, Host
+    from emberd.core.settings import Settings
+    from emberd.core.types import EngineSample
+    from emberd.host.toucher import Toucher
+    from emberd.services.knocks import Knocks
+    from emberd.services.places import Places
+    from emberd.services.turns import Turns
+
+GUARD_S = 2.0
+"""A storm writes 220 MB to swap in a second (6.6 GB in 30 s, measured): so long may one go unseen."""
+_POWER_S = 30.0
+"""Power is read so often: on macOS it takes some 10 ms."""
+_SLEPT_S = 5.0
+"""The computer slept if the clocks moved apart by so much."""
+_REPLAY_LIMIT_S = 600.0
+"""Processing a long prompt again on a CPU takes minutes."""
+_ABORT_S = 2.0
+_PASS, _GUARD = "pass", "guard"
+
+
+class Owner(Protocol):
+    """What is asked of the supervisor."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine's adapter."""
+        ...
+
+    @property
+    def port(self) -> int | None:
+        """The engine's port, None while it is not ready."""
+        ...
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the engine served before this emberd was there."""
+        ...
+
+    @property
+    def lock_state(self) -> LockState:
+        """The last verdict about the engine's lock."""
+        ...
+
+    @property
+    def will_lock(self) -> bool:
+        """Whether the engine was asked to lock: there is room for it, and its owner wants it."""
+        ...
+
+    def sample(self) -> EngineSample:
+        """Return what the engine is at this moment."""
+        ...
+
+    def restart_without_lock(self) -> None:
+        """Start the engine anew, without asking it to lock."""
+        ...
+
+
+@dataclass(slots=True)
+class Costs:
+    """What keeping warm has cost since emberd's start.
+
+    Attributes:
+        passes: passes that did something.
+        read_bytes: brought back from the disk by the toucher.
+        engine_s: time that replays took of the engine.
+    """
+
+    passes: int = 0
+    read_bytes: int = 0
+    engine_s: float = 0.0
+
+
+class KeepWarm:
+    """The keep-warm service.
+
+    Args:
+        host: this computer.
+        log: events go here.
+        settings: tells the settings.
+        owner: the supervisor.
+        toucher: touches and locks the model's pages.
+        turns: knows what the engine's cache holds.
+        knocks: tells that somebody is there.
+        places: tells who waits.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        log: FilteringBoundLogger,
+        settings: Callable[[], Settings],
+        owner: Owner,
+        toucher: Toucher,
+        turns: Turns,
+        knocks: Knocks,
+        places: Places,
+    ) -> None:
+        self._host = host
+        self._log = log
+        self._settings = settings
+        self._owner = owner
+        self._toucher = toucher
+        self._turns = turns
+        self._knocks = knocks
+        self._places = places
+        self._guard = thrash.Guard()
+        self._costs = Costs()
+        self._trigger = Trigger.TIMER
+        self._interval_s = settings().warmth.min_interval_s
+        self._paused_until_s: float | None = None
+        self._cool_until_s: float | None = None
+        self._cool_since_s = 0.0
+        self._locked_by: int | None = None
+        self._refused_lock_of: str | None = None
+        self._last_critical_s: float | None = None
+        self._last_pass_s: float | None = None
+        self._hot_replay_s: float | None = None
+        self._seen_engine: str | None = None
+        self._memory: SystemMemory | None = None
+        self._power: tuple[float, Power] | None = None
+        self._gap_s = _clock_gap_s()
+        self._last: dict[str, Any] | None = None
+        self._rest = ""
+        self._next_s: float | None = None
+        self._scheduler: Any = None
+        self._acting = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Keep warm until cancelled; lets go of what is locked at the end."""
+        from apscheduler.schedulers.asyncio import AsyncIOScheduler  # noqa: PLC0415  # 5 MiB, for the daemon only
+
+        self._scheduler = AsyncIOScheduler(
+            timezone=UTC,
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
+        )
+        self._scheduler.add_job(self._look, "date", id=_PASS, run_date=_in_s(0))
+        self._scheduler.add_job(self._watch, "interval", id=_GUARD, seconds=GUARD_S)
+        self._scheduler.start()
+        try:
+            while True:
+                await self._knocks.wait()
+                self.wake(Trigger.KNOCK)
+        finally:
+            self._scheduler.shutdown(wait=False)
+
+    def wake(self, trigger: Trigger) -> None:
+        """Look now, and say why."""
+        if self._trigger is not Trigger.ASKED:
+            self._trigger = trigger
+        self._plan(0)
+
+    async def warm(self) -> dict[str, Any]:
+        """Warm everything now, whatever the time; return what was done and why."""
+        self._cool_until_s = self._paused_until_s = None
+        self._trigger = Trigger.ASKED
+        before = self._last
+        await self._look()
+        done = self._last if self._last is not before else {"reason": self._rest, "steps": []}
+        return {"ok": True, **(done or {})}
+
+    def pause(self, seconds: float) -> dict[str, Any]:
+        """Warm nothing for a while; locks stay."""
+        self._paused_until_s = time.monotonic() + seconds
+        return {"ok": True, "seconds": seconds}
+
+    def resume(self) -> dict[str, Any]:
+        """End a pause or a cool spell."""
+        was = self._paused_until_s is not None or self._cool_until_s is not None
+        self._paused_until_s = self._cool_until_s = None
+        self.wake(Trigger.ASKED)
+        return {"ok": True, "was_paused": was}
+
+    async def cool(self, seconds: float) -> dict[str, Any]:
+        """Let go of the model's memory for a while, or until the next request."""
+        self._cool_since_s = time.monotonic()
+        self._cool_until_s = self._cool_since_s + seconds
+        await self._look()
+        return {"ok": True, "seconds": seconds}
+
+    def status(self) -> dict[str, Any]:
+        """Return mode, last and next pass, and what it has cost."""
+        now_s = time.monotonic()
+        return {
+            "mode": self._settings().warmth.mode,
+            "hold": self._guard.hold.value,
+            "is_locked_outside": self._is_locked_outside(),
+            "paused_for_s": _until(now_s, self._paused_until_s),
+            "cool_for_s": _until(now_s, self._cool_until_s),
+            "interval_s": round(self._interval_s, 3),
+            "next_look_in_s": _until(now_s, self._next_s),
+            "warm_for_s": None if self._last_pass_s is None else round(now_s - self._last_pass_s, 3),
+            "last": self._last,
+            "hot_replay_s": self._hot_replay_s,
+            "cost": {
+                "passes": self._costs.passes,
+                "read_bytes": self._costs.read_bytes,
+                "engine_s": round(self._costs.engine_s, 3),
+            },
+        }
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether a pass or a user has used the model a short time ago."""
+        warmed = [when for when in (self._last_pass_s, self._turns.ended_s) if when is not None]
+        if not warmed or self._owner.port is None:
+            return False
+        return time.monotonic() - max(warmed) <= 2 * self._interval_s + GUARD_S
+
+    # --- looking --------------------------------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        """Decide, act, and plan the next look."""
+        async with self._acting:
+            try:
+                seen = await self._snapshot()
+                decision = warmth.decide(seen, self._settings().warmth)
+                await self._act(decision, seen)
+                self._plan(decision.look_again_s)
+            except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
+                self._log.exception("keepwarm_bug")
+                self._plan(self._settings().warmth.max_interval_s)
+
+    async def _watch(self) -> None:
+        """See what flips between two looks: storms of swapping, relief, wakes, a new engine."""
+        memory = await asyncio.to_thread(self._host.system_memory)
+        was = self._memory.pressure if self._memory else Pressure.UNKNOWN
+        self._memory = memory
+        now_s = time.monotonic()
+        hold = self._guard.hold
+        reading = thrash.Reading(now_s, memory.swapped_out_bytes, memory.pressure)
+        priority = self._settings().warmth.priority
+        self._guard = thrash.step(self._guard, reading, priority, is_holding=self._is_holding())
+        if self._guard.hold is not hold:
+            self._log.warning("thrash_guard", hold=self._guard.hold.value, was=hold.value)
+            self.wake(Trigger.TIMER if self._guard.hold is not thrash.Hold.ALL else Trigger.RELIEVED)
+        if memory.pressure is Pressure.CRITICAL:
+            self._last_critical_s = now_s
+        elif was is Pressure.CRITICAL:
+            self.wake(Trigger.RELIEVED)
+        gap_s, self._gap_s = self._gap_s, _clock_gap_s()
+        if self._gap_s - gap_s > _SLEPT_S:
+            self._log.info("woken", slept_s=round(self._gap_s - gap_s))
+            self.wake(Trigger.WOKEN)
+        key = self._owner.sample().key if self._owner.port is not None else None
+        if key is not None and key != self._seen_engine:
+            self._seen_engine, self._interval_s = key, self._settings().warmth.min_interval_s
+            self.wake(Trigger.RESTARTED)
+
+    async def _snapshot(self) -> Snapshot:
+        engine = self._owner.sample()
+        memory = self._memory
+        if memory is None:
+            memory = await asyncio.to_thread(self._host.system_memory)
+        if self._cool_until_s is not None and (self._turns.ended_s or 0.0) > self._cool_since_s:
+            self._cool_until_s = None  # somebody needed the model
+        trigger, self._trigger = self._trigger, Trigger.TIMER
+        cache = self._turns.cache(engine.key, is_adopted=self._owner.is_adopted)
+        if cache is Cache.EMPTY and self._turns.last is not None:
+            cache = Cache.KNOWN  # a new engine: nothing can be lost, and the last turn can be brought back
+        return Snapshot(
+            now_s=time.monotonic(),
+            trigger=trigger,
+            is_ready=self._owner.port is not None,
+            requests=(0 if engine.is_idle else 1) + self._places.waiting,
+            lock=self._owner.lock_state,
+            is_locked_outside=self._is_locked_outside(),
+            can_lock_outside=self._can_lock(engine, memory),
+            is_mapped=engine.is_mapped,
+            cache=cache,
+            pressure=memory.pressure,
+            last_critical_s=self._last_critical_s,
+            power=await self._read_power(),
+            paused_until_s=self._paused_until_s,
+            cool_until_s=self._cool_until_s,
+            hold=self._guard.hold,
+            last_use_s=self._turns.ended_s,
+            last_pass_s=self._last_pass_s,
+            interval_s=self._interval_s,
+        )
+
+    def _can_lock(self, engine: EngineSample, memory: SystemMemory) -> bool | None:
+        """Tell whether limits and room let the toucher lock the weights; unknown without their size."""
+        if not self._owner.will_lock or engine.key == self._refused_lock_of:
+            return False
+        if engine.weights_bytes is None:
+            return None
+        return judge_limits(engine.weights_bytes, self._host.lock_limits(None), memory.wired_bytes)[0]
+
+    def _is_locked_outside(self) -> bool:
+        """Tell whether the toucher that was told to lock still lives; the lock dies with it."""
+        return self._locked_by is not None and self._locked_by == self._toucher.pid
+
+    def _is_holding(self) -> bool:
+        is_warming = self._settings().warmth.mode != "off" and self._last_pass_s is not None
+        return is_warming or self._is_locked_outside() or self._owner.lock_state is LockState.HELD
+
+    async def _read_power(self) -> Power:
+        now_s = time.monotonic()
+        if self._power is None or now_s - self._power[0] > _POWER_S:
+            self._power = (now_s, await asyncio.to_thread(self._host.power))
+        return self._power[1]
+
+    def _plan(self, seconds: float) -> None:
+        self._next_s = time.monotonic() + seconds
+        if self._scheduler is not None and self._scheduler.running:
+            self._scheduler.add_job(self._look, "date", id=_PASS, run_date=_in_s(seconds), replace_existing=True)
+
+    # --- acting ---------------------------------------------------------------------------------------------
+
+    async def _act(self, decision: Decision, seen: Snapshot) -> None:
+        if not decision.steps:
+            if self._rest != decision.reason.value:
+                self._log.debug("keepwarm_rests", reason=decision.reason.value)
+            self._rest = decision.reason.value
+            return
+        began_s = time.monotonic()
+        found = await self._before()
+        done: list[str] = []
+        for step in decision.steps:
+            if step in {Step.REPLAY, Step.TINY} and not self._is_free():
+                break  # a user is here: the generation warms better than any replay
+            outcome = await self._do(step)
+            if outcome is None:
+                break
+            found = replace(found, **outcome)
+            done.append(step.value)
+        is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)
+        if is_warming and len(done) == len(decision.steps):
+            self._last_pass_s = time.monotonic()
+            self._interval_s = warmth.next_interval(self._interval_s, found, self._settings().warmth)
+        self._costs.passes += 1
+        self._last = {
+            "reason": decision.reason.value,
+            "steps": done,
+            "is_complete": len(done) == len(decision.steps),
+            "seconds": round(time.monotonic() - began_s, 4),
+            "had_lost": found.has_lost,
+            "cold_share": found.cold_share,
+            "swapped_bytes": found.swapped_bytes,
+        }
+        self._log.info("keepwarm", cache=seen.cache.value, next_s=round(self._interval_s, 1), **self._last)
+
+    async def _before(self) -> Found:
+        """Read what was taken from the engine since the last pass."""
+        pids = self._owner.sample().pids
+        memory = await asyncio.to_thread(self._host.engine_memory, pids)
+        return Found(swapped_bytes=memory.swapped_bytes, engine_bytes=memory.footprint_bytes)
+
+    async def _do(self, step: Step) -> dict[str, Any] | None:
+        """Do one thing; return what it found, None if it could not be done."""
+        try:
+            match step:
+                case Step.LOCK | Step.TOUCH:
+                    return await self._touch(locks=step is Step.LOCK)
+                case Step.UNLOCK:
+                    self._locked_by = None
+                    await self._toucher.unlock()
+                    return {}
+                case Step.RESTART:
+                    self._owner.restart_without_lock()
+                    return {}
+                case Step.REPLAY | Step.TINY:
+                    return await self._generate(is_tiny=step is Step.TINY)
+        except (ToucherRefused, ToucherLost) as error:
+            self._locked_by = None
+            self._log.warning("keepwarm_failed", step=step.value, reason=str(error))
+        return None
+
+    async def _touch(self, *, locks: bool) -> dict[str, Any] | None:
+        engine = self._owner.sample()
+        if engine.model is None:
+            return None
+        self._toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])
+        if not locks:
+            touched = await self._toucher.touch()
+            self._costs.read_bytes += touched.cold_bytes or 0
+            return {"cold_share": _share(touched.cold_bytes, touched.total_bytes)} if touched.is_complete else None
+        locked = await self._toucher.lock()
+        self._costs.read_bytes += locked.cold_bytes or 0
+        if locked.is_complete:
+            self._locked_by = self._toucher.pid
+            self._log.info("locked_outside", locked_bytes=locked.locked_bytes)
+        else:
+            self._refused_lock_of = engine.key
+            self._log.warning("lock_outside_refused", locked_bytes=locked.locked_bytes, reason=locked.error)
+            await self._toucher.unlock()
+        return {"cold_share": _share(locked.cold_bytes, locked.total_bytes)}
+
+    async def _generate(self, *, is_tiny: bool) -> dict[str, Any] | None:
+        """Send a generation of one token; given up at once when a user comes."""
+        port, engine, key = self._owner.port, self._owner.engine, self._owner.sample().key
+        request = tiny(engine.name) if is_tiny else await self._replay(port)
+        if port is None or request is None:
+            return None
+        began_s = time.monotonic()
+        sending = asyncio.create_task(engine.send(port, request, _REPLAY_LIMIT_S))
+        coming = asyncio.create_task(self._places.arrival())
+        try:
+            await asyncio.wait({sending, coming}, return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                await engine.abort(port, GENKEY, _ABORT_S)
+                return None
+        finally:
+            for task in (sending, coming):
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(sending, coming, return_exceptions=True)
+        took_s = time.monotonic() - began_s
+        self._costs.engine_s += took_s
+        if not sending.result():
+            return None
+        if is_tiny:
+            return {}
+        self._turns.replayed(key)
+        hot_s = self._hot_replay_s
+        self._hot_replay_s = took_s if hot_s is None else min(hot_s, took_s)
+        return {"replay_ratio": took_s / hot_s if hot_s else None}
+
+    async def _replay(self, port: int | None) -> Replay | None:
+        turn = self._turns.last
+        if turn is None or port is None:
+            return None
+        engine = self._owner.engine
+        return make_replay(turn, engine.name, continues_turn=await engine.continues_turns(port, _ABORT_S))
+
+    def _is_free(self) -> bool:
+        return self._owner.port is not None and self._owner.sample().is_idle and not self._places.waiting
+
+
+def _share(part: int | None, whole: int) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+def _in_s(seconds: float) -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=seconds)
+
+
+def _until(now_s: float, then_s: float | None) -> float | None:
+    return None if then_s is None or then_s < now_s else round(then_s - now_s, 3)
+
+
+def _clock_gap_s() -> float:
+    """Return how far the wall clock is ahead of the monotonic one, which stands still while the computer sleeps.
+
+    A wall clock that is set forward looks the same, and costs one pass.
+    """
+    return time.time() - time.monotonic()

@@ -1,0 +1,161 @@
+"""Keeping warm, of the whole daemon: the cache is kept, users are never in each other's way, and it lets go."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+import pytest
+
+from emberd.host import ThisHost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from daemon_process import Daemon
+
+    MakeDaemon = Callable[..., Daemon]
+
+may_lock = pytest.mark.skipif(
+    os.geteuid() != 0 and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] not in {-1, resource.RLIM_INFINITY},
+    reason="this user may not lock a model",
+)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+WARM = {"warmth.mode": "auto", "warmth.min_interval_s": 1.0, "warmth.max_interval_s": 2.0}
+STORY = " ".join(["ba", "ke", "li", "mo"] * 75)
+"""300 tokens: at 5 ms each, 1.5 s to process."""
+
+
+def warm_daemon(make_daemon: MakeDaemon, settings: dict[str, Any] | None = None, **switches: str) -> Daemon:
+    daemon = make_daemon({**WARM, **(settings or {})}, **{"STANDIN_PROMPT_MS_PER_TOKEN": "5", **switches})
+    daemon.start()
+    daemon.wait_ready()
+    return daemon
+
+
+def passes(daemon: Daemon, step: str) -> int:
+    return sum(step in event["steps"] for event in daemon.events("keepwarm"))
+
+
+def wait_for_pass(daemon: Daemon, step: str, count: int = 1) -> None:
+    daemon.wait_for(lambda _: passes(daemon, step) >= count, f"a pass with {step}")
+
+
+def timed(daemon: Daemon, prompt: str, length: int = 1) -> tuple[float, str]:
+    began_s = time.monotonic()
+    text = daemon.complete(prompt, length)
+    return time.monotonic() - began_s, text
+
+
+def test_before_any_user_a_tiny_generation_warms_the_engine(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon)
+    wait_for_pass(daemon, "tiny")
+    status = daemon.status()["warmth"]
+    assert status["last"]["reason"] in {"due", "restarted"}
+    assert status["cost"]["passes"] >= 1
+    assert "tiny" in daemon.verb("status").stdout
+
+
+def test_replays_keep_the_cache_of_prompt_and_reply(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon)
+    cold_s, reply = timed(daemon, STORY, 12)
+    assert cold_s > 1.5
+    done = passes(daemon, "replay")
+    wait_for_pass(daemon, "replay", done + 2)
+    warm_s, _ = timed(daemon, f"{STORY}{reply} and then", 1)
+    assert warm_s < 0.6, "the whole prompt was processed again"
+    log = daemon.log.read_text() + json.dumps(daemon.status())
+    assert STORY[:30] not in log
+    assert reply not in log
+
+
+def test_a_prompt_that_cannot_be_replayed_is_never_replaced_by_a_foreign_one(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon, {"endpoint.remember_kib": 0, "engine.lock": "never"})
+    wait_for_pass(daemon, "tiny")
+    timed(daemon, STORY)
+    tinies, touches = passes(daemon, "tiny"), passes(daemon, "touch")
+    wait_for_pass(daemon, "touch", touches + 2)
+    assert passes(daemon, "tiny") == tinies
+    assert timed(daemon, STORY)[0] < 0.6
+
+
+def test_a_user_who_comes_during_a_replay_is_answered_as_if_there_were_none(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon, STANDIN_TOKEN_MS="300")
+    timed(daemon, "ba ke li mo", 2)
+    done = passes(daemon, "replay")
+    wait_for_pass(daemon, "replay", done + 1)
+    worst_s = max(timed(daemon, "ba ke li mo", 1)[0] for _ in range(6))
+    assert worst_s < 1.2, "one token of the user's, not a replay's too"
+
+
+def test_nothing_is_sent_while_a_request_runs(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon, STANDIN_TOKEN_MS="60")
+    timed(daemon, "ba ke", 1)
+    asking = threading.Thread(target=lambda: daemon.complete("ba ke", 60))
+    asking.start()
+    daemon.wait_for(lambda status: status["requests_in_flight"] == 1)
+    before = len(daemon.events("keepwarm"))
+    asking.join(60)
+    assert len(daemon.events("keepwarm")) == before
+
+
+def test_after_a_crash_the_last_turn_is_processed_again_in_the_background(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon)
+    _, reply = timed(daemon, STORY, 4)
+    first = daemon.status()["engine"]["pid"]
+    psutil.Process(first).kill()
+    daemon.wait_ready(other_than=first)
+    done = passes(daemon, "replay")
+    wait_for_pass(daemon, "replay", done + 1)
+    assert timed(daemon, STORY + reply, 1)[0] < 0.6
+
+
+@may_lock
+@on_linux
+def test_where_the_engines_lock_fails_emberd_locks_the_pages_itself_and_lets_go_when_told(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon, {"engine.lock": "always"}, STANDIN_MLOCK_FAILS="1")
+    status = daemon.wait_for(lambda status: bool(status["warmth"]["is_locked_outside"]), "a lock from outside")
+    assert daemon.child is not None
+    touchers = [
+        child.pid for child in psutil.Process(daemon.child.pid).children() if child.pid != status["engine"]["pid"]
+    ]
+    size = status["residency"]["total_bytes"]
+    assert (ThisHost().engine_memory(touchers).locked_bytes or 0) >= size
+    assert "let go for" in daemon.verb("cool", "10m").stdout
+    assert ThisHost().engine_memory(touchers).locked_bytes == 0
+    assert not daemon.status()["warmth"]["is_locked_outside"]
+    daemon.complete("ba ke", 1)
+    daemon.wait_for(lambda status: bool(status["warmth"]["is_locked_outside"]), "the next request ends it")
+
+
+def test_a_pause_is_kept_until_its_end_or_until_told(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon)
+    wait_for_pass(daemon, "tiny")
+    assert "for 30" in daemon.verb("pause", "30m").stdout
+    assert daemon.status()["warmth"]["paused_for_s"] > 1700
+    assert json.loads(daemon.verb("resume", "--json").stdout)["was_paused"]
+    assert daemon.status()["warmth"]["paused_for_s"] is None
+    assert daemon.verb("pause", "soon").returncode == 2
+    said = daemon.verb("warm")
+    assert said.returncode == 0
+    assert "tiny" in said.stdout
+
+
+def test_switched_off_it_does_nothing(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon, {"warmth.mode": "off"})
+    assert json.loads(daemon.verb("warm", "--json").stdout)["reason"] == "off"
+    assert not daemon.events("keepwarm")
+    assert httpx.get(f"{daemon.url}/emberd/warmz", timeout=5, trust_env=False).status_code == 503
+
+
+def test_warmz_tells_of_a_warm_model(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon)
+    wait_for_pass(daemon, "tiny")
+    assert httpx.get(f"{daemon.url}/emberd/warmz", timeout=5, trust_env=False).status_code == 200
