@@ -488,7 +488,7 @@ def test_neither_prompts_nor_passwords_stay_in_any_file(make_daemon: MakeDaemon)
         assert client.post("/api/v1/generate", content=b'{"prompt": "SECRETBODY').status_code == 500
     daemon.signal(signal.SIGTERM)
     assert daemon.end() == 0
-    merged = daemon.state.merged_kcpps  # the one place for the password
+    merged = daemon.state.kcpps  # the one place for the password
     assert merged.stat().st_mode & 0o777 == 0o600
     merged.unlink()
     everything = daemon.log.read_text() + read_text_files(daemon.state.directory)
