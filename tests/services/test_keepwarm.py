@@ -159,3 +159,16 @@ def test_warmz_tells_of_a_warm_model(make_daemon: MakeDaemon):
     daemon = warm_daemon(make_daemon)
     wait_for_pass(daemon, "tiny")
     assert httpx.get(f"{daemon.url}/emberd/warmz", timeout=5, trust_env=False).status_code == 200
+
+
+def test_a_turn_that_cannot_be_replayed_leaves_the_cache_alone_and_nothing_is_tried_in_vain(
+    make_daemon: MakeDaemon,
+):
+    daemon = warm_daemon(make_daemon, {"engine.lock": "never"})
+    wait_for_pass(daemon, "tiny")
+    body = {"prompt": STORY, "max_length": 1, "images": ["aGk="]}
+    httpx.post(f"{daemon.url}/api/v1/generate", json=body, timeout=60, trust_env=False).raise_for_status()
+    before, touches = len(daemon.events("keepwarm")), passes(daemon, "touch")
+    wait_for_pass(daemon, "touch", touches + 2)
+    assert all(event["steps"] == ["touch"] and event["is_complete"] for event in daemon.events("keepwarm")[before:])
+    assert timed(daemon, STORY)[0] < 0.6

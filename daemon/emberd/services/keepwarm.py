@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -159,6 +160,8 @@ class KeepWarm:
         """Keep warm until cancelled; lets go of what is locked at the end."""
         from apscheduler.schedulers.asyncio import AsyncIOScheduler  # noqa: PLC0415  # 5 MiB, for the daemon only
 
+        # A look that is asked for during another one is skipped on purpose: that one plans the next.
+        logging.getLogger("apscheduler").setLevel(logging.ERROR)
         self._scheduler = AsyncIOScheduler(
             timezone=UTC,
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
@@ -267,6 +270,8 @@ class KeepWarm:
             self._last_critical_s = now_s
         elif was is Pressure.CRITICAL:
             self.wake(Trigger.RELIEVED)
+        elif memory.pressure is Pressure.WARN and was is Pressure.NORMAL:
+            self.wake(Trigger.TIMER)  # the interval is the shortest now
         gap_s, self._gap_s = self._gap_s, _clock_gap_s()
         if self._gap_s - gap_s > _SLEPT_S:
             self._log.info("woken", slept_s=round(self._gap_s - gap_s))
@@ -285,7 +290,13 @@ class KeepWarm:
             self._cool_until_s = None  # somebody needed the model
         trigger, self._trigger = self._trigger, Trigger.TIMER
         cache = self._turns.cache(engine.key, is_adopted=self._owner.is_adopted)
-        if cache is Cache.EMPTY and self._turns.last is not None:
+        turn = self._turns.last
+        can_replay = (
+            turn is not None and make_replay(turn, self._owner.engine.name, continues_turn=True) is not None
+        )
+        if cache is Cache.KNOWN and not can_replay:
+            cache = Cache.UNKNOWN
+        elif cache is Cache.EMPTY and can_replay:
             cache = Cache.KNOWN  # a new engine: nothing can be lost, and the last turn can be brought back
         return Snapshot(
             now_s=time.monotonic(),
@@ -355,7 +366,8 @@ class KeepWarm:
             found = replace(found, **outcome)
             done.append(step.value)
         is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)
-        if is_warming and len(done) == len(decision.steps):
+        if is_warming and (len(done) == len(decision.steps) or self._is_free()):
+            # What failed although nobody came is tried again after the interval, not at once.
             self._last_pass_s = time.monotonic()
             self._interval_s = warmth.next_interval(self._interval_s, found, self._settings().warmth)
         self._costs.passes += 1

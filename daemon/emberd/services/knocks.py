@@ -5,28 +5,30 @@ from __future__ import annotations
 import asyncio
 import time
 
+_AWAY_S = 60.0
+"""Kobold Lite polls all the time while its page is open: only who was silent for so long is back."""
+
 
 class Knocks:
-    """Tells who waits for it that somebody is there. emberd's own paths and probes are nobody."""
+    """Tells who waits for it that somebody is back. emberd's own paths and probes are nobody."""
 
     def __init__(self) -> None:
         self._last_s: float | None = None
-        self._count = 0
         self._heard = asyncio.Event()
 
-    def knock(self, path: str) -> None:
-        """Hear a request that is not for text.
+    def knock(self) -> None:
+        """Hear a request that is not for text."""
+        now_s = time.monotonic()
+        if self.is_back_at(now_s):
+            self._heard.set()
+        self._last_s = now_s
 
-        Args:
-            path: what was asked for; not kept.
-        """
-        del path
-        self._last_s = time.monotonic()
-        self._count += 1
-        self._heard.set()
+    def is_back_at(self, now_s: float) -> bool:
+        """Tell whether a knock at that monotonic time would be somebody who comes back."""
+        return self._last_s is None or now_s - self._last_s >= _AWAY_S
 
     async def wait(self) -> None:
-        """Return at the next knock."""
+        """Return when somebody comes back."""
         self._heard.clear()
         await self._heard.wait()
 

@@ -107,7 +107,7 @@ class Proxy:
                 return
             makes_text = changes_cache(scope["method"], scope["path"])
             if not makes_text:
-                self._knocks.knock(scope["path"])
+                self._knocks.knock()
             body = Body(receive, _PROMPT_BYTES if makes_text else _FIRST_PART_BYTES)
             await self._serve(scope, body, client)
         except (ClientGone, ReplyBrokenOff):
