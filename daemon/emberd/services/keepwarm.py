@@ -12,7 +12,7 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from emberd.core import thrash, warmth
 from emberd.core.gguf import split_names
@@ -24,7 +24,7 @@ from emberd.core.warmth import Cache, Decision, Found, Snapshot, Step, Trigger
 from emberd.host.toucher import ToucherLost, ToucherRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from structlog.typing import FilteringBoundLogger
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from emberd.services.places import Places
     from emberd.services.turns import Turns
 
+T = TypeVar("T")
 GUARD_S = 2.0
 """A storm writes 220 MB to swap in a second (6.6 GB in 30 s, measured): so long may one go unseen."""
 _POWER_S = 30.0
@@ -414,19 +415,32 @@ class KeepWarm:
             return None
         self._toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])
         if not locks:
-            touched = await self._toucher.touch()
+            touched = await self._giving_way(self._toucher.touch(), self._toucher.stop)
             self._costs.read_bytes += touched.cold_bytes or 0
             return {"cold_share": _share(touched.cold_bytes, touched.total_bytes)} if touched.is_complete else None
-        locked = await self._toucher.lock()
+        locked = await self._giving_way(self._toucher.lock(), self._toucher.stop)
         self._costs.read_bytes += locked.cold_bytes or 0
         if locked.is_complete:
             self._locked_by = self._toucher.pid
             self._log.info("locked_outside", locked_bytes=locked.locked_bytes)
+        elif locked.error is None:
+            return None  # a user came
         else:
             self._refused_lock_of = engine.key
             self._log.warning("lock_outside_refused", locked_bytes=locked.locked_bytes, reason=locked.error)
             await self._toucher.unlock()
         return {"cold_share": _share(locked.cold_bytes, locked.total_bytes)}
+
+    async def _giving_way(self, work: Coroutine[Any, Any, T], stop: Callable[[], None]) -> T:
+        """Do something that reads from the disk, and stop it when a user comes: their pages are read first."""
+        doing = asyncio.create_task(work)
+        coming = asyncio.create_task(self._places.arrival())
+        try:
+            await asyncio.wait({doing, coming}, return_when=asyncio.FIRST_COMPLETED)
+            stop()
+            return await doing
+        finally:
+            coming.cancel()
 
     async def _generate(self, *, is_tiny: bool) -> dict[str, Any] | None:
         """Send a generation of one token; given up at once when a user comes."""
