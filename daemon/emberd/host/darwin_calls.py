@@ -141,8 +141,7 @@ class DarwinCalls:
     """
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
-        self._library = ctypes.CDLL(None) if library is None else library
-        self.library = self._library
+        self.library = ctypes.CDLL(None) if library is None else library
         # xnu, libsyscall/wrappers/libproc/libproc.h: pid, flavor, and the address of the structure, although the
         # type of the argument is a pointer to a pointer.
         self._proc_pid_rusage = self._function("proc_pid_rusage", c_int, [c_int, c_int, c_void_p])
@@ -163,7 +162,7 @@ class DarwinCalls:
         self._vm_info_ints = _VM_INFO_INTS
 
     def _function(self, name: str, result: Any, arguments: Sequence[Any]) -> Callable[..., Any] | None:
-        function = getattr(self._library, name, None)
+        function = getattr(self.library, name, None)
         if function is not None:
             function.restype = result
             function.argtypes = arguments

@@ -14,6 +14,7 @@ from emberd.core.generation import changes_cache, continued, recognise
 from emberd.core.replay import Turn
 from emberd.core.streamed import StreamedReply, reply_text
 from emberd.services.messages import end_to_end, engine_request
+from emberd.services.places import left
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,9 +149,9 @@ class Exchange:
                 finally:
                     self._places.give_back()
                 self._gate.doubt(port)
-                if not _left(deadline_s):
+                if not left(deadline_s):
                     break
-                await asyncio.sleep(min(_PAUSE_AFTER_REFUSAL_S, _left(deadline_s)))
+                await asyncio.sleep(min(_PAUSE_AFTER_REFUSAL_S, left(deadline_s)))
         except NotReady as not_ready:
             await self._give_up(client, not_ready)
             return
@@ -326,8 +327,3 @@ def _tells_its_length(response: httpx.Response) -> bool:
     """Tell whether a cut reply shows by itself; KoboldCPP's streams and errors end by closing, as a death does."""
     framed = "content-length" in response.headers or "transfer-encoding" in response.headers
     return framed or response.status_code in {204, 304}
-
-
-def _left(deadline_s: float) -> float:
-    """Return the seconds until a deadline on the monotonic clock, never negative."""
-    return max(deadline_s - time.monotonic(), 0.0)

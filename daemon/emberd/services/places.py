@@ -87,7 +87,7 @@ class Places:
             if not was_free:
                 self._refuse_a_crowd()
             try:
-                async with asyncio.timeout(_left(deadline_s)):
+                async with asyncio.timeout(left(deadline_s)):
                     await self._open.wait()
                     await self._free.acquire()
             except TimeoutError:
@@ -109,7 +109,7 @@ class Places:
             return await self._gate.ensure_ready(0)
         except NotReady:
             self._refuse_a_crowd()
-        return await self._gate.ensure_ready(_left(deadline_s))
+        return await self._gate.ensure_ready(left(deadline_s))
 
     def _refuse_a_crowd(self) -> None:
         """Refuse a request that would have to wait behind too many others."""
@@ -118,5 +118,6 @@ class Places:
             raise NotReady("BUSY", f"{others} requests wait already", _RETRY_BUSY_S)
 
 
-def _left(deadline_s: float) -> float:
+def left(deadline_s: float) -> float:
+    """Return the seconds until a deadline on the monotonic clock, never negative."""
     return max(deadline_s - time.monotonic(), 0.0)

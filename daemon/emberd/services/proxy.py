@@ -72,7 +72,7 @@ class Proxy:
         self._turns = turns
         self._knocks = knocks
         self._log = log
-        self.places = self._places = Places(gate, MAX_ENGINE_CONNECTIONS, lambda: settings().max_waiting)
+        self.places = Places(gate, MAX_ENGINE_CONNECTIONS, lambda: settings().max_waiting)
         self._transport = httpx.AsyncHTTPTransport(
             verify=False,  # plain HTTP on loopback; loading certificate authorities costs 1 MiB
             trust_env=False,
@@ -86,8 +86,8 @@ class Proxy:
     def status(self) -> dict[str, Any]:
         """Return what waits here."""
         return {
-            "requests_waiting": self._places.waiting,
-            "longest_wait_s": round(self._places.longest_wait_s, 3),
+            "requests_waiting": self.places.waiting,
+            "longest_wait_s": round(self.places.longest_wait_s, 3),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,7 +124,7 @@ class Proxy:
     async def _serve(self, scope: Scope, body: Body, client: Client) -> None:
         await body.read_first_part()
         hold_timeout_s = self._settings().hold_timeout_s
-        exchange = Exchange(self._gate, self._transport, self._places, self._turns, self._log, hold_timeout_s)
+        exchange = Exchange(self._gate, self._transport, self.places, self._turns, self._log, hold_timeout_s)
         passing = asyncio.create_task(exchange.run(scope, body, client))
         leaving = asyncio.create_task(body.wait_for_client_to_leave())
         try:

@@ -37,7 +37,7 @@ class ResidencyMeter:
         self._host = host
         self._log = log
         self._sample = sample
-        self._toucher = self.toucher = Toucher(host.paging)
+        self.toucher = Toucher(host.paging)
         self._last: tuple[str, float, Residency] | None = None
         self._reading = asyncio.Lock()
 
@@ -72,14 +72,14 @@ class ResidencyMeter:
         """Return the residency as plain values, at most _FRESH_S old. None without an engine."""
         last = self._last
         is_old = last is None or last[0] != self._sample().key or time.monotonic() - last[1] > _FRESH_S
-        if is_old and not self._toucher.is_touching:  # a pass over a cold model takes seconds
+        if is_old and not self.toucher.is_touching:  # a pass over a cold model takes seconds
             await self.tick()
             last = self._last
         return None if last is None else {**as_plain(last[2]), "age_s": round(time.monotonic() - last[1], 3)}
 
     async def close(self) -> None:
         """End the toucher."""
-        await self._toucher.close()
+        await self.toucher.close()
 
     async def _read(self, engine: EngineSample) -> Residency:
         if engine.model is None:
@@ -87,8 +87,8 @@ class ResidencyMeter:
         memory = await asyncio.to_thread(self._host.engine_memory, engine.pids)
         if engine.weights_bytes and residency.is_copied(engine.weights_bytes, memory, is_mapped=engine.is_mapped):
             return residency.from_process(engine.weights_bytes, memory)
-        self._toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])
-        return residency.from_pages(await self._toucher.sample(residency.SAMPLED_PAGES))
+        self.toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])
+        return residency.from_pages(await self.toucher.sample(residency.SAMPLED_PAGES))
 
     def _note_change(self, seen: Residency) -> None:
         """Log when residency becomes unknown; a share that falls is for those who decide about it."""
