@@ -134,7 +134,7 @@ def test_the_rest_of_a_chat_is_asked_as_the_assistants_open_turn():
         "messages": [user, {"role": "assistant", "content": " you"}],
         "continue_assistant_turn": True,
         "max_completion_tokens": 13,
-        "max_tokens": 9,
+        "max_tokens": 2,
     }
     begun = asked(Dialect.CHAT, messages=[user, {"role": "assistant", "content": "Well"}])
     assert continued(begun, ", yes", 2)["messages"][1:] == [{"role": "assistant", "content": "Well, yes"}]

@@ -29,6 +29,8 @@ _GENERATING = (
     "/v1/chat/completions",
     "/v1/completions",
 )
+_OLLAMA = ("/api/generate", "/api/chat")
+"""Newer version only; always one JSON object, whatever `stream` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ class Site:
             "/api/extra/perf": self.model.perf,
             "/v1/models" if is_old else "/models": self._cards,
             "/api/tags": lambda: {"models": [{"name": "koboldcpp", "model": self.name, "size": 1}]},
+            "/api/extra/preloadstory": dict,
         }
         return next((tell() for ending, tell in facts.items() if path.endswith(ending)), None)
 
@@ -173,6 +176,8 @@ class Site:
                 "results": [{"text": self.model.text_so_far(str(asked.get("genkey", "")))}]
             },
             "/api/extra/tokencount": _count,
+            "/api/extra/tokenize": _count,
+            "/api/extra/last_logprobs": lambda _: {"logprobs": None},
         }
         action = next((act for suffix, act in actions.items() if path.endswith(suffix)), None)
         if action is None:
@@ -184,7 +189,8 @@ class Site:
 
     def prepare(self, path: str, body: bytes, key: str) -> Answer | tuple[Job, Shape]:
         """Turn a request that has the model's turn into a job, or into the answer that it gets instead."""
-        if not path.endswith(_GENERATING):
+        is_ollama = path.endswith(_OLLAMA) and not self.model.switches.is_old
+        if not path.endswith(_GENERATING) and not is_ollama:
             return Answer(404, b"", "text/html")
         self.model.mark_start()
         if not self._is_allowed(key):
@@ -197,8 +203,8 @@ class Site:
         if not self.model.is_intact():
             return failure(500, "A file of the program has vanished.", "server_error")
         self.model.announce(asked)
-        if path.endswith("/completions"):
-            return self._openai_job(asked, is_chat="/chat/" in path)
+        if path.endswith("/completions") or is_ollama:
+            return (self._ollama_job if is_ollama else self._openai_job)(asked, is_chat="/chat" in path)
         job = self._job(asked, str(asked.get("memory", "")) + str(asked.get("prompt", "")), asked.get("max_length"))
         return job, Shape(path.endswith("/stream"), self._kobold_whole, _kobold_event)
 
@@ -241,6 +247,20 @@ class Site:
             return f"data: {json.dumps(chunk)}\n\n".encode()
 
         return job, Shape(bool(asked.get("stream")), whole, event, b"data: [DONE]\n\n")
+
+    def _ollama_job(self, asked: dict[str, Any], *, is_chat: bool) -> tuple[Job, Shape]:
+        prompt = _chat_prompt(asked, leaves_open=False) if is_chat else str(asked.get("prompt", ""))
+        options = asked.get("options") or {}
+        job = self._job(options, prompt, options.get("num_predict"))
+
+        def whole(job: Job) -> dict[str, Any]:
+            counts = {"prompt_eval_count": job.prompt_tokens, "eval_count": job.produced}
+            names = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
+            said = {"message": {"role": "assistant", "content": job.text}} if is_chat else {"response": job.text}
+            head = {"model": self.name, "created_at": "2024-07-19T15:26:55+00:00", **said}
+            return head | {"done": True, "done_reason": job.finish_reason} | counts | dict.fromkeys(names, 1)
+
+        return job, Shape(is_stream=False, whole=whole, event=_kobold_event)
 
     def _usage(self, job: Job) -> dict[str, int]:
         prompt, produced = (100, 100) if self.model.switches.is_old else (job.prompt_tokens, job.produced)

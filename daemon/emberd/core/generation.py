@@ -87,7 +87,7 @@ class Generation:
     def budget_tokens(self) -> int | None:
         """Greatest length of the reply, None if the engine's default counts."""
         value = self.body.get(self.budget_name)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+        return value if _is_count(value) else None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -162,6 +162,10 @@ def is_ollama(path: str) -> bool:
     return path.rstrip("/") in _OLLAMA_PATHS
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _are_messages(value: Any) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
         return False
@@ -188,6 +192,8 @@ def continued(generation: Generation, text: str, used_tokens: int) -> dict[str, 
         body |= {"messages": messages, "continue_assistant_turn": True}
     else:
         body["prompt"] += text
-    if generation.budget_tokens is not None:
-        body[generation.budget_name] = max(generation.budget_tokens - used_tokens, 1)
+    # All of them: some clients send two, and which one counts is the engine's choice.
+    for name in _BUDGETS[generation.dialect]:
+        if _is_count(body.get(name)):
+            body[name] = max(body[name] - used_tokens, 1)
     return body
