@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from emberd.services.swap_meter import SwapMeter
     from emberd.services.turns import Turns
 
+_OWN_FILES = 64
+"""Open files besides connections: about 20 when idle."""
 _LAST_ANSWERS_S = 2.0
 """After the engine is gone, what is still open are refusals on their way out."""
 
@@ -120,7 +122,7 @@ class _Daemon:
         from emberd.engine import http  # noqa: PLC0415
         from emberd.engine.choose import choose_engine  # noqa: PLC0415
         from emberd.services import logs  # noqa: PLC0415
-        from emberd.services.endpoint import Endpoint  # noqa: PLC0415
+        from emberd.services.endpoint import MOST_CONNECTIONS, Endpoint  # noqa: PLC0415
         from emberd.services.keepwarm import KeepWarm  # noqa: PLC0415
         from emberd.services.knocks import Knocks  # noqa: PLC0415
         from emberd.services.memory_meter import MemoryMeter  # noqa: PLC0415
@@ -136,7 +138,9 @@ class _Daemon:
         engine = choose_engine(self._settings, self._host, self._http, self._paths)
         paths = Paths(self._paths.record, self._paths.output, self._paths.scratch)
         supervisor = self._supervisor = Supervisor(self._settings, engine, self._host, paths, log)
-        self._endpoint = Endpoint()
+        # A request takes two descriptors, the client's and the engine's.
+        most_connections = (self._host.raise_open_files() - _OWN_FILES) // 2
+        self._endpoint = Endpoint(most_connections=min(most_connections, MOST_CONNECTIONS))
         self._knocks = Knocks()
         self._turns = Turns(lambda: self._settings.endpoint.remember_kib * 1024)
         self._proxy = Proxy(
@@ -201,7 +205,6 @@ class _Daemon:
             await self._swap.close()
             await self._residency.close()
             await control.close()
-            await self._proxy.aclose()
             await self._client.aclose()
         if failed is not None:
             raise failed

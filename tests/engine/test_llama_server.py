@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,22 @@ def test_the_embedded_engine_serves_survives_a_kill_and_is_adopted(make_daemon: 
     assert complete(daemon) == text
     daemon.signal(signal.SIGTERM)
     assert daemon.end() == 0
+
+
+@needs_xllamacpp
+def test_requests_that_wait_for_a_slot_leave_the_embedded_engine_able_to_answer(make_daemon: Callable[..., Daemon]):
+    """With its own choice of five threads, five waiting requests would silence /health for as long."""
+    daemon = make_daemon({"engine.kind": "embedded", "engine.path": "", "engine.context_size": 2048})
+    daemon.start()
+    port = daemon.wait_ready()["engine"]["port"]
+    body = {"prompt": "Once", "n_predict": 1500, "ignore_eos": True}
+    with ThreadPoolExecutor(12) as pool, httpx.Client(trust_env=False, timeout=60) as client:
+        waiting = [pool.submit(client.post, f"{daemon.url}/completion", json=body) for _ in range(12)]
+        daemon.wait_for(lambda status: status["requests_in_flight"] == 12, "twelve requests in flight")
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).json() == {"status": "ok"}
+        assert not any(each.done() for each in waiting[1:])
+        daemon.signal(signal.SIGTERM)
+        daemon.signal(signal.SIGTERM)
 
 
 def complete(daemon: Daemon) -> str:

@@ -56,11 +56,11 @@ class App:
 class Served:
     """An endpoint that serves an App."""
 
-    def __init__(self, silence_s: int = 75) -> None:
+    def __init__(self, silence_s: int = 75, most_connections: int = 1024) -> None:
         self.app = App()
         self.listener = bind("127.0.0.1", 0)
         self.port: int = self.listener.getsockname()[1]
-        self.endpoint = Endpoint(silence_s)
+        self.endpoint = Endpoint(silence_s, most_connections)
         self.serving = asyncio.create_task(self.endpoint.serve(self.app, [self.listener]))
 
     async def connect(self, first: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -226,6 +226,62 @@ async def test_the_limit_of_silence_does_not_touch_a_request_that_takes_long(imp
     async with asyncio.timeout(LIMIT_S):
         assert (await reader.readuntil(b"done")).startswith(b"HTTP/1.1 200")
     writer.close()
+
+
+async def test_beyond_the_limit_the_longest_silent_connection_makes_room_and_a_busy_one_never():
+    served = Served(most_connections=4)
+    try:
+        busy, busy_writer = await served.connect(GET)
+        await served.app.started.wait()
+        silent = [await served.connect() for _ in range(2)]
+        await until(lambda: served.connections() == 3)
+        late, late_writer = await served.connect(GET)
+        assert await everything(silent[0][0]) == b""
+        await until(lambda: len(served.app.targets) == 2)
+        assert silent[1][0].at_eof() is False
+        served.app.release.set()
+        for reader in (busy, late):
+            async with asyncio.timeout(LIMIT_S):
+                assert (await reader.readuntil(b"done")).startswith(b"HTTP/1.1 200")
+        for writer in (busy_writer, late_writer, silent[0][1], silent[1][1]):
+            writer.close()
+    finally:
+        await served.end()
+
+
+async def test_with_every_connection_busy_a_further_request_is_refused():
+    served = Served(most_connections=3)
+    try:
+        busy = [await served.connect(GET) for _ in range(2)]
+        await until(lambda: len(served.app.targets) == 2)
+        reader, writer = await served.connect(GET)
+        assert (await everything(reader)).startswith(b"HTTP/1.1 503")
+        served.app.release.set()
+        for each, _ in busy:
+            async with asyncio.timeout(LIMIT_S):
+                await each.readuntil(b"done")
+        for each in (writer, busy[0][1], busy[1][1]):
+            each.close()
+    finally:
+        await served.end()
+
+
+async def test_a_head_that_comes_a_byte_at_a_time_must_end_in_time():
+    served = Served(silence_s=1)
+    try:
+        reader, writer = await served.connect()
+        began_s = asyncio.get_running_loop().time()
+        reading = asyncio.create_task(everything(reader))
+        for byte in GET:
+            writer.write(bytes([byte]))
+            done, _ = await asyncio.wait([reading], timeout=0.3)
+            if done:
+                break
+        assert await reading == b""
+        assert asyncio.get_running_loop().time() - began_s < 3
+        writer.close()
+    finally:
+        await served.end()
 
 
 # --- the end ------------------------------------------------------------------------------------------------

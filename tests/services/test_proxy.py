@@ -23,7 +23,7 @@ from emberd.host.listener import bind
 from emberd.services import messages
 from emberd.services.endpoint import Endpoint
 from emberd.services.knocks import Knocks
-from emberd.services.proxy import MAX_ENGINE_CONNECTIONS, Proxy, make_app
+from emberd.services.proxy import Proxy, make_app
 from emberd.services.turns import Turns
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Handler = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 LIMIT_S = 20
+PLACES = Settings().endpoint.max_concurrent
 
 
 class OpenGate:
@@ -173,7 +174,6 @@ async def front() -> AsyncIterator[Front]:
         async with asyncio.timeout(LIMIT_S):
             await endpoint.stop(1)
             await serving
-            await proxy.aclose()
             await gate.http.aclose()
             for engine in made.engines:
                 await engine.close()
@@ -407,10 +407,10 @@ async def test_no_more_connections_reach_the_engine_than_it_has_threads_for(fron
     engine = await serve(front, slow)
     async with client() as user:
         calls = [asyncio.create_task(user.get(front.url)) for _ in range(40)]
-        await until(lambda: most == MAX_ENGINE_CONNECTIONS)
+        await until(lambda: most == PLACES)
         release.set()
         assert {(await call).status_code for call in calls} == {200}
-    assert most == MAX_ENGINE_CONNECTIONS
+    assert most == PLACES
 
 
 async def test_a_large_body_is_streamed_with_back_pressure(front: Front):
@@ -655,8 +655,8 @@ async def test_requests_beyond_the_engines_connections_wait_in_order_and_not_for
 
     engine = await serve(front, slow)
     async with client() as user:
-        running = [asyncio.create_task(user.get(front.url)) for _ in range(MAX_ENGINE_CONNECTIONS)]
-        await until(lambda: len(engine.heads) == MAX_ENGINE_CONNECTIONS)
+        running = [asyncio.create_task(user.get(front.url)) for _ in range(PLACES)]
+        await until(lambda: len(engine.heads) == PLACES)
         queued = []
         for number in range(3):
             asked = front.gate.asked
@@ -665,10 +665,10 @@ async def test_requests_beyond_the_engines_connections_wait_in_order_and_not_for
         front.hold_s = 0.05
         refused = await user.get(front.url)
         assert (refused.status_code, refused.json()["error"]["state"]) == (503, "BUSY")
-        assert len(engine.heads) == MAX_ENGINE_CONNECTIONS
+        assert len(engine.heads) == PLACES
         release.set()
         assert {(await call).status_code for call in [*running, *queued]} == {200}
-    assert [head.split()[1] for head in engine.heads[MAX_ENGINE_CONNECTIONS:]] == [b"/0", b"/1", b"/2"]
+    assert [head.split()[1] for head in engine.heads[PLACES:]] == [b"/0", b"/1", b"/2"]
 
 
 async def test_a_request_that_queued_for_the_old_engine_goes_to_the_new_one(front: Front):
@@ -681,8 +681,8 @@ async def test_a_request_that_queued_for_the_old_engine_goes_to_the_new_one(fron
 
     old = await serve(front, slow)
     async with client() as user:
-        running = [asyncio.create_task(user.get(front.url)) for _ in range(MAX_ENGINE_CONNECTIONS)]
-        await until(lambda: len(old.heads) == MAX_ENGINE_CONNECTIONS)
+        running = [asyncio.create_task(user.get(front.url)) for _ in range(PLACES)]
+        await until(lambda: len(old.heads) == PLACES)
         asked = front.gate.asked
         queued = asyncio.create_task(user.get(front.url))
         await until(lambda: front.gate.asked > asked)
@@ -691,7 +691,7 @@ async def test_a_request_that_queued_for_the_old_engine_goes_to_the_new_one(fron
         assert {(await call).status_code for call in running} == {200}
         new = await serve(front, hello)
         assert (await queued).status_code == 200
-    assert (len(old.heads), len(new.heads)) == (MAX_ENGINE_CONNECTIONS, 1)
+    assert (len(old.heads), len(new.heads)) == (PLACES, 1)
 
 
 @pytest.mark.parametrize("sent", [4, 600_000])

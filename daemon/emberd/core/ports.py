@@ -27,6 +27,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def most_connections(self) -> int:
+        """How many requests it can be given at once, with room left for emberd's own questions."""
+        ...
+
+    @property
     def password(self) -> str:
         """What the engine wants as a bearer token, empty for nothing. Never shown."""
         ...

@@ -107,6 +107,12 @@ class EndpointSettings:
         low=0,
         high=3600,
     )
+    max_concurrent: int = setting(
+        16,
+        "How many requests the engine is given at once; others wait their turn. KoboldCPP is given 16 at most.",
+        low=1,
+        high=1000,
+    )
     max_waiting: int = setting(
         64,
         "How many requests may wait for an engine or for their turn; further ones get 503 at once.",

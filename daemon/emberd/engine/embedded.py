@@ -32,6 +32,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--n-gpu-layers", "--gpu-layers", type=int, default=None)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--parallel", type=int, default=1)
+    parser.add_argument("--threads-http", type=int, default=-1)
     return parser.parse_args(arguments)
 
 
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parameters.port = options.port
     parameters.n_ctx = options.ctx_size
     parameters.n_parallel = options.parallel
+    parameters.n_threads_http = options.threads_http
     parameters.load_mode = getattr(xllamacpp.llama_load_mode, _LOAD_MODES[options.load_mode])
     parameters.cache_ram_mib = _PROMPT_CACHE_MIB
     if options.n_gpu_layers is not None:

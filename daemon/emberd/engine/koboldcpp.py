@@ -42,6 +42,8 @@ _WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bi
 """1.104 then spins on the unbound socket for ever; 1.76 exits with 1, later builds with 0."""
 _PROTECTED_MODEL = "koboldcpp/protected-model"
 _CONTINUES_TURNS = (1, 104)
+_MOST_CONNECTIONS = 16
+"""KoboldCPP has 24 threads, one connection each, no time-outs: eight are left for emberd's own questions."""
 _UNITS_OF_A_GENERATION = 1_000_000
 """Keeps the count of finished generations above any length of a running reply."""
 
@@ -78,6 +80,11 @@ class KoboldCpp:
         self._scratch = scratch
         self._kcpps_target = kcpps_target
         self.password = ""
+
+    @property
+    def most_connections(self) -> int:
+        """Return what the settings say, but no more than this server can serve."""
+        return min(self._settings.endpoint.max_concurrent, _MOST_CONNECTIONS)
 
     def model_path(self) -> Path | None:
         """Return the model of model.path, else the one that the .kcpps file names."""

@@ -41,6 +41,9 @@ _MODES_WITHOUT_SERVER = frozenset({"-h", "--help", "--usage", "--version", "--co
 _VERBOSE = frozenset({"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"})
 _IDLE_UNLOADING = frozenset({"--sleep-idle-seconds"})
 _HELP_COLUMN = 40
+_OWN_THREADS = 8
+"""HTTP threads beyond those that wait for a reply. By itself the server has four more than slots (llama.cpp,
+tools/server, `n_threads_http`), and requests that wait for a slot would take them all from /health."""
 _NO_MMAP = frozenset({"--no-mmap"})
 
 
@@ -60,6 +63,11 @@ class LlamaServer:
         self._settings = settings
         self._host = host
         self._http = http
+
+    @property
+    def most_connections(self) -> int:
+        """Return what the settings say: the server is told to have so many threads, and some to spare."""
+        return self._settings.endpoint.max_concurrent
 
     @property
     def password(self) -> str:
@@ -178,6 +186,7 @@ class EmbeddedServer(LlamaServer):
         model = check_model(self._settings.model.path)
         arguments = [sys.executable, "-m", "emberd.engine.embedded", "--model", str(model)]
         arguments += ["--host", "127.0.0.1", "--port", str(port), "--load-mode", _load_mode(will_lock=will_lock)]
+        arguments += ["--threads-http", str(self.most_connections + _OWN_THREADS)]
         arguments += _sizes(engine.context_size, engine.gpu_layers)
         return LaunchPlan(
             tuple(arguments),
@@ -216,6 +225,8 @@ class ExternalServer(LlamaServer):
             notices += (Notice("kcpps_ignored", "engine.kcpps is for KoboldCPP; llama-server does not read it"),)
         arguments = [str(program), *engine.extra_args, "--model", str(model), "--host", "127.0.0.1"]
         arguments += ["--port", str(port), *self._lock_arguments(offered, will_lock=will_lock)]
+        if "--threads-http" in offered - set(engine.extra_args):
+            arguments += ["--threads-http", str(self.most_connections + _OWN_THREADS)]
         arguments += _sizes(engine.context_size, engine.gpu_layers)
         environment = self._host.engine_environment(engine.metal_keep_alive_s)
         return LaunchPlan(tuple(arguments), environment, port, notices)

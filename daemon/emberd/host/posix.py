@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
+_OPEN_FILES = 4096
+
+
 def _tell(news: asyncio.Future[None]) -> None:
     if not news.done():
         news.set_result(None)
@@ -80,6 +83,18 @@ class PosixHost:
         Its children inherit the limit (setrlimit(2)), the engine too: a core file of it would hold the same.
         """
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+    def raise_open_files(self) -> int:
+        """Raise the soft limit of open files, 256 under launchd, as far as it goes, and return it.
+
+        macOS refuses more than OPEN_MAX, 10,240, where the hard limit says infinite (setrlimit(2)).
+        """
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+        if soft >= wanted:
+            return soft
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
 
     def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:
         """Return the TCP ports that these processes listen on, None if it cannot be told."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _KEEP_ALIVE_S = 75
 """Clients poll; reopening a connection for each poll costs them more than an idle one costs us."""
+MOST_CONNECTIONS = 1024
 _LARGEST_HEAD_BYTES = 128 * 1024
 """KoboldCPP takes request lines of 64 KiB (Python's http.server), and its /noscript page puts prompts there."""
 _CANCEL_LIMIT_S = 1.0
@@ -34,12 +35,19 @@ def _is_news(record: logging.LogRecord) -> bool:
 class _Protocol(H11Protocol):
     """One client's connection; uvicorn limits its silence only after a reply, here also before and within a head.
 
-    A silent connection costs a file descriptor, and launchd gives a daemon 256 of them.
+    A silent connection costs a file descriptor, and launchd gives a daemon 256 of them. Where there are too many,
+    the one that has been silent for the longest time makes room.
     """
+
+    silent_since_s: float | None = None
+    _has_begun_head = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
+        self.silent_since_s = self.loop.time()
         self._limit_silence()
+        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -47,16 +55,44 @@ class _Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self._is_busy:
+            self._has_begun_head = False
+            return
+        if not self._has_begun_head:  # once: who sends a byte a minute would stay for ever
+            self.silent_since_s = self.loop.time()
+            self._has_begun_head = True
+        self._limit_silence()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self._is_busy:
+            self.silent_since_s = None
+
+    def on_response_complete(self) -> None:
+        self.silent_since_s = self.loop.time()
+        super().on_response_complete()  # may begin with the next request at once
+
+    @property
+    def _is_busy(self) -> bool:
         # uvicorn's annotation hides that there is no cycle before the first head.
-        if self.cycle is None or self.cycle.response_complete:  # type: ignore[redundant-expr]
-            self._limit_silence()
+        return self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr]
+
+    def _make_room(self) -> None:
+        silent = [
+            (each.silent_since_s, id(each), each)
+            for each in self.connections
+            if isinstance(each, _Protocol) and each is not self and each.silent_since_s is not None
+        ]
+        if silent:
+            _, _, longest = min(silent)
+            longest.transport.close()
+            self.connections.discard(longest)
 
     def _limit_silence(self) -> None:
         self._unset_keepalive_if_required()
         if not self.transport.is_closing():
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            end_s = (self.silent_since_s or self.loop.time()) + self.timeout_keep_alive
+            self.timeout_keep_alive_task = self.loop.call_at(end_s, self.timeout_keep_alive_handler)
 
     def _unsupported_upgrade_warning(self) -> None:
         """Say nothing: the proxy answers, and uvicorn would advise to install a WebSocket library."""
@@ -110,10 +146,12 @@ class Endpoint:
 
     Args:
         silence_s: how long a connection may say nothing before and between requests, whole seconds.
+        most_connections: how many may be open; beyond them silent ones are closed, then requests get 503.
     """
 
-    def __init__(self, silence_s: int = _KEEP_ALIVE_S) -> None:
+    def __init__(self, silence_s: int = _KEEP_ALIVE_S, most_connections: int = MOST_CONNECTIONS) -> None:
         self._silence_s = silence_s
+        self._most_connections = most_connections
         self._server: _Server | None = None
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
@@ -137,6 +175,7 @@ class Endpoint:
                 date_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=self._silence_s,
+                limit_concurrency=self._most_connections,
                 h11_max_incomplete_event_size=_LARGEST_HEAD_BYTES,
             ),
             self._stopping,

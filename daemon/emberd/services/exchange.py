@@ -7,12 +7,11 @@ import json
 import time
 from typing import TYPE_CHECKING, Protocol
 
-import httpx
-
 from emberd.core.errors import NotReady
 from emberd.core.generation import changes_cache, continued, recognise
 from emberd.core.replay import Turn
 from emberd.core.streamed import StreamedReply, reply_text
+from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
 from emberd.services.messages import end_to_end, engine_request
 from emberd.services.places import left
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from emberd.core.generation import Generation
     from emberd.core.ports import Engine
+    from emberd.engine.connection import ReplyHead
     from emberd.services.messages import Body, Client
     from emberd.services.places import Places
     from emberd.services.turns import Turns
@@ -86,7 +86,6 @@ class Exchange:
 
     Args:
         gate: the supervisor.
-        transport: to the engine.
         places: connections to the engine, of which there are few.
         turns: remembers what the engine's cache holds.
         log: events go here; never a header, a path's query or a body.
@@ -96,14 +95,12 @@ class Exchange:
     def __init__(
         self,
         gate: Gate,
-        transport: httpx.AsyncHTTPTransport,
         places: Places,
         turns: Turns,
         log: FilteringBoundLogger,
         hold_timeout_s: float,
     ) -> None:
         self._gate = gate
-        self._transport = transport
         self._places = places
         self._turns = turns
         self._log = log
@@ -136,16 +133,16 @@ class Exchange:
                     with self._gate.admitted() as flowed:
                         await self._send(scope, body, client, content, flowed)
                         return
-                except (httpx.ConnectError, httpx.ConnectTimeout):
+                except EngineRefused:
                     pass  # nothing was sent, so nothing counts
                 except _Cut:
                     has_grown = self._stream is not None and len(self._stream.text) > seen
                     sends = 0 if has_grown else sends + 1
                     deadline_s = time.monotonic() + self._hold_timeout_s
                     self._log.warning("reply_cut", can_continue=True)
-                except httpx.TransportError as error:
+                except EngineBrokeOff as error:
                     sends += 1
-                    self._log.warning("request_failed", error=type(error).__name__, was_sent=sends)
+                    self._log.warning("request_failed", error=_cause(error), was_sent=sends)
                 finally:
                     self._places.give_back()
                 self._gate.doubt(port)
@@ -185,27 +182,29 @@ class Exchange:
             if self._generation is None and body.in_hand is not None:
                 self._generation = recognise(scope["method"], scope["path"], body.in_hand)
         self._is_running = True
+        connection = EngineConnection(self._port)
         try:
-            response = await self._transport.handle_async_request(engine_request(scope, body, self._port, content))
+            head = await connection.ask(engine_request(scope, body, self._port, content))
             body.let_go()
-            await self._reply(response, client, flowed)
+            await self._reply(head, connection, client, flowed)
             self._is_running = False
         finally:
+            connection.close()
             if replaces:
-                self._turns.end(self._turn())
+                self._turns.end(self._turn)
 
-    async def _reply(self, response: httpx.Response, client: Client, flowed: Callable[[int], None]) -> None:
-        if self._stream is not None and not _is_stream(response):
-            await response.aclose()
-            raise httpx.RemoteProtocolError("the engine did not continue")
+    async def _reply(
+        self, head: ReplyHead, connection: EngineConnection, client: Client, flowed: Callable[[int], None]
+    ) -> None:
+        if self._stream is not None and not _is_stream(head):
+            raise EngineBrokeOff  # it did not continue
         if self._stream is None:
-            headers = end_to_end([(name.lower(), value) for name, value in response.headers.raw])
-            start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
-            await client.send(start)
-            self._watch(response)
+            headers = end_to_end(head.headers)
+            await client.send({"type": "http.response.start", "status": head.status, "headers": headers})
+            self._watch(head)
         stream, whole = self._stream, self._whole
         try:
-            async for chunk in response.aiter_raw():
+            async for chunk in connection.parts():
                 flowed(len(chunk))
                 if stream is not None:
                     await client.send_part(stream.take(chunk))
@@ -213,25 +212,24 @@ class Exchange:
                 if whole is not None:
                     whole = self._whole = self._turns.with_room(whole, chunk)
                 await client.send_part(chunk)
-        except httpx.TransportError as error:
-            await self._break_off(client, type(error).__name__, error)
-        finally:
-            await response.aclose()
-        if stream is not None:
+        except EngineBrokeOff as error:
+            await self._break_off(client, _cause(error), error)
+        is_whole = _tells_its_length(head)
+        if not is_whole and stream is not None:
             stream.read()
-        is_whole = _tells_its_length(response) or (stream is not None and stream.is_finished)
+            is_whole = stream.is_finished
         if not is_whole and not await self._gate.is_alive(self._port):
             await self._break_off(client, "engine_died")
         if stream is not None:
             await client.send_part(stream.rest())
         await client.end()
 
-    def _watch(self, response: httpx.Response) -> None:
+    def _watch(self, head: ReplyHead) -> None:
         """Follow what a generation says, to continue it and to remember it."""
         generation = self._generation
-        if generation is None or response.status_code != _HTTP_OK:
+        if generation is None or head.status != _HTTP_OK:
             return
-        if generation.is_streamed and _is_stream(response):
+        if generation.is_streamed and _is_stream(head):
             self._stream = StreamedReply(generation, self._turns.most_bytes)
         elif not generation.is_streamed:
             self._whole = bytearray()
@@ -318,12 +316,16 @@ def _text_of(generation: Generation, whole: bytearray) -> str:
         return ""
 
 
-def _is_stream(response: httpx.Response) -> bool:
-    kind = response.headers.get("content-type", "")
-    return response.status_code == _HTTP_OK and kind.partition(";")[0].strip() == "text/event-stream"
+def _cause(error: EngineBrokeOff) -> str:
+    return type(error.__cause__ or error).__name__
 
 
-def _tells_its_length(response: httpx.Response) -> bool:
+def _is_stream(head: ReplyHead) -> bool:
+    kind = head.get(b"content-type") or b""
+    return head.status == _HTTP_OK and kind.partition(b";")[0].strip() == b"text/event-stream"
+
+
+def _tells_its_length(head: ReplyHead) -> bool:
     """Tell whether a cut reply shows by itself; KoboldCPP's streams and errors end by closing, as a death does."""
-    framed = "content-length" in response.headers or "transfer-encoding" in response.headers
-    return framed or response.status_code in {204, 304}
+    framed = head.get(b"content-length") or head.get(b"transfer-encoding")
+    return framed is not None or head.status in {204, 304}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from emberd.core.generation import is_ollama
+from emberd.engine.connection import EngineRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Collection
 
     from starlette.types import Message, Receive, Scope, Send
 
@@ -30,9 +31,6 @@ _HOP_BY_HOP = frozenset(
 )
 """Headers between two neighbours (RFC 9110, 7.6.1), besides proxy-*; `expect` is answered here, before the engine
 is asked."""
-_CONNECT_TIMEOUT_S = 5.0
-_WRITE_TIMEOUT_S = 120.0
-"""An engine reads a body as soon as it has the head; one that does not for so long is hung."""
 CLIENT_SILENCE_S = 60.0
 """Longest pause within a request's body, and the longest time that a client may read nothing of its reply: either
 holds one of the engine's few connections."""
@@ -57,20 +55,26 @@ class Client:
     def __init__(self, send: Send, path: str) -> None:
         self._send = send
         self._path = path
+        self._waits_since_s: float | None = None
         self.has_begun = False
 
     async def send(self, message: Message) -> None:
-        """Send one part of the answer.
-
-        Raises:
-            ClientGone: the client took nothing for CLIENT_SILENCE_S.
-        """
+        """Send one part of the answer; returns when the client has room for it, which `wait_beside` limits."""
         self.has_begun = True
-        try:
-            async with asyncio.timeout(CLIENT_SILENCE_S):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientGone from None
+        self._waits_since_s = time.monotonic()
+        await self._send(message)
+        self._waits_since_s = None
+
+    async def wait_beside(self, tasks: Collection[asyncio.Task[None]]) -> None:
+        """Return when one of the tasks has ended, or when the client takes nothing for CLIENT_SILENCE_S.
+
+        One clock for the whole reply: a time-out for each token took an eighth of the daemon's time.
+        """
+        while self._waits_since_s is None or time.monotonic() - self._waits_since_s < CLIENT_SILENCE_S:
+            limit_s = CLIENT_SILENCE_S / 2
+            done, _ = await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                return
 
     async def send_part(self, part: bytes) -> None:
         """Send bytes of the body; more follow."""
@@ -113,14 +117,11 @@ class Client:
             "content-length": str(len(body)),
             **(headers or {}),
         }
-        await self.send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [(name.encode(), value.encode()) for name, value in all_headers.items()],
-            }
-        )
-        await self.send({"type": "http.response.body", "body": body})
+        lines = [(name.encode(), value.encode()) for name, value in all_headers.items()]
+        with contextlib.suppress(TimeoutError):  # of a client that reads nothing
+            async with asyncio.timeout(CLIENT_SILENCE_S):
+                await self.send({"type": "http.response.start", "status": status, "headers": lines})
+                await self.send({"type": "http.response.body", "body": body})
 
 
 class Body:
@@ -186,17 +187,7 @@ class Body:
             pass
 
 
-class _Upload(httpx.AsyncByteStream):
-    """A body that is still coming, in the shape that httpx takes."""
-
-    def __init__(self, body: Body) -> None:
-        self._body = body
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._body.stream()
-
-
-def engine_request(scope: Scope, body: Body, port: int, content: bytes | None = None) -> httpx.Request:
+def engine_request(scope: Scope, body: Body, port: int, content: bytes | None = None) -> EngineRequest:
     """Return the same request for the engine; the target is passed byte by byte.
 
     Args:
@@ -219,19 +210,7 @@ def engine_request(scope: Scope, body: Body, port: int, content: bytes | None = 
         headers.append(
             (b"transfer-encoding", b"chunked") if whole is None else (b"content-length", b"%d" % len(whole))
         )
-    # `stream` and not `content`: httpx then adds no header of its own.
-    request = httpx.Request(
-        scope["method"],
-        f"http://127.0.0.1:{port}",
-        headers=headers,
-        stream=_Upload(body) if whole is None else httpx.ByteStream(whole),
-        extensions={
-            "target": target,
-            "timeout": {"connect": _CONNECT_TIMEOUT_S, "read": None, "write": _WRITE_TIMEOUT_S, "pool": None},
-        },
-    )
-    request.method = scope["method"]  # httpx makes it upper case
-    return request
+    return EngineRequest(scope["method"].encode(), target, headers, body.stream() if whole is None else whole)
 
 
 def end_to_end(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -1,6 +1,6 @@
 """The front port: every request goes to the engine unchanged, and waits while there is none.
 
-An ASGI app between uvicorn and one httpx transport. Bytes pass as they come, in both directions; nothing is
+An ASGI app between uvicorn and the engine's connections. Bytes pass as they come, in both directions; nothing is
 decoded, buffered whole or added.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import httpx
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -36,12 +35,10 @@ if TYPE_CHECKING:
     from emberd.services.turns import Turns
 
 _FIRST_PART_BYTES = 256 * 1024
-"""Read before the engine is connected: a client that sends nothing must not hold one of its 24 threads. A body that
-ends within it can be sent again when the engine dies before it answers."""
+"""Read before the engine is connected: a client that sends nothing must not hold one of its few threads. A body
+that ends within it can be sent again when the engine dies before it answers."""
 _PROMPT_BYTES = 8 * 1024 * 1024
 """The same for requests for text: their bodies repeat the whole conversation."""
-MAX_ENGINE_CONNECTIONS = 16
-"""KoboldCPP has 24 threads, one connection each, no time-outs: eight are left for emberd's own questions."""
 _RETRY_STOPPING_S = 5
 
 
@@ -72,16 +69,7 @@ class Proxy:
         self._turns = turns
         self._knocks = knocks
         self._log = log
-        self.places = Places(gate, MAX_ENGINE_CONNECTIONS, lambda: settings().max_waiting)
-        self._transport = httpx.AsyncHTTPTransport(
-            verify=False,  # plain HTTP on loopback; loading certificate authorities costs 1 MiB
-            trust_env=False,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-        )
-
-    async def aclose(self) -> None:
-        """Close what is still open to the engine."""
-        await self._transport.aclose()
+        self.places = Places(gate, gate.engine.most_connections, lambda: settings().max_waiting)
 
     def status(self) -> dict[str, Any]:
         """Return what waits here."""
@@ -124,11 +112,11 @@ class Proxy:
     async def _serve(self, scope: Scope, body: Body, client: Client) -> None:
         await body.read_first_part()
         hold_timeout_s = self._settings().hold_timeout_s
-        exchange = Exchange(self._gate, self._transport, self.places, self._turns, self._log, hold_timeout_s)
+        exchange = Exchange(self._gate, self.places, self._turns, self._log, hold_timeout_s)
         passing = asyncio.create_task(exchange.run(scope, body, client))
         leaving = asyncio.create_task(body.wait_for_client_to_leave())
         try:
-            await asyncio.wait({passing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await client.wait_beside((passing, leaving))
         finally:
             for task in (passing, leaving):
                 task.cancel()

@@ -27,6 +27,7 @@ class Turns:
     def __init__(self, most_bytes: Callable[[], int]) -> None:
         self._most_bytes = most_bytes
         self._turn: Turn | None = None
+        self._tell: Callable[[], Turn | None] | None = None
         self._holder: str | None = None
         self._is_known = False
         self._running = 0
@@ -44,6 +45,10 @@ class Turns:
     @property
     def last(self) -> Turn | None:
         """The last turn, None if there was none or it is not remembered."""
+        tell, self._tell = self._tell, None
+        if tell is not None:
+            turn = tell()
+            self._turn = turn if turn is not None and self._has_room(turn) else None
         return self._turn
 
     def cache(self, engine_key: str | None, *, is_adopted: bool) -> Cache:
@@ -55,22 +60,23 @@ class Turns:
         """
         if self._holder != engine_key:
             return Cache.UNKNOWN if is_adopted else Cache.EMPTY
-        return Cache.KNOWN if self._is_known and self._turn is not None else Cache.UNKNOWN
+        return Cache.KNOWN if self._is_known and self.last is not None else Cache.UNKNOWN
 
     def begin(self, engine_key: str | None) -> None:
         """Hear that a generation of a user's is sent to this engine."""
         self._running += 1
         self._holder, self._is_known = engine_key, False
 
-    def end(self, turn: Turn | None) -> None:
+    def end(self, tell: Callable[[], Turn | None]) -> None:
         """Hear that a generation ended.
 
         Args:
-            turn: what the cache holds now, None if that is not known.
+            tell: returns what the cache holds now, None if that is not known. Called when somebody wants to know:
+                to take a reply apart costs more than to pass it on, and only the last one counts.
         """
         self._running -= 1
         self.ended_s = time.monotonic()
-        self._turn = turn if turn is not None and self._has_room(turn) else None
+        self._turn, self._tell = None, tell
         self._is_known = not self._running
 
     def replayed(self, engine_key: str | None) -> None:
@@ -80,7 +86,7 @@ class Turns:
 
     def forget(self) -> bool:
         """Forget request and reply; True if there was something to forget. The engine's cache keeps what it has."""
-        had, self._turn = self._turn is not None, None
+        had, self._turn = self.last is not None, None
         return had
 
     def with_room(self, whole: bytearray, chunk: bytes) -> bytearray | None:

@@ -1,0 +1,149 @@
+"""One request to an engine and its reply, byte by byte: h11 on a socket of asyncio's.
+
+httpx serves where an answer is read whole (`engine.http`). For what passes through, its pool, its locks and its
+time-outs for each token were half of the daemon's time (scripts/bench-endpoint).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import h11
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+_CONNECT_TIMEOUT_S = 5.0
+_WRITE_TIMEOUT_S = 120.0
+"""An engine reads a body as soon as it has the head; one that does not for so long is hung."""
+_LARGEST_HEAD_BYTES = 128 * 1024
+_READ_BYTES = 256 * 1024
+
+
+class EngineRefused(Exception):
+    """No connection came about; nothing was sent."""
+
+
+class EngineBrokeOff(Exception):
+    """The connection ended, or made no sense, before the reply was whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What to send.
+
+    Attributes:
+        target: path and query as they stand in the request line.
+        headers: in order; a length or `transfer-encoding: chunked` among them if there is a body.
+        body: whole, or as it comes.
+    """
+
+    method: bytes
+    target: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes | AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyHead:
+    """Status and headers of a reply; names are in lower case."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+
+    def get(self, name: bytes) -> bytes | None:
+        """Return a header's first value, None if it is not there."""
+        return next((value for each, value in self.headers if each == name), None)
+
+
+class EngineConnection:
+    """A connection that serves one request; KoboldCPP gives every open one of its 24 threads, so none is kept.
+
+    Args:
+        port: the engine's, on 127.0.0.1.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._protocol = h11.Connection(h11.CLIENT, max_incomplete_event_size=_LARGEST_HEAD_BYTES)
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def ask(self, request: EngineRequest) -> ReplyHead:
+        """Send a request and return the head of its reply, which may take as long as the engine computes.
+
+        Raises:
+            EngineRefused: nothing was sent.
+            EngineBrokeOff: the engine ended before it answered.
+        """
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        except (OSError, TimeoutError) as error:
+            raise EngineRefused from error
+        try:
+            # An engine may answer and close without having read everything; its answer counts then.
+            with contextlib.suppress(ConnectionError):
+                await self._send(self._writer, request)
+            while True:
+                event = await self._next_event()
+                if isinstance(event, h11.Response):
+                    return ReplyHead(event.status_code, list(event.headers))
+                if not isinstance(event, h11.InformationalResponse):
+                    raise EngineBrokeOff
+        except (h11.ProtocolError, ConnectionError, TimeoutError) as error:
+            raise EngineBrokeOff from error
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """Yield the reply's body as it comes; what arrived together stays together.
+
+        Raises:
+            EngineBrokeOff: it ended too early, as far as its headers tell.
+        """
+        try:
+            while True:
+                event = await self._next_event()
+                part = bytearray()
+                while isinstance(event, h11.Data):
+                    part += event.data
+                    event = self._protocol.next_event()
+                if part:
+                    yield bytes(part)
+                if isinstance(event, h11.EndOfMessage):
+                    return
+        except (h11.ProtocolError, ConnectionError) as error:
+            raise EngineBrokeOff from error
+
+    def close(self) -> None:
+        """Close at once; an engine that is still at work sees that nobody waits for it."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+    async def _send(self, writer: asyncio.StreamWriter, request: EngineRequest) -> None:
+        head = self._bytes(h11.Request(method=request.method, target=request.target, headers=request.headers))
+        if isinstance(request.body, bytes):
+            whole = self._bytes(h11.Data(data=request.body)) if request.body else b""
+            writer.write(head + whole + self._bytes(h11.EndOfMessage()))
+            await self._drain(writer)
+            return
+        writer.write(head)
+        async for part in request.body:
+            writer.write(self._bytes(h11.Data(data=part)))
+            await self._drain(writer)
+        writer.write(self._bytes(h11.EndOfMessage()))
+        await self._drain(writer)
+
+    async def _drain(self, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.timeout(_WRITE_TIMEOUT_S):
+            await writer.drain()
+
+    def _bytes(self, event: h11.Event) -> bytes:
+        return self._protocol.send(event) or b""
+
+    async def _next_event(self) -> Any:
+        while (event := self._protocol.next_event()) is h11.NEED_DATA:
+            self._protocol.receive_data(await self._reader.read(_READ_BYTES))
+        return event
