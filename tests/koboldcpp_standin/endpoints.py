@@ -304,7 +304,7 @@ def _json(value: Any) -> Answer:
 def _parse(body: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -20,7 +20,7 @@ from emberd.engine.http import client as engine_client
 from emberd.engine.koboldcpp import KoboldCpp
 from emberd.host import ThisHost
 from emberd.host.listener import bind
-from emberd.services import messages
+from emberd.services import messages, places
 from emberd.services.endpoint import Endpoint
 from emberd.services.knocks import Knocks
 from emberd.services.proxy import Proxy, make_app
@@ -645,8 +645,11 @@ async def test_a_client_that_leaves_while_it_is_held_is_no_longer_waited_for(fro
     assert await reader.read() == b""
 
 
-async def test_requests_beyond_the_engines_connections_wait_in_order_and_not_for_ever(front: Front):
+async def test_requests_beyond_the_engines_connections_wait_in_order_and_not_for_ever(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+):
     release = asyncio.Event()
+    front.hold_s = 0.05  # counts for an engine that is not ready, and not for the time in line
 
     async def slow(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(LIMIT_S):
@@ -662,13 +665,71 @@ async def test_requests_beyond_the_engines_connections_wait_in_order_and_not_for
             asked = front.gate.asked
             queued.append(asyncio.create_task(user.get(f"{front.url}/{number}")))
             await until(lambda asked=asked: front.gate.asked > asked)
-        front.hold_s = 0.05
+        monkeypatch.setattr(places, "_LONGEST_IN_LINE_S", 0.05)
         refused = await user.get(front.url)
         assert (refused.status_code, refused.json()["error"]["state"]) == (503, "BUSY")
         assert len(engine.heads) == PLACES
         release.set()
         assert {(await call).status_code for call in [*running, *queued]} == {200}
     assert [head.split()[1] for head in engine.heads[PLACES:]] == [b"/0", b"/1", b"/2"]
+
+
+async def test_koboldcpp_is_given_one_generation_at_a_time_and_questions_pass_meanwhile(front: Front):
+    """Its own queue has six places; the ninth client of eight busy ones would get 503."""
+    release, at_work = asyncio.Event(), 0
+
+    async def work(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal at_work
+        if head.startswith(b"POST /v1/completions"):
+            at_work += 1
+            assert at_work == 1
+            async with asyncio.timeout(LIMIT_S):
+                await release.wait()
+            at_work -= 1
+        await hello(head, reader, writer)
+
+    engine = await serve(front, work)
+    async with client() as user:
+        asked = [asyncio.create_task(user.post(f"{front.url}/v1/completions", json={})) for _ in range(9)]
+        await until(lambda: at_work == 1)
+        assert (await user.post(f"{front.url}/api/extra/tokencount", json={})).text == "hello"
+        assert (await user.get(f"{front.url}/api/v1/model")).text == "hello"
+        release.set()
+        assert {(await call).status_code for call in asked} == {200}
+    assert len(engine.heads) == 11
+
+
+async def test_the_line_lets_the_first_in_first_and_forgets_who_left():
+    line = places.Line(1)
+    order: list[str] = []
+
+    async def pass_through(name: str, *, goes_first: bool = False) -> None:
+        await line.enter(goes_first=goes_first)
+        order.append(name)
+        line.leave()
+
+    await line.enter()
+    first, gone, last = (asyncio.create_task(pass_through(name)) for name in ("first", "gone", "last"))
+    await asyncio.sleep(0)
+    cut = asyncio.create_task(pass_through("cut", goes_first=True))
+    await asyncio.sleep(0)
+    gone.cancel()
+    line.leave()
+    await asyncio.gather(first, last, cut)
+    assert order == ["cut", "first", "last"]
+    assert line.is_free
+
+
+async def test_a_turn_that_comes_with_the_cancellation_is_passed_on():
+    line = places.Line(1)
+    await line.enter()
+    waiting = asyncio.create_task(line.enter())
+    await asyncio.sleep(0)
+    line.leave()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert line.is_free
 
 
 async def test_a_request_that_queued_for_the_old_engine_goes_to_the_new_one(front: Front):

@@ -32,6 +32,15 @@ class Engine(Protocol):
         ...
 
     @property
+    def most_at_work(self) -> int:
+        """How many of the requests for which `is_work` holds it takes at once."""
+        ...
+
+    def is_work(self, method: str, path: str) -> bool:
+        """Tell whether a request waits for the model, unlike a question that is answered at once."""
+        ...
+
+    @property
     def password(self) -> str:
         """What the engine wants as a bearer token, empty for nothing. Never shown."""
         ...

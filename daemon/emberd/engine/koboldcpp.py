@@ -44,6 +44,22 @@ _PROTECTED_MODEL = "koboldcpp/protected-model"
 _CONTINUES_TURNS = (1, 104)
 _MOST_CONNECTIONS = 16
 """KoboldCPP has 24 threads, one connection each, no time-outs: eight are left for emberd's own questions."""
+_LIGHT_POSTS = (
+    "/api/extra/tokencount",
+    "/api/extra/tokenize",
+    "/api/extra/detokenize",
+    "/api/extra/json_to_grammar",
+    "/api/extra/abort",
+    "/api/extra/generate/check",
+    "/api/extra/last_logprobs",
+    "/api/extra/multiplayer/status",
+    "/api/extra/multiplayer/getstory",
+    "/api/extra/multiplayer/setstory",
+    "/api/extra/websearch",
+    "/api/extra/shutdown",
+    "/api/admin/reload_config",
+)
+"""POSTs that do not wait for the model (1.76 to 1.104, `do_POST`)."""
 _UNITS_OF_A_GENERATION = 1_000_000
 """Keeps the count of finished generations above any length of a running reply."""
 
@@ -80,6 +96,13 @@ class KoboldCpp:
         self._scratch = scratch
         self._kcpps_target = kcpps_target
         self.password = ""
+
+    most_at_work = 1
+    """It works on one. Six more may wait in its queue, further ones get 503; `--multiuser` varies that."""
+
+    def is_work(self, method: str, path: str) -> bool:
+        """Tell whether a request goes through the lock: every POST does that is not known to be light."""
+        return method == "POST" and not path.rstrip("/").endswith(_LIGHT_POSTS) and "/api/extra/data/" not in path
 
     @property
     def most_connections(self) -> int:

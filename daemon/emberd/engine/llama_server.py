@@ -70,6 +70,15 @@ class LlamaServer:
         return self._settings.endpoint.max_concurrent
 
     @property
+    def most_at_work(self) -> int:
+        """Return the same: its own queue is as long as it has to be."""
+        return self.most_connections
+
+    def is_work(self, method: str, path: str) -> bool:  # noqa: ARG002  # the Engine protocol
+        """Return False: it tells slots and queue apart by itself."""
+        return False
+
+    @property
     def password(self) -> str:
         """Return nothing: an --api-key of the owner's is passed on as the client sends it."""
         return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from typing import TYPE_CHECKING, Protocol
 
 from emberd.core.errors import NotReady
@@ -13,7 +12,7 @@ from emberd.core.replay import Turn
 from emberd.core.streamed import StreamedReply, reply_text
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
 from emberd.services.messages import end_to_end, engine_request
-from emberd.services.places import left
+from emberd.services.places import Hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,36 +118,36 @@ class Exchange:
             ClientSilent: the client stopped within its body.
             ReplyBrokenOff: the engine died; the client must see that something is missing.
         """
-        deadline_s = time.monotonic() + self._hold_timeout_s
-        sends = 0
+        hold = Hold(self._hold_timeout_s)
+        is_work = self._gate.engine.is_work(scope["method"], scope["path"])
+        sends, had_place = 0, False
         try:
             while sends < _MOST_SENDS and (body.can_be_sent_again or self._stream is not None):
-                port = self._port = await self._places.take(deadline_s)
-                seen = len(self._stream.text) if self._stream else 0
-                try:
-                    content = await self._rest_to_ask(port)
-                    if content is None and self._stream is not None:
-                        await self._end_early(self._stream, client)
-                        return
-                    with self._gate.admitted() as flowed:
-                        await self._send(scope, body, client, content, flowed)
-                        return
-                except EngineRefused:
-                    pass  # nothing was sent, so nothing counts
-                except _Cut:
-                    has_grown = self._stream is not None and len(self._stream.text) > seen
-                    sends = 0 if has_grown else sends + 1
-                    deadline_s = time.monotonic() + self._hold_timeout_s
-                    self._log.warning("reply_cut", can_continue=True)
-                except EngineBrokeOff as error:
-                    sends += 1
-                    self._log.warning("request_failed", error=_cause(error), was_sent=sends)
-                finally:
-                    self._places.give_back()
-                self._gate.doubt(port)
-                if not left(deadline_s):
+                async with self._places.taken(hold, is_work=is_work, goes_first=had_place) as port:
+                    self._port, had_place = port, True
+                    seen = len(self._stream.text) if self._stream else 0
+                    try:
+                        content = await self._rest_to_ask(port)
+                        if content is None and self._stream is not None:
+                            await self._end_early(self._stream, client)
+                            return
+                        with self._gate.admitted() as flowed:
+                            await self._send(scope, body, client, content, flowed)
+                            return
+                    except EngineRefused:
+                        pass  # nothing was sent, so nothing counts
+                    except _Cut:
+                        has_grown = self._stream is not None and len(self._stream.text) > seen
+                        sends = 0 if has_grown else sends + 1
+                        hold.renew()
+                        self._log.warning("reply_cut", can_continue=True)
+                    except EngineBrokeOff as error:
+                        sends += 1
+                        self._log.warning("request_failed", error=_cause(error), was_sent=sends)
+                    self._gate.doubt(port)
+                if not hold.left_s:
                     break
-                await asyncio.sleep(min(_PAUSE_AFTER_REFUSAL_S, left(deadline_s)))
+                await asyncio.sleep(min(_PAUSE_AFTER_REFUSAL_S, hold.left_s))
         except NotReady as not_ready:
             await self._give_up(client, not_ready)
             return

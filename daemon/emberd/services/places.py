@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import asynccontextmanager
+from collections import deque
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from emberd.core.errors import NotReady
@@ -15,22 +16,90 @@ if TYPE_CHECKING:
     from emberd.services.exchange import Gate
 
 _RETRY_BUSY_S = 1
+_LONGEST_IN_LINE_S = 3600.0
+"""An engine would let a request wait for its turn without end; the supervisor sees to it that the turns go on."""
+
+
+class Hold:
+    """How long a request still waits for an engine that is not ready.
+
+    Args:
+        seconds: in one go; time in line behind other requests does not count.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin again."""
+        self._end_s = time.monotonic() + self._seconds
+
+    @property
+    def left_s(self) -> float:
+        """What is left of it, never negative."""
+        return max(self._end_s - time.monotonic(), 0.0)
+
+
+class Line:
+    """Who comes first is served first, except for who was served already and lost it.
+
+    Args:
+        limit: how many are served at once.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the next is served at once."""
+        return self._free > 0
+
+    async def enter(self, *, goes_first: bool = False) -> None:
+        """Return when it is one's turn; leave afterwards."""
+        if self._free > 0:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        (self._waiting.appendleft if goes_first else self._waiting.append)(turn)
+        try:
+            await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled():
+                self.leave()  # it came with the cancellation
+            else:
+                with suppress(ValueError):
+                    self._waiting.remove(turn)
+            raise
+
+    def leave(self) -> None:
+        """Let the next one in."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
 
 
 class Places:
     """A bounded number of places at the engine, and a bounded queue before them.
 
+    An engine that works on few requests at a time refuses what is too much for its own queue (KoboldCPP: one at a
+    time, and 503 beyond six more). So those requests wait here, and hold no connection meanwhile.
+
     Args:
         gate: the supervisor.
-        limit: places.
         most_waiting: tells how many requests may wait for an engine or for a place.
     """
 
-    def __init__(self, gate: Gate, limit: int, most_waiting: Callable[[], int]) -> None:
+    def __init__(self, gate: Gate, most_waiting: Callable[[], int]) -> None:
         self._gate = gate
-        self._limit = limit
         self._most_waiting = most_waiting
-        self._free = asyncio.Semaphore(limit)
+        self._connections = Line(gate.engine.most_connections)
+        self._turns = Line(gate.engine.most_at_work)
         self._taken = 0
         self._since: dict[object, float] = {}
         self._open = asyncio.Event()
@@ -52,24 +121,30 @@ class Places:
         self._arrived.clear()
         await self._arrived.wait()
 
-    async def take(self, deadline_s: float) -> int:
-        """Wait for a ready engine and for a place, first come first served; return the engine's port.
+    @asynccontextmanager
+    async def taken(self, hold: Hold, *, is_work: bool, goes_first: bool) -> AsyncIterator[int]:
+        """Wait for a ready engine and for a place; yields the engine's port, and leaves the place at the end.
+
+        Args:
+            hold: how long to wait for an engine that is not ready.
+            is_work: the engine works on few such requests at a time.
+            goes_first: it was cut, and others came later.
 
         Raises:
-            NotReady: one of the two did not come before `deadline_s` (monotonic), or too many wait already.
+            NotReady: there is no engine in time, or too many wait already.
         """
         self._arrived.set()
+        lines = [self._turns, self._connections] if is_work else [self._connections]
         ticket = object()
         self._since[ticket] = time.monotonic()
         try:
-            return await self._wait(deadline_s)
+            port = await self._wait(hold, lines, goes_first=goes_first)
         finally:
             del self._since[ticket]
-
-    def give_back(self) -> None:
-        """Leave the place."""
-        self._taken -= 1
-        self._free.release()
+        try:
+            yield port
+        finally:
+            self._give_back(lines)
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[bool]:
@@ -80,44 +155,57 @@ class Places:
         finally:
             self._open.set()
 
-    async def _wait(self, deadline_s: float) -> int:
+    async def _wait(self, hold: Hold, lines: list[Line], *, goes_first: bool) -> int:
         while True:
-            port = await self._ready(deadline_s)
-            was_free = not self._free.locked() and self._open.is_set()
-            if not was_free:
-                self._refuse_a_crowd()
-            try:
-                async with asyncio.timeout(left(deadline_s)):
-                    await self._open.wait()
-                    await self._free.acquire()
-            except TimeoutError:
-                raise NotReady("BUSY", "the engine is busy with other requests", _RETRY_BUSY_S) from None
-            self._taken += 1
-            if was_free:
+            port = await self._ready(hold)
+            if all(line.is_free for line in lines) and self._open.is_set():
+                for line in lines:
+                    await line.enter()
+                self._taken += 1
                 return port
+            if not goes_first:
+                self._refuse_a_crowd()
+            await self._line_up(lines, goes_first=goes_first)
+            hold.renew()
             # The engine may have gone, or be draining, since this request took its place in the queue.
             try:
                 return await self._gate.ensure_ready(0)
             except NotReady:
-                self.give_back()
+                self._give_back(lines)
             except BaseException:
-                self.give_back()
+                self._give_back(lines)
                 raise
 
-    async def _ready(self, deadline_s: float) -> int:
+    async def _line_up(self, lines: list[Line], *, goes_first: bool) -> None:
+        entered: list[Line] = []
+        try:
+            async with asyncio.timeout(_LONGEST_IN_LINE_S):
+                await self._open.wait()
+                for line in lines:
+                    await line.enter(goes_first=goes_first)
+                    entered.append(line)
+        except BaseException as error:
+            for line in entered:
+                line.leave()
+            if isinstance(error, TimeoutError):
+                raise NotReady("BUSY", "the engine is busy with other requests", _RETRY_BUSY_S) from None
+            raise
+        self._taken += 1
+
+    def _give_back(self, lines: list[Line]) -> None:
+        self._taken -= 1
+        for line in lines:
+            line.leave()
+
+    async def _ready(self, hold: Hold) -> int:
         try:
             return await self._gate.ensure_ready(0)
         except NotReady:
             self._refuse_a_crowd()
-        return await self._gate.ensure_ready(left(deadline_s))
+        return await self._gate.ensure_ready(hold.left_s)
 
     def _refuse_a_crowd(self) -> None:
         """Refuse a request that would have to wait behind too many others."""
         others = len(self._since) - 1
         if others >= self._most_waiting():
             raise NotReady("BUSY", f"{others} requests wait already", _RETRY_BUSY_S)
-
-
-def left(deadline_s: float) -> float:
-    """Return the seconds until a deadline on the monotonic clock, never negative."""
-    return max(deadline_s - time.monotonic(), 0.0)

@@ -69,7 +69,7 @@ class Proxy:
         self._turns = turns
         self._knocks = knocks
         self._log = log
-        self.places = Places(gate, gate.engine.most_connections, lambda: settings().max_waiting)
+        self.places = Places(gate, lambda: settings().max_waiting)
 
     def status(self) -> dict[str, Any]:
         """Return what waits here."""
