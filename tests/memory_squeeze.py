@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,25 +14,42 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CONTROLLER = Path("/sys/fs/cgroup/memory")
-"""cgroup v1 (cgroup-v1/memory.rst)."""
+_V1 = Path("/sys/fs/cgroup/memory")
+"""memory.limit_in_bytes, memory.usage_in_bytes (kernel, cgroup-v1/memory.rst)."""
+_V2 = Path("/sys/fs/cgroup")
+"""memory.max, memory.current (kernel, cgroup-v2.rst)."""
+_CONTROLLERS = _V2 / "cgroup.controllers"
+IS_V2 = _CONTROLLERS.exists() and "memory" in _CONTROLLERS.read_text().split()
+CONTROLLER = _V2 if IS_V2 else _V1
 TOOLS = {name: shutil.which(name, path=f"{os.defpath}:/sbin:/usr/sbin") for name in ("mkswap", "swapon", "swapoff")}
 
+
+def can_squeeze_here() -> bool:
+    """Tell whether swap files and memory cgroups can be made here."""
+    has_controller = IS_V2 or (_V1 / "memory.limit_in_bytes").exists()
+    return os.geteuid() == 0 and has_controller and None not in TOOLS.values()
+
+
 can_squeeze = pytest.mark.skipif(
-    os.geteuid() != 0 or not (CONTROLLER / "memory.limit_in_bytes").exists() or None in TOOLS.values(),
-    reason="needs root, the memory controller of cgroup v1, mkswap and swapon",
+    not can_squeeze_here(),
+    reason="needs root, the memory controller of cgroups, mkswap and swapon",
 )
 
 
 class Group:
-    """A memory cgroup."""
+    """A memory cgroup; its processes must have ended before it does."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def used_bytes(self) -> int:
+        """Memory of the group, the page cache that it filled included."""
+        return int((self._folder / ("memory.current" if IS_V2 else "memory.usage_in_bytes")).read_text())
+
     def limit(self, size_bytes: int) -> None:
         """Let the group hold so much memory; what is above it leaves at once."""
-        (self._folder / "memory.limit_in_bytes").write_text(str(size_bytes))
+        (self._folder / ("memory.max" if IS_V2 else "memory.limit_in_bytes")).write_text(str(size_bytes))
 
     def joining(self, *command: str) -> list[str]:
         """Return a command line that runs `command` within the group."""
@@ -42,18 +59,29 @@ class Group:
 @contextmanager
 def squeeze(folder: Path, swap_bytes: int) -> Iterator[Group]:
     """Switch on a swap file in `folder` and make a cgroup; both are gone afterwards, its processes must be too."""
-    group = CONTROLLER / f"emberd-test-{os.getpid()}"
-    with ExitStack() as stack:
-        stack.enter_context(_swap_file(folder / "swap", swap_bytes))
-        group.mkdir()
-        stack.callback(group.rmdir)
-        yield Group(group)
+    with swap_file(folder / "swap", swap_bytes), memory_group(f"emberd-test-{os.getpid()}") as group:
+        yield group
 
 
 @contextmanager
-def _swap_file(path: Path, size_bytes: int) -> Iterator[None]:
+def memory_group(name: str) -> Iterator[Group]:
+    """Make a cgroup; it is gone afterwards."""
+    folder = CONTROLLER / name
+    if IS_V2:
+        (_V2 / "cgroup.subtree_control").write_text("+memory")
+    folder.mkdir()
+    try:
+        yield Group(folder)
+    finally:
+        folder.rmdir()
+
+
+@contextmanager
+def swap_file(path: Path, size_bytes: int) -> Iterator[None]:
+    """Switch on a swap file; it is gone afterwards."""
     with path.open("wb") as file:
-        file.write(bytes(size_bytes))  # a swap file must not have holes
+        for _ in range(size_bytes >> 20):  # a swap file must not have holes
+            file.write(bytes(1 << 20))
         os.fsync(file.fileno())
     path.chmod(0o600)
     _run("mkswap", path)

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from endpoints import Answer
 from generation import hang
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from generation import Job, Model
 
@@ -201,6 +202,17 @@ def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket
     return listener
 
 
+@contextlib.contextmanager
+def _as_socketserver_does() -> Iterator[None]:
+    """Print what went wrong with a request, and go on with the next."""
+    try:
+        yield
+    except OSError:
+        return
+    except Exception:  # noqa: BLE001  # as `BaseServer.handle_error`
+        traceback.print_exc()
+
+
 def _accept_forever(listener: socket.socket | None, handler: Callable[..., Any], model: Model) -> None:
     """Serve one connection after the other; on a socket that is unbound or closed, spin for ever.
 
@@ -212,7 +224,7 @@ def _accept_forever(listener: socket.socket | None, handler: Callable[..., Any],
                 connection, address = (listener or unbound).accept()
             except OSError:
                 continue
-            with connection, contextlib.suppress(OSError, ValueError):
+            with connection, _as_socketserver_does():
                 if model.switches.hang == "requests" and model.is_hung():
                     hang(burns_cpu=model.switches.hang_burns_cpu)
                 handler(connection, address, None)

@@ -36,10 +36,15 @@ class App:
         self.cancelled = asyncio.Event()
         self.targets: list[bytes] = []
         self.body = b"done"
+        self.begins_at_once = False
 
     async def __call__(self, scope: Scope, _: Receive, send: Send) -> None:
         """Wait for `release`; cancelled, answer `cut`."""
         self.targets.append(scope["raw_path"])
+        length = b"%d" % len(self.body)
+        start = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]}
+        if self.begins_at_once:
+            await send(start)
         self.started.set()
         try:
             await self.release.wait()
@@ -48,8 +53,8 @@ class App:
             await send({"type": "http.response.start", "status": 503, "headers": [(b"content-length", b"3")]})
             await send({"type": "http.response.body", "body": b"cut"})
             return
-        length = b"%d" % len(self.body)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        if not self.begins_at_once:
+            await send(start)
         await send({"type": "http.response.body", "body": self.body})
 
 
@@ -264,6 +269,30 @@ async def test_with_every_connection_busy_a_further_request_is_refused():
             each.close()
     finally:
         await served.end()
+
+
+@pytest.mark.parametrize(("method", "has_begun"), [("POST", False), ("POST", True), ("HEAD", False)])
+async def test_garbage_within_a_body_ends_the_connection_and_disturbs_nothing_else(
+    method: str, has_begun: bool, caplog: pytest.LogCaptureFixture
+):
+    served = Served()
+    try:
+        head = f"{method} / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        reader, writer = await served.connect(head.encode())
+        served.app.begins_at_once = has_begun
+        await served.app.started.wait()
+        if has_begun:
+            async with asyncio.timeout(LIMIT_S):
+                await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"no length\r\n")
+        answer = await everything(reader)
+        assert answer == b"" if has_begun else answer.count(b"HTTP/1.1") == answer.count(b" 400 ") == 1
+        served.app.release.set()
+        await until(lambda: not served.connections())
+        writer.close()
+    finally:
+        await served.end()
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 async def test_a_head_that_comes_a_byte_at_a_time_must_end_in_time():

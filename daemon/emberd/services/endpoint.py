@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -67,6 +69,18 @@ class _Protocol(H11Protocol):
         super().handle_events()
         if self._is_busy:
             self.silent_since_s = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer garbage with 400 where that is still possible, and end the connection.
+
+        uvicorn raises within a reply that has begun and after HEAD, and lets the app answer behind its 400.
+        """
+        with contextlib.suppress(h11.LocalProtocolError):
+            super().send_400_response(msg)
+        if self._is_busy:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         self.silent_since_s = self.loop.time()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from emberd.core.errors import NotReady
@@ -11,7 +12,7 @@ from emberd.core.generation import changes_cache, continued, recognise
 from emberd.core.replay import Turn
 from emberd.core.streamed import StreamedReply, reply_text
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
-from emberd.services.messages import end_to_end, engine_request
+from emberd.services.messages import ClientGone, end_to_end, engine_request
 from emberd.services.places import Hold
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ _MOST_SENDS = 3
 _RETRY_BUSY_S = 1
 _PAUSE_AFTER_REFUSAL_S = 0.05
 """The supervisor looks meanwhile; without a pause a closed port would be asked thousands of times a second."""
+_LONGEST_ABORT_S = 10.0
+"""A batch of the prompt is processed to its end before an abort is seen."""
+_ABORT_AGAIN_S = 0.1
 _ASK_S = 2.0
 """Questions between two streams: what is this text in tokens, can this engine continue."""
 _HTTP_OK = 200
@@ -108,7 +112,6 @@ class Exchange:
         self._stream: StreamedReply | None = None
         self._whole: bytearray | None = None
         self._port = 0
-        self._is_running = False
 
     async def run(self, scope: Scope, body: Body, client: Client) -> None:
         """Carry it out.
@@ -156,21 +159,22 @@ class Exchange:
         else:
             await self._give_up(client, NotReady("LOADING", "the engine accepts no connections", _RETRY_BUSY_S))
 
-    async def abandon(self) -> None:
-        """End the generation of a client that has left; closing the connection is not enough for all engines.
+    async def _abandon(self) -> None:
+        """End the work for a client that has left; closing the connection is not enough for all engines.
 
         KoboldCPP ends a stream within 0.4 s of its client's end, and a reply that is not streamed never (1.104).
+        The place is kept until the engine is free: who came next would find a full queue there, and 503. Without a
+        key KoboldCPP aborts whatever runs, which can be nobody else's as long as this request has its turn.
         """
-        generation = self._generation
-        if not self._is_running or generation is None:
-            return
-        if generation.key:
-            await self._gate.engine.abort(self._port, generation.key, _ASK_S)
-        else:
-            # Without a key the engine aborts whatever runs: only if that can be nobody else's.
-            async with self._places.alone() as is_alone:
-                if is_alone:
-                    await self._gate.engine.abort(self._port, "", _ASK_S)
+        engine = self._gate.engine
+        key = self._generation.key if self._generation is not None else ""
+        end_s = time.monotonic() + _LONGEST_ABORT_S
+        while time.monotonic() < end_s:
+            await engine.abort(self._port, key, _ASK_S)
+            activity = await engine.probe_activity(self._port, _ASK_S)
+            if not activity.answered or not activity.is_generating:
+                return
+            await asyncio.sleep(_ABORT_AGAIN_S)
 
     async def _send(
         self, scope: Scope, body: Body, client: Client, content: bytes | None, flowed: Callable[[int], None]
@@ -180,13 +184,16 @@ class Exchange:
             self._turns.begin(self._gate.engine_key)
             if self._generation is None and body.in_hand is not None:
                 self._generation = recognise(scope["method"], scope["path"], body.in_hand)
-        self._is_running = True
         connection = EngineConnection(self._port)
         try:
             head = await connection.ask(engine_request(scope, body, self._port, content))
             body.let_go()
             await self._reply(head, connection, client, flowed)
-            self._is_running = False
+        except (asyncio.CancelledError, ClientGone):
+            connection.close()
+            if self._gate.engine.is_work(scope["method"], scope["path"]):
+                await self._abandon()
+            raise
         finally:
             connection.close()
             if replaces:

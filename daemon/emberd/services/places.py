@@ -100,10 +100,7 @@ class Places:
         self._most_waiting = most_waiting
         self._connections = Line(gate.engine.most_connections)
         self._turns = Line(gate.engine.most_at_work)
-        self._taken = 0
         self._since: dict[object, float] = {}
-        self._open = asyncio.Event()
-        self._open.set()
         self._arrived = asyncio.Event()
 
     @property
@@ -146,22 +143,12 @@ class Places:
         finally:
             self._give_back(lines)
 
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[bool]:
-        """Let nobody in for a moment; yields whether nobody is in."""
-        self._open.clear()
-        try:
-            yield self._taken == 0
-        finally:
-            self._open.set()
-
     async def _wait(self, hold: Hold, lines: list[Line], *, goes_first: bool) -> int:
         while True:
             port = await self._ready(hold)
-            if all(line.is_free for line in lines) and self._open.is_set():
+            if all(line.is_free for line in lines):
                 for line in lines:
                     await line.enter()
-                self._taken += 1
                 return port
             if not goes_first:
                 self._refuse_a_crowd()
@@ -180,7 +167,6 @@ class Places:
         entered: list[Line] = []
         try:
             async with asyncio.timeout(_LONGEST_IN_LINE_S):
-                await self._open.wait()
                 for line in lines:
                     await line.enter(goes_first=goes_first)
                     entered.append(line)
@@ -190,10 +176,8 @@ class Places:
             if isinstance(error, TimeoutError):
                 raise NotReady("BUSY", "the engine is busy with other requests", _RETRY_BUSY_S) from None
             raise
-        self._taken += 1
 
     def _give_back(self, lines: list[Line]) -> None:
-        self._taken -= 1
         for line in lines:
             line.leave()
 

@@ -121,8 +121,6 @@ class Proxy:
             for task in (passing, leaving):
                 task.cancel()
             ended, _ = await asyncio.gather(passing, leaving, return_exceptions=True)
-        if isinstance(ended, asyncio.CancelledError | ClientGone):
-            await exchange.abandon()
         if isinstance(ended, Exception):
             raise ended
 
