@@ -31,6 +31,8 @@ def judge_pressure(
 ) -> Pressure:
     """Return the level; the worse of what stalls and available memory say.
 
+    Stalls alone are a warning: a container at its limit stalls for itself while the computer has memory to spare.
+
     Args:
         available_share: available memory divided by all of it, None if unknown.
         stall_some_share: share of the last 10 s in which some task waited for memory, None without PSI.
@@ -39,9 +41,11 @@ def judge_pressure(
     if available_share is None and stall_some_share is None:
         return Pressure.UNKNOWN
     available = 1.0 if available_share is None else available_share
-    if (stall_full_share or 0.0) >= _CRITICAL_STALL_FULL or available < _CRITICAL_AVAILABLE:
+    is_stalled = (stall_full_share or 0.0) >= _CRITICAL_STALL_FULL
+    knows_room = available_share is not None
+    if available < _CRITICAL_AVAILABLE or (is_stalled and (available < _WARN_AVAILABLE or not knows_room)):
         return Pressure.CRITICAL
-    if (stall_some_share or 0.0) >= _WARN_STALL_SOME or available < _WARN_AVAILABLE:
+    if is_stalled or (stall_some_share or 0.0) >= _WARN_STALL_SOME or available < _WARN_AVAILABLE:
         return Pressure.WARN
     return Pressure.NORMAL
 
