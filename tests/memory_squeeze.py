@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ _CONTROLLERS = _V2 / "cgroup.controllers"
 IS_V2 = _CONTROLLERS.exists() and "memory" in _CONTROLLERS.read_text().split()
 CONTROLLER = _V2 if IS_V2 else _V1
 TOOLS = {name: shutil.which(name, path=f"{os.defpath}:/sbin:/usr/sbin") for name in ("mkswap", "swapon", "swapoff")}
+_SHRINK_LIMIT_S = 30.0
 
 
 def can_squeeze_here() -> bool:
@@ -48,8 +51,19 @@ class Group:
         return int((self._folder / ("memory.current" if IS_V2 else "memory.usage_in_bytes")).read_text())
 
     def limit(self, size_bytes: int) -> None:
-        """Let the group hold so much memory; what is above it leaves at once."""
-        (self._folder / ("memory.max" if IS_V2 else "memory.limit_in_bytes")).write_text(str(size_bytes))
+        """Let the group hold so much memory; what is above it leaves at once.
+
+        cgroup v1 gives up with EBUSY when that takes long.
+        """
+        deadline_s = time.monotonic() + _SHRINK_LIMIT_S
+        while True:
+            try:
+                (self._folder / ("memory.max" if IS_V2 else "memory.limit_in_bytes")).write_text(str(size_bytes))
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
+                    raise
+            else:
+                return
 
     def joining(self, *command: str) -> list[str]:
         """Return a command line that runs `command` within the group."""

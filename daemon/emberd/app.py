@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from emberd.core.settings import Settings
     from emberd.engine.http import EngineHttp
     from emberd.host.paths import StatePaths
+    from emberd.services.accounts import Accounts
     from emberd.services.endpoint import Endpoint
     from emberd.services.keepwarm import KeepWarm
     from emberd.services.knocks import Knocks
@@ -113,6 +114,7 @@ class _Daemon:
         self._turns: Turns
         self._knocks: Knocks
         self._memory: MemoryMeter
+        self._accounts: Accounts
         self._swap: SwapMeter
         self._residency: ResidencyMeter
         self._keepwarm: KeepWarm
@@ -122,7 +124,9 @@ class _Daemon:
         from emberd.engine import http  # noqa: PLC0415
         from emberd.engine.choose import choose_engine  # noqa: PLC0415
         from emberd.services import logs  # noqa: PLC0415
+        from emberd.services.accounts import Accounts  # noqa: PLC0415
         from emberd.services.endpoint import MOST_CONNECTIONS, Endpoint  # noqa: PLC0415
+        from emberd.services.forecaster import Forecaster  # noqa: PLC0415
         from emberd.services.keepwarm import KeepWarm  # noqa: PLC0415
         from emberd.services.knocks import Knocks  # noqa: PLC0415
         from emberd.services.memory_meter import MemoryMeter  # noqa: PLC0415
@@ -147,7 +151,8 @@ class _Daemon:
             supervisor, lambda: self._settings.endpoint, lambda: self._rules, self._turns, self._knocks, log
         )
         self._memory = MemoryMeter(self._host, log, supervisor.sample)
-        self._swap = SwapMeter(self._host, self._paths.history, log, supervisor.sample)
+        self._accounts = Accounts(self._paths.history, log)
+        self._swap = SwapMeter(self._host, self._accounts, log, supervisor.sample)
         self._residency = ResidencyMeter(self._host, log, supervisor.sample)
         self._keepwarm = KeepWarm(
             self._host,
@@ -158,6 +163,8 @@ class _Daemon:
             self._turns,
             self._knocks,
             self._proxy.places,
+            self._accounts,
+            Forecaster(self._host, log, supervisor.sample, self._turns, self._residency.status),
         )
 
     async def run(self) -> int:
@@ -202,7 +209,8 @@ class _Daemon:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._swap.close()
+            await self._keepwarm.close()
+            await self._accounts.close()
             await self._residency.close()
             await control.close()
             await self._client.aclose()
@@ -306,9 +314,9 @@ class _Daemon:
                 **self._proxy.status(),
                 "seconds_since_knock": self._knocks.seconds_since,
                 "remembers_turn": self._turns.last is not None,
-                "warmth": self._keepwarm.status(),
                 "memory": await self._memory.status(),
                 "residency": await self._residency.status(),
+                "warmth": await self._keepwarm.status(),
                 "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
             }
 
@@ -332,6 +340,9 @@ class _Daemon:
         async def resume() -> dict[str, Any]:
             return self._keepwarm.resume()
 
+        async def progress() -> dict[str, Any]:
+            return {"ok": True, **self._keepwarm.progress}
+
         async def forget() -> dict[str, Any]:
             return {"ok": True, "had_turn": self._turns.forget()}
 
@@ -342,6 +353,7 @@ class _Daemon:
             "replace": replace,
             "forget": forget,
             "warm": self._keepwarm.warm,
+            "progress": progress,
             "pause": pause,
             "resume": resume,
             "cool": self._keepwarm.cool,

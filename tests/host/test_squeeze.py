@@ -11,6 +11,7 @@ from emberd.core.residency import Source, from_process
 from emberd.core.types import EngineSample
 from emberd.host.linux import LinuxHost
 from emberd.host.toucher import Toucher
+from emberd.services.accounts import Accounts
 from emberd.services.swap_meter import SwapMeter
 from memory_holder import holding
 from memory_squeeze import can_squeeze, squeeze
@@ -30,9 +31,9 @@ def swapped_by_the_page_tables(pid: int) -> int:
 
 
 async def test_what_an_idle_engine_loses_to_swap_is_seen_counted_and_charged_to_it(tmp_path: Path):
-    host, history = LinuxHost(), tmp_path / "history.db"
+    host, accounts = LinuxHost(), Accounts(tmp_path / "history.db", structlog.get_logger())
     engine = EngineSample(None, (), is_idle=False, requests=0)
-    swap = SwapMeter(host, history, structlog.get_logger(), lambda: engine)
+    swap = SwapMeter(host, accounts, structlog.get_logger(), lambda: engine)
     with squeeze(tmp_path, 256 * MIB) as group, holding("anonymous", 128 * MIB, within=group.joining) as pid:
         engine = EngineSample(f"{pid}:a", (pid,), is_idle=True, requests=1)
         await swap.tick()
@@ -56,7 +57,7 @@ async def test_what_an_idle_engine_loses_to_swap_is_seen_counted_and_charged_to_
         told = tell(memory)
         assert told is not None
         assert abs(told - (1 - swapped / 128 / MIB)) < 0.1
-    await swap.close()
+    await accounts.close()
 
 
 def tell(memory: EngineMemory) -> float | None:

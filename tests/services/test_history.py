@@ -16,7 +16,8 @@ import pytest
 import structlog
 
 from emberd.core.swap_account import SwapWrites
-from emberd.services.history import KEPT_DAYS, History
+from emberd.core.warmth_cost import WarmthCost
+from emberd.services.history import _MIGRATIONS, KEPT_DAYS, History
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -101,7 +102,7 @@ def test_accounts_of_a_day_add_up_and_outlive_a_restart(book: Book):
     assert first.add(DAY, WRITES)
     assert first.add(DAY + timedelta(days=1), WRITES)
     first.close()
-    assert book.open().days(DAY) == {DAY: WRITES + WRITES, DAY + timedelta(days=1): WRITES}
+    assert book.open().days(DAY, SwapWrites) == {DAY: WRITES + WRITES, DAY + timedelta(days=1): WRITES}
     assert book.events == []
 
 
@@ -111,13 +112,14 @@ import os, sys, structlog
 from datetime import date
 from pathlib import Path
 from emberd.core.swap_account import SwapWrites
+from emberd.core.warmth_cost import WarmthCost
 from emberd.services.history import History
 history = History(Path(sys.argv[1]), structlog.get_logger())
 assert history.add(date(2026, 5, 1), SwapWrites(1, 2, 3, 4, 5, 6))
 os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", code, book.path], check=False, timeout=60)
-    assert book.open().days(DAY) == {DAY: WRITES}
+    assert book.open().days(DAY, SwapWrites) == {DAY: WRITES}
 
 
 def test_nothing_is_opened_before_there_is_something_to_write(book: Book):
@@ -139,14 +141,14 @@ def test_only_days_from_the_one_asked_for_on_are_returned(book: Book):
     history = book.open()
     for back in range(3):
         history.add(DAY - timedelta(days=back), WRITES)
-    assert list(history.days(DAY - timedelta(days=1))) == [DAY - timedelta(days=1), DAY]
+    assert list(history.days(DAY - timedelta(days=1), SwapWrites)) == [DAY - timedelta(days=1), DAY]
 
 
 def test_a_year_of_days_is_kept(book: Book):
     history = book.open()
     for back in range(KEPT_DAYS + 5):
         history.add(DAY + timedelta(days=back), WRITES)
-    kept = list(history.days(date.min))
+    kept = list(history.days(date.min, SwapWrites))
     assert len(kept) == KEPT_DAYS
     assert kept[0] == DAY + timedelta(days=5)
     history.close()
@@ -157,7 +159,7 @@ def test_a_clock_that_is_wrong_for_a_while_does_not_delete_the_past(book: Book):
     history = book.open()
     history.add(DAY, WRITES)
     history.add(date(2099, 1, 1), WRITES)
-    assert DAY in history.days(date.min)
+    assert DAY in history.days(date.min, SwapWrites)
 
 
 def test_an_empty_file_of_version_0_is_migrated(book: Book):
@@ -167,7 +169,22 @@ def test_an_empty_file_of_version_0_is_migrated(book: Book):
     made.close()
     assert book.path.stat().st_size > 0
     assert book.open().add(DAY, WRITES)
-    assert version_of(book.path) == 1
+    assert version_of(book.path) == len(_MIGRATIONS)
+
+
+def test_the_file_of_an_older_emberd_is_brought_up_to_date_and_loses_nothing(book: Book):
+    with sqlite3.connect(book.path) as made:
+        made.execute(_MIGRATIONS[0])
+        made.execute("INSERT INTO swap_writes VALUES (?, 1, 2, 3, 4, 5, 6)", (DAY.isoformat(),))
+        made.execute("PRAGMA user_version = 1")
+    made.close()
+    history = book.open()
+    cost = WarmthCost(passes=3, read_bytes=5, engine_ms=7, cpu_ms=11)
+    assert history.add(DAY, cost)
+    assert history.add(DAY, cost)
+    assert history.days(DAY, SwapWrites) == {DAY: SwapWrites(1, 2, 3, 4, 5, 6)}
+    assert history.days(DAY, WarmthCost) == {DAY: cost + cost}
+    assert version_of(book.path) == len(_MIGRATIONS)
     assert book.events == []
 
 
@@ -189,7 +206,7 @@ def test_a_file_of_a_newer_emberd_is_set_aside_and_said_once(book: Book):
     made.close()
     history = book.open()
     assert history.add(DAY, WRITES)
-    assert history.days(DAY) == {DAY: WRITES}
+    assert history.days(DAY, SwapWrites) == {DAY: WRITES}
     assert book.names() == ["history_set_aside"]
     assert "newer emberd (format 7)" in str(book.events[0]["reason"])
     assert version_of(set_aside(book)[0]) == 7
@@ -220,7 +237,7 @@ def test_a_file_that_is_damaged_while_it_is_open_costs_nothing_that_comes_after(
         file.seek(4096)
         file.write(b"\xff" * (book.path.stat().st_size - 4096))
     assert history.add(DAY, WRITES)
-    assert history.days(DAY) == {DAY: WRITES}
+    assert history.days(DAY, SwapWrites) == {DAY: WRITES}
     assert book.names() == ["history_set_aside"]
 
 
@@ -240,20 +257,20 @@ def test_a_file_that_is_deleted_under_our_feet_is_made_again(book: Book):
         path.unlink()
     assert history.add(DAY, WRITES)
     history.close()
-    assert book.open().days(DAY) == {DAY: WRITES}
+    assert book.open().days(DAY, SwapWrites) == {DAY: WRITES}
 
 
 def test_what_a_full_file_cannot_take_waits_in_memory_and_is_said_once(book: Book):
-    history = book.open(page_limit=2)
+    history = book.open(page_limit=3)
     days = [DAY + timedelta(days=number) for number in range(200)]
     outcomes = [history.add(day, WRITES) for day in days]
     assert outcomes[0] is True
     assert outcomes[-1] is False
-    assert history.days(DAY) == dict.fromkeys(days, WRITES)
+    assert history.days(DAY, SwapWrites) == dict.fromkeys(days, WRITES)
     assert book.names() == ["history_not_written"]
     history.close()
     roomy = book.open()
-    assert len(roomy.days(DAY)) == outcomes.count(True)
+    assert len(roomy.days(DAY, SwapWrites)) == outcomes.count(True)
 
 
 @needs_root
@@ -271,12 +288,12 @@ def test_a_full_disk_loses_nothing(book: Book, mounted: Callable[[str], Path]):
     assert set(book.names()) == {"history_not_written"}
     assert len(book.events) <= 2
     expected = {**dict.fromkeys(days, WRITES), DAY: WRITES + WRITES}
-    assert history.days(DAY) == expected
+    assert history.days(DAY, SwapWrites) == expected
     filler.unlink()
     assert history.add(DAY, WRITES)
     assert book.names()[-1] == "history_written_again"
     history.close()
-    assert book.open().days(DAY) == {**expected, DAY: WRITES + WRITES + WRITES}
+    assert book.open().days(DAY, SwapWrites) == {**expected, DAY: WRITES + WRITES + WRITES}
 
 
 @needs_root
@@ -286,11 +303,11 @@ def test_a_disk_that_is_full_from_the_start_is_no_reason_to_stop(book: Book, mou
     book.path = folder / "history.db"
     history = book.open()
     assert not history.add(DAY, WRITES)
-    assert history.days(DAY) == {DAY: WRITES}
+    assert history.days(DAY, SwapWrites) == {DAY: WRITES}
     mounted("size=256k")
     assert history.add(DAY, SwapWrites())
     history.close()
-    assert book.open().days(DAY) == {DAY: WRITES}
+    assert book.open().days(DAY, SwapWrites) == {DAY: WRITES}
 
 
 @needs_root
@@ -304,7 +321,7 @@ def test_a_disk_that_becomes_read_only_is_no_reason_to_stop(book: Book, mounted:
     assert "history_not_written" in book.names()
     mounted("rw")
     assert history.add(DAY, SwapWrites())
-    assert history.days(DAY) == {DAY: WRITES + WRITES}
+    assert history.days(DAY, SwapWrites) == {DAY: WRITES + WRITES}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes into any folder")
@@ -313,7 +330,7 @@ def test_a_folder_that_may_not_be_written_is_no_reason_to_stop(book: Book):
     try:
         history = book.open()
         assert not history.add(DAY, WRITES)
-        assert history.days(DAY) == {DAY: WRITES}
+        assert history.days(DAY, SwapWrites) == {DAY: WRITES}
         assert book.names() == ["history_not_written"]
     finally:
         book.path.parent.chmod(0o700)
@@ -328,7 +345,7 @@ def test_a_folder_that_is_missing_is_no_reason_to_stop(book: Book):
     assert book.names() == ["history_not_written"]
     book.path.parent.mkdir()
     assert history.add(DAY, WRITES)
-    assert history.days(DAY) == {DAY: WRITES + WRITES + WRITES}
+    assert history.days(DAY, SwapWrites) == {DAY: WRITES + WRITES + WRITES}
     assert book.names()[-1] == "history_written_again"
 
 
@@ -340,7 +357,7 @@ def test_a_reader_sees_whole_days_while_they_are_written(book: Book):
 
     def read() -> None:
         while not has_ended.is_set():
-            seen.append(reader.days(DAY)[DAY])
+            seen.append(reader.days(DAY, SwapWrites)[DAY])
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -364,7 +381,7 @@ def test_several_threads_may_write(book: Book):
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert history.days(DAY) == {DAY: SwapWrites(engine_idle=200)}
+    assert history.days(DAY, SwapWrites) == {DAY: SwapWrites(engine_idle=200)}
 
 
 def test_a_writer_that_holds_the_file_only_delays_an_account(book: Book):
@@ -379,4 +396,4 @@ def test_a_writer_that_holds_the_file_only_delays_an_account(book: Book):
         other.execute("ROLLBACK")
         other.close()
     assert history.add(DAY, SwapWrites())
-    assert history.days(DAY) == {DAY: WRITES + WRITES}
+    assert history.days(DAY, SwapWrites) == {DAY: WRITES + WRITES}

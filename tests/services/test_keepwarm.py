@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -172,3 +173,59 @@ def test_a_turn_that_cannot_be_replayed_leaves_the_cache_alone_and_nothing_is_tr
     wait_for_pass(daemon, "touch", touches + 2)
     assert all(event["steps"] == ["touch"] and event["is_complete"] for event in daemon.events("keepwarm")[before:])
     assert timed(daemon, STORY)[0] < 0.6
+
+
+def stream(daemon: Daemon, prompt: str, length: int = 4) -> None:
+    body = {"prompt": prompt, "max_length": length}
+    answer = httpx.post(f"{daemon.url}/api/extra/generate/stream", json=body, timeout=60, trust_env=False)
+    assert answer.status_code == 200
+
+
+def test_the_next_first_token_is_foretold_and_held_against_what_came(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon)
+    stream(daemon, "ba ke li mo")
+    wait_for_pass(daemon, "replay", 2)
+    told = daemon.wait_for(lambda status: status["warmth"]["forecast"]["first_token_s"] is not None)
+    assert told["warmth"]["forecast"]["temperature"] == "hot"
+    judged = len(daemon.events("first_token"))
+    stream(daemon, "ba ke li mo")
+    seen = daemon.wait_event("first_token", judged + 1)
+    assert seen["temperature"] == "hot"
+    assert 0 < seen["forecast_s"] < 2
+    assert 0.3 < seen["took_s"] < 2, "the stand-in looks for the first words after 0.35 s, as the original does"
+    assert "hot, first token after about" in daemon.verb("status").stdout
+
+
+def test_what_keeping_warm_cost_today_survives_a_restart(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon)
+    timed(daemon, "ba ke", 1)
+    wait_for_pass(daemon, "replay", 2)
+    before = daemon.status()["warmth"]["cost_today"]
+    assert before["passes"] >= 2
+    assert before["engine_s"] > 0
+    daemon.signal(signal.SIGTERM)
+    assert daemon.end() == 0
+    daemon.write_settings(warmth__mode="off")
+    daemon.start()
+    after = daemon.wait_ready()["warmth"]
+    assert after["cost"]["passes"] == 0
+    assert after["cost_today"]["passes"] >= before["passes"]
+
+
+def test_in_the_hours_for_other_work_nothing_is_warmed_until_somebody_asks(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon, {"warmth.cool_hours": ["00:00-24:00"]})
+    said = json.loads(daemon.verb("warm", "--json").stdout)
+    assert (said["steps"], said["reason"]) == ([], "cool")
+    timed(daemon, "ba ke", 1)
+    wait_for_pass(daemon, "replay")
+
+
+def test_without_reprime_a_new_engine_gets_no_user_s_prompt_from_emberd(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon, {"warmth.reprime": False})
+    timed(daemon, STORY, 2)
+    first = daemon.status()["engine"]["pid"]
+    psutil.Process(first).kill()
+    daemon.wait_ready(other_than=first)
+    tinies = passes(daemon, "tiny")
+    wait_for_pass(daemon, "tiny", tinies + 1)
+    assert timed(daemon, STORY, 1)[0] > 1.4

@@ -10,6 +10,7 @@ import structlog
 
 from emberd.core.types import EngineSample
 from emberd.host.linux import LinuxHost
+from emberd.services.accounts import Accounts
 from emberd.services.swap_meter import SwapMeter
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ def meter(kernel: Kernel, tmp_path: Path, samples: list[EngineSample]) -> SwapMe
     last = samples[-1]
     left = iter(samples)
     return SwapMeter(
-        LinuxHost(kernel.proc), tmp_path / "history.db", structlog.get_logger(), lambda: next(left, last)
+        LinuxHost(kernel.proc),
+        Accounts(tmp_path / "history.db", structlog.get_logger()),
+        structlog.get_logger(),
+        lambda: next(left, last),
     )
 
 
@@ -56,7 +60,7 @@ async def test_what_an_idle_engine_loses_to_swap_is_charged_to_it(kernel: Kernel
     kernel.set(pages_out=1000, engine_kib=PAGE * 600 // 1024)
     writes = await swap.tick()
     assert (writes.engine_idle, writes.other_idle) == (600 * PAGE, 400 * PAGE)
-    await swap.close()
+    await swap._accounts.close()
 
 
 async def test_a_request_between_two_readings_makes_it_busy(kernel: Kernel, tmp_path: Path):
@@ -65,7 +69,7 @@ async def test_a_request_between_two_readings_makes_it_busy(kernel: Kernel, tmp_
     kernel.set(pages_out=10, engine_kib=0)
     writes = await swap.tick()
     assert (writes.other_idle, writes.other_busy) == (0, 10 * PAGE)
-    await swap.close()
+    await swap._accounts.close()
 
 
 async def test_without_writes_no_file_is_made(kernel: Kernel, tmp_path: Path):
@@ -84,14 +88,14 @@ async def test_the_account_of_a_day_survives_a_restart(kernel: Kernel, tmp_path:
         await swap.tick()
         kernel.set(pages_out=pages, engine_kib=0)
         await swap.tick()
-        await swap.close()
+        await swap._accounts.close()
     after = meter(kernel, tmp_path, [NONE])
     status = await after.status(0.001)
     assert status is not None
     assert status["written_today_bytes"] == status["other_bytes"] == 300 * PAGE
     assert status["share_of_endurance"] == pytest.approx(300 * PAGE / 1e9)
     assert (tmp_path / "history.db").stat().st_mode & 0o777 == 0o600
-    await after.close()
+    await after._accounts.close()
 
 
 async def test_a_reboot_starts_the_count_afresh(kernel: Kernel, tmp_path: Path):
@@ -100,11 +104,16 @@ async def test_a_reboot_starts_the_count_afresh(kernel: Kernel, tmp_path: Path):
     await swap.tick()
     kernel.set(pages_out=10, engine_kib=0)
     assert (await swap.tick()).total == 0
-    await swap.close()
+    await swap._accounts.close()
 
 
 async def test_where_the_system_tells_nothing_nothing_is_claimed(tmp_path: Path):
-    swap = SwapMeter(LinuxHost(tmp_path / "nowhere"), tmp_path / "h.db", structlog.get_logger(), lambda: NONE)
+    swap = SwapMeter(
+        LinuxHost(tmp_path / "nowhere"),
+        Accounts(tmp_path / "h.db", structlog.get_logger()),
+        structlog.get_logger(),
+        lambda: NONE,
+    )
     await swap.tick()
     await swap.tick()
     assert await swap.status(600) is None

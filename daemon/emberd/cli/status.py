@@ -59,6 +59,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
         seen = status["residency"]
         rows.append(("resident", residency_words(seen), "dim" if seen["share"] is None else ""))
     rows.append(("warmth", _warmth_words(status["warmth"]), ""))
+    rows += _forecast_rows(status["warmth"])
     rows += _memory_rows(status["memory"])
     heartbeat = status["metal_heartbeat"]
     if heartbeat:
@@ -90,6 +91,24 @@ def _warmth_words(warmth: dict[str, Any]) -> str:
     if warmth["next_look_in_s"] is not None:
         words.append(f"next in {duration(warmth['next_look_in_s'])}")
     return "; ".join(words) or "not yet"
+
+
+def _forecast_rows(warmth: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    told, cost = warmth["forecast"], warmth["cost_today"]
+    if told["first_token_s"] is not None:
+        words = f"{told['temperature']}, first token after about {told['first_token_s']:.2g} s"
+        if told["last"] and told["last"]["forecast_s"] is not None:
+            words += (
+                f" (last time: {told['last']['forecast_s']:.2g} s foretold, {told['last']['took_s']:.2g} s taken)"
+            )
+        rows.append(("next", words, ""))
+    if cost["passes"]:
+        words = f"{cost['passes']} passes today, {cost['cpu_s']:.1f} s of processor time"
+        if cost["read_bytes"]:
+            words += f", {cost['read_bytes'] / 1e9:.2f} GB read"
+        rows.append(("cost", words, "dim"))
+    return rows
 
 
 def _request_words(status: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import signal
 import sys
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from emberd.cli.progress import byte_progress
 from emberd.cli.residency import model_files, toucher_on
 from emberd.cli.talk import as_json, gib, show
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 _INTERRUPTED = 130
@@ -42,7 +42,7 @@ async def _touch(paths: Sequence[Path], *, is_json: bool) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, toucher.stop)
         try:
-            with _progress(is_shown=not is_json and sys.stderr.isatty()) as progress:
+            with byte_progress(is_shown=not is_json and sys.stderr.isatty()) as progress:
                 touched = await toucher.touch(progress)
         finally:
             loop.remove_signal_handler(signal.SIGINT)
@@ -51,21 +51,6 @@ async def _touch(paths: Sequence[Path], *, is_json: bool) -> dict[str, Any]:
         **dataclasses.asdict(touched),
         "bytes_per_s": round(touched.done_bytes / touched.elapsed_s),
     }
-
-
-@contextlib.contextmanager
-def _progress(*, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that shows how far it is, on standard error."""
-    if not is_shown:
-        yield lambda *_: None
-        return
-    from rich.console import Console  # noqa: PLC0415  # heavy, and not needed without a terminal
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn  # noqa: PLC0415
-
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("", total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def _print(content: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from emberd.core.errors import ConfigError
+from emberd.core.hours import read_hours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -207,6 +208,14 @@ class WarmthSettings:
         "auto",
         "What to give up when holding the model makes the rest of the computer swap: auto (the model, above "
         "512 MiB a minute), machine-first (above 64 MiB) or model-first (never).",
+    )
+    reprime: bool = setting(
+        True, "After a restart of the engine, process the last request and its reply again in the background."
+    )
+    cool_hours: tuple[str, ...] = setting(
+        [],
+        "Hours of the day in which the model's memory is given to other work until somebody asks, such as "
+        '["01:00-07:30"].',
     )
     may_restart: bool = setting(
         False, "Whether the engine may be restarted without its lock when nothing else stops the swapping."
@@ -437,6 +446,11 @@ def _check_together(settings: Settings, source: str) -> None:
             f"lifecycle.backoff_max_s ({settings.lifecycle.backoff_max_s:g} s)",
             "Raise backoff_max_s or lower backoff_initial_s.",
         )
+    for text in settings.warmth.cool_hours:
+        try:
+            read_hours(text)
+        except ValueError as error:
+            raise ConfigError(f"{source}: warmth.cool_hours: {error}", "Mend the hours, or remove them.") from None
     if settings.warmth.min_interval_s > settings.warmth.max_interval_s:
         raise ConfigError(
             f"{source}: warmth.min_interval_s ({settings.warmth.min_interval_s:g} s) is more than "

@@ -112,6 +112,7 @@ class Exchange:
         self._stream: StreamedReply | None = None
         self._whole: bytearray | None = None
         self._port = 0
+        self._asked_s: float | None = None
 
     async def run(self, scope: Scope, body: Body, client: Client) -> None:
         """Carry it out.
@@ -185,6 +186,7 @@ class Exchange:
             if self._generation is None and body.in_hand is not None:
                 self._generation = recognise(scope["method"], scope["path"], body.in_hand)
         connection = EngineConnection(self._port)
+        self._asked_s = time.monotonic()
         try:
             head = await connection.ask(engine_request(scope, body, self._port, content))
             body.let_go()
@@ -208,16 +210,11 @@ class Exchange:
             headers = end_to_end(head.headers)
             await client.send({"type": "http.response.start", "status": head.status, "headers": headers})
             self._watch(head)
-        stream, whole = self._stream, self._whole
+        stream = self._stream
         try:
             async for chunk in connection.parts():
                 flowed(len(chunk))
-                if stream is not None:
-                    await client.send_part(stream.take(chunk))
-                    continue
-                if whole is not None:
-                    whole = self._whole = self._turns.with_room(whole, chunk)
-                await client.send_part(chunk)
+                await client.send_part(self._taken(chunk))
         except EngineBrokeOff as error:
             await self._break_off(client, _cause(error), error)
         is_whole = _tells_its_length(head)
@@ -229,6 +226,17 @@ class Exchange:
         if stream is not None:
             await client.send_part(stream.rest())
         await client.end()
+
+    def _taken(self, chunk: bytes) -> bytes:
+        """Follow what the engine says; return what the client is to be sent now."""
+        if self._stream is None:
+            if self._whole is not None:
+                self._whole = self._turns.with_room(self._whole, chunk)
+            return chunk
+        if self._asked_s is not None:
+            self._turns.spoke(time.monotonic() - self._asked_s)
+            self._asked_s = None
+        return self._stream.take(chunk)
 
     def _watch(self, head: ReplyHead) -> None:
         """Follow what a generation says, to continue it and to remember it."""

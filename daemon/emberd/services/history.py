@@ -1,4 +1,4 @@
-"""What emberd remembers over days: bytes written to swap, in a small SQLite file.
+"""What emberd remembers over days: what was written to swap, what keeping warm cost, in a small SQLite file.
 
 Nothing here may stop the daemon. What cannot be written stays in memory and is written with the next; a file that
 cannot be understood is set aside, never guessed at and never deleted. All methods block: call them off the event
@@ -11,11 +11,12 @@ import contextlib
 import os
 import sqlite3
 import threading
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields
 from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from emberd.core.swap_account import SwapWrites
+from emberd.core.warmth_cost import WarmthCost
 from emberd.host.files import PRIVATE_FILE_MODE
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _BUSY_TIMEOUT_S = 2.0
 _PAGE_LIMIT = 1024
 """4 MiB with SQLite's pages of 4 KiB; a year of days takes less than 64 KiB."""
 _CACHE_KIB = 64
-_COLUMNS = tuple(each.name for each in fields(SwapWrites))
+Account = TypeVar("Account", SwapWrites, WarmthCost)
 _MIGRATIONS = (
     """
     CREATE TABLE swap_writes (
@@ -43,14 +44,43 @@ _MIGRATIONS = (
         unknown_busy INTEGER NOT NULL
     ) WITHOUT ROWID
     """,
+    """
+    CREATE TABLE warmth_costs (
+        day TEXT PRIMARY KEY,
+        passes INTEGER NOT NULL,
+        read_bytes INTEGER NOT NULL,
+        engine_ms INTEGER NOT NULL,
+        cpu_ms INTEGER NOT NULL
+    ) WITHOUT ROWID
+    """,
 )
 """Step n brings a file of user_version n to n + 1. Only ever append."""
-_ADD = (
-    f"INSERT INTO swap_writes (day, {', '.join(_COLUMNS)}) VALUES (?{', ?' * len(_COLUMNS)}) "  # noqa: S608
-    f"ON CONFLICT (day) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in _COLUMNS)}"
-)
-_READ = f"SELECT day, {', '.join(_COLUMNS)} FROM swap_writes WHERE day >= ? ORDER BY day"  # noqa: S608
-_FORGET = "DELETE FROM swap_writes WHERE day NOT IN (SELECT day FROM swap_writes ORDER BY day DESC LIMIT ?)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Book:
+    """The statements of one kind of account."""
+
+    add: str
+    read: str
+    forget: str
+
+
+def _book(table: str, kind: type[SwapWrites | WarmthCost]) -> _Book:
+    names = [each.name for each in fields(kind)]
+    columns, places = ", ".join(names), ", ?" * len(names)
+    sums = ", ".join(f"{name} = {name} + excluded.{name}" for name in names)
+    return _Book(
+        f"INSERT INTO {table} (day, {columns}) VALUES (?{places}) ON CONFLICT (day) DO UPDATE SET {sums}",  # noqa: S608
+        f"SELECT day, {columns} FROM {table} WHERE day >= ? ORDER BY day",  # noqa: S608
+        f"DELETE FROM {table} WHERE day NOT IN (SELECT day FROM {table} ORDER BY day DESC LIMIT ?)",  # noqa: S608
+    )
+
+
+_BOOKS: dict[type[Any], _Book] = {
+    SwapWrites: _book("swap_writes", SwapWrites),
+    WarmthCost: _book("warmth_costs", WarmthCost),
+}
 
 
 class _NotUnderstood(Exception):
@@ -74,51 +104,56 @@ class History:
         self._page_limit = page_limit
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
-        self._pending: dict[date, SwapWrites] = {}
+        self._pending: dict[type[Any], dict[date, Any]] = {kind: {} for kind in _BOOKS}
         self._trouble = ""
         self._inode = 0
 
-    def add(self, day: date, writes: SwapWrites) -> bool:
+    def add(self, day: date, account: SwapWrites | WarmthCost) -> bool:
         """Add to the account of a day.
 
         Returns:
             True if all accounts are on disk; False if they wait in memory, which is logged once.
         """
         with self._lock:
-            if writes.total:
-                self._pending[day] = self._pending.get(day, SwapWrites()) + writes
-                if len(self._pending) > KEPT_DAYS:
-                    del self._pending[min(self._pending)]
+            if account.total:
+                pending = self._pending[type(account)]
+                pending[day] = pending.get(day, type(account)()) + account
+                if len(pending) > KEPT_DAYS:
+                    del pending[min(pending)]
             return self._flush()
 
-    def days(self, since: date) -> Mapping[date, SwapWrites]:
-        """Return the accounts from a day on, those included that wait in memory."""
+    def days(self, since: date, kind: type[Account]) -> Mapping[date, Account]:
+        """Return the accounts of a kind from a day on, those included that wait in memory."""
         with self._lock:
-            found: dict[date, SwapWrites] = {}
+            found: dict[date, Account] = {}
             connection = self._ready()
             if connection is not None:
                 try:
-                    rows = connection.execute(_READ, (since.isoformat(),)).fetchall()
-                    found = {date.fromisoformat(day): SwapWrites(*counts) for day, *counts in rows}
+                    rows = connection.execute(_BOOKS[kind].read, (since.isoformat(),)).fetchall()
+                    found = {date.fromisoformat(day): kind(*counts) for day, *counts in rows}
                 except (sqlite3.Error, ValueError, TypeError) as error:
                     self._stumble(error)
-            for day, writes in self._pending.items():
+            for day, account in self._pending[kind].items():
                 if day >= since:
-                    found[day] = found.get(day, SwapWrites()) + writes
+                    found[day] = found.get(day, kind()) + account
             return dict(sorted(found.items()))
 
     def close(self) -> None:
         """Write what waits, if that is possible, and close the file. It opens again when it is used again."""
         with self._lock:
-            if self._pending:
+            if self._has_pending:
                 self._flush()
             self._disconnect()
 
     # --- inside the lock ------------------------------------------------------------------------------------
 
+    @property
+    def _has_pending(self) -> bool:
+        return any(self._pending.values())
+
     def _flush(self) -> bool:
         # The second try is for a file that turns out to be damaged and has been set aside.
-        if self._pending and not self._write_pending() and not self._write_pending():
+        if self._has_pending and not self._write_pending() and not self._write_pending():
             return False
         if self._trouble and self._connection is not None:
             self._log.info("history_written_again", path=str(self._path))
@@ -129,16 +164,19 @@ class History:
         connection = self._ready()
         if connection is None:
             return False
-        accounts = [(day.isoformat(), *astuple(writes)) for day, writes in self._pending.items()]
         try:
             # One transaction: after an error nothing of it is there, and all of it is still pending.
             with connection:
-                connection.executemany(_ADD, accounts)
-                connection.execute(_FORGET, (KEPT_DAYS,))
+                for kind, pending in self._pending.items():
+                    accounts = [(day.isoformat(), *astuple(account)) for day, account in pending.items()]
+                    if accounts:
+                        connection.executemany(_BOOKS[kind].add, accounts)
+                        connection.execute(_BOOKS[kind].forget, (KEPT_DAYS,))
         except sqlite3.Error as error:
             self._stumble(error)
             return False
-        self._pending.clear()
+        for pending in self._pending.values():
+            pending.clear()
         return True
 
     def _ready(self) -> sqlite3.Connection | None:

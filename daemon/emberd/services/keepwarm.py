@@ -10,17 +10,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import psutil
+
 from emberd.core import thrash, warmth
 from emberd.core.gguf import split_names
+from emberd.core.hours import left_of
 from emberd.core.lock import LockState
 from emberd.core.lock_limits import judge_limits
-from emberd.core.memory import Pressure
+from emberd.core.memory import PowerSource, Pressure
 from emberd.core.replay import GENKEY, Replay, make_replay, tiny
 from emberd.core.warmth import Cache, Decision, Found, Snapshot, Step, Trigger
+from emberd.core.warmth_cost import WarmthCost
 from emberd.host.toucher import ToucherLost, ToucherRefused
 
 if TYPE_CHECKING:
@@ -30,9 +34,11 @@ if TYPE_CHECKING:
 
     from emberd.core.memory import Power, SystemMemory
     from emberd.core.ports import Engine, Host
-    from emberd.core.settings import Settings
+    from emberd.core.settings import Settings, WarmthSettings
     from emberd.core.types import EngineSample
     from emberd.host.toucher import Toucher
+    from emberd.services.accounts import Accounts
+    from emberd.services.forecaster import Forecaster
     from emberd.services.knocks import Knocks
     from emberd.services.places import Places
     from emberd.services.turns import Turns
@@ -47,6 +53,10 @@ _SLEPT_S = 5.0
 _REPLAY_LIMIT_S = 600.0
 """Processing a long prompt again on a CPU takes minutes."""
 _ABORT_S = 2.0
+_STAYS_S = 900.0
+"""Who asks within the hours for other work may pause so long between two turns."""
+_SAVE_S = 3600.0
+"""The cost goes to disk so often, and at the end."""
 _PASS, _GUARD = "pass", "guard"
 
 
@@ -87,21 +97,6 @@ class Owner(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Costs:
-    """What keeping warm has cost since emberd's start.
-
-    Attributes:
-        passes: passes that did something.
-        read_bytes: brought back from the disk by the toucher.
-        engine_s: time that replays took of the engine.
-    """
-
-    passes: int = 0
-    read_bytes: int = 0
-    engine_s: float = 0.0
-
-
 class KeepWarm:
     """The keep-warm service.
 
@@ -114,6 +109,8 @@ class KeepWarm:
         turns: knows what the engine's cache holds.
         knocks: tells that somebody is there.
         places: tells who waits.
+        accounts: keep what it costs, by day.
+        forecaster: foretells the next first token.
     """
 
     def __init__(
@@ -126,6 +123,8 @@ class KeepWarm:
         turns: Turns,
         knocks: Knocks,
         places: Places,
+        accounts: Accounts,
+        forecaster: Forecaster,
     ) -> None:
         self._host = host
         self._log = log
@@ -135,8 +134,12 @@ class KeepWarm:
         self._turns = turns
         self._knocks = knocks
         self._places = places
+        self._accounts = accounts
+        self._forecaster = forecaster
         self._guard = thrash.Guard()
-        self._costs = Costs()
+        self._cost = self._unsaved = WarmthCost()
+        self._saved_s = time.monotonic()
+        self._progress: tuple[int, int] | None = None
         self._trigger = Trigger.TIMER
         self._interval_s = settings().warmth.min_interval_s
         self._paused_until_s: float | None = None
@@ -146,7 +149,6 @@ class KeepWarm:
         self._refused_lock_of: str | None = None
         self._last_critical_s: float | None = None
         self._last_pass_s: float | None = None
-        self._hot_replay_s: float | None = None
         self._seen_engine: str | None = None
         self._memory: SystemMemory | None = None
         self._power: tuple[float, Power] | None = None
@@ -211,8 +213,15 @@ class KeepWarm:
         await self._look()
         return {"ok": True, "seconds": seconds}
 
-    def status(self) -> dict[str, Any]:
-        """Return mode, last and next pass, and what it has cost."""
+    async def close(self) -> None:
+        """Save the cost that is not on disk yet."""
+        await self._save_cost()
+
+    async def status(self) -> dict[str, Any]:
+        """Return mode, last and next pass, the forecast, and what it has cost."""
+        if self._progress is None:  # the toucher does one thing at a time, and a cold pass takes seconds
+            await self._forecaster.look()
+        today = await self._accounts.today(WarmthCost) + self._unsaved
         now_s = time.monotonic()
         return {
             "mode": self._settings().warmth.mode,
@@ -224,13 +233,18 @@ class KeepWarm:
             "next_look_in_s": _until(now_s, self._next_s),
             "warm_for_s": None if self._last_pass_s is None else round(now_s - self._last_pass_s, 3),
             "last": self._last,
-            "hot_replay_s": self._hot_replay_s,
-            "cost": {
-                "passes": self._costs.passes,
-                "read_bytes": self._costs.read_bytes,
-                "engine_s": round(self._costs.engine_s, 3),
-            },
+            "progress": self._progress and self.progress,
+            "hot_replay_s": self._forecaster.hot_replay_s,
+            "forecast": self._forecaster.status(),
+            "cost": _plain_cost(self._cost),
+            "cost_today": _plain_cost(today),
         }
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """How far a pass over the weights is; zeros while there is none."""
+        done_bytes, total_bytes = self._progress or (0, 0)
+        return {"done_bytes": done_bytes, "total_bytes": total_bytes}
 
     @property
     def is_warm(self) -> bool:
@@ -249,6 +263,8 @@ class KeepWarm:
                 seen = await self._snapshot()
                 decision = warmth.decide(seen, self._settings().warmth)
                 await self._act(decision, seen)
+                if decision.steps:
+                    await self._forecaster.look()
                 self._plan(decision.look_again_s)
             except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
                 self._log.exception("keepwarm_bug")
@@ -277,6 +293,13 @@ class KeepWarm:
         if self._gap_s - gap_s > _SLEPT_S:
             self._log.info("woken", slept_s=round(self._gap_s - gap_s))
             self.wake(Trigger.WOKEN)
+        if self._power is not None and self._power[1].source is PowerSource.BATTERY:
+            power = await self._read_power()
+            if power.source is PowerSource.MAINS:
+                self.wake(Trigger.WOKEN)
+        await self._forecaster.learn(may_look=self._is_free() and not self._acting.locked())
+        if now_s - self._saved_s > _SAVE_S:
+            await self._save_cost()
         key = self._owner.sample().key if self._owner.port is not None else None
         if key is not None and key != self._seen_engine:
             self._seen_engine, self._interval_s = key, self._settings().warmth.min_interval_s
@@ -289,6 +312,7 @@ class KeepWarm:
             memory = await asyncio.to_thread(self._host.system_memory)
         if self._cool_until_s is not None and (self._turns.ended_s or 0.0) > self._cool_since_s:
             self._cool_until_s = None  # somebody needed the model
+        settings = self._settings().warmth
         trigger, self._trigger = self._trigger, Trigger.TIMER
         cache = self._turns.cache(engine.key, is_adopted=self._owner.is_adopted)
         turn = self._turns.last
@@ -297,7 +321,7 @@ class KeepWarm:
         )
         if cache is Cache.KNOWN and not can_replay:
             cache = Cache.UNKNOWN
-        elif cache is Cache.EMPTY and can_replay:
+        elif cache is Cache.EMPTY and can_replay and settings.reprime:
             cache = Cache.KNOWN  # a new engine: nothing can be lost, and the last turn can be brought back
         return Snapshot(
             now_s=time.monotonic(),
@@ -313,12 +337,21 @@ class KeepWarm:
             last_critical_s=self._last_critical_s,
             power=await self._read_power(),
             paused_until_s=self._paused_until_s,
-            cool_until_s=self._cool_until_s,
+            cool_until_s=self._cool_until_s or self._cool_hours_end_s(settings),
             hold=self._guard.hold,
             last_use_s=self._turns.ended_s,
             last_pass_s=self._last_pass_s,
             interval_s=self._interval_s,
         )
+
+    def _cool_hours_end_s(self, settings: WarmthSettings) -> float | None:
+        """Return when the hours for other work end, None if it is not their time or somebody needs the model."""
+        left_s = left_of(settings.cool_hours, datetime.now().astimezone())
+        now_s = time.monotonic()
+        used_s = self._turns.ended_s
+        if left_s is None or (used_s is not None and now_s - used_s < _STAYS_S):
+            return None
+        return now_s + left_s
 
     def _can_lock(self, engine: EngineSample, memory: SystemMemory) -> bool | None:
         """Tell whether limits and room let the toucher lock the weights; unknown without their size."""
@@ -355,7 +388,7 @@ class KeepWarm:
                 self._log.debug("keepwarm_rests", reason=decision.reason.value)
             self._rest = decision.reason.value
             return
-        began_s = time.monotonic()
+        began_s, cpu_s = time.monotonic(), await asyncio.to_thread(self._cpu_s)
         found = await self._before()
         done: list[str] = []
         for step in decision.steps:
@@ -371,7 +404,8 @@ class KeepWarm:
             # What failed although nobody came is tried again after the interval, not at once.
             self._last_pass_s = time.monotonic()
             self._interval_s = warmth.next_interval(self._interval_s, found, self._settings().warmth)
-        self._costs.passes += 1
+        used_s = await asyncio.to_thread(self._cpu_s) - cpu_s
+        self._spend(WarmthCost(passes=1, cpu_ms=max(round(used_s * 1000), 0)))
         self._last = {
             "reason": decision.reason.value,
             "steps": done,
@@ -380,6 +414,7 @@ class KeepWarm:
             "had_lost": found.has_lost,
             "cold_share": found.cold_share,
             "swapped_bytes": found.swapped_bytes,
+            "cpu_s": round(used_s, 3),
         }
         self._log.info("keepwarm", cache=seen.cache.value, next_s=round(self._interval_s, 1), **self._last)
 
@@ -415,11 +450,11 @@ class KeepWarm:
             return None
         self._toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])
         if not locks:
-            touched = await self._giving_way(self._toucher.touch(), self._toucher.stop)
-            self._costs.read_bytes += touched.cold_bytes or 0
+            touched = await self._giving_way(self._toucher.touch(self._note_progress), self._toucher.stop)
+            self._note_reading(touched.cold_bytes, touched.elapsed_s)
             return {"cold_share": _share(touched.cold_bytes, touched.total_bytes)} if touched.is_complete else None
-        locked = await self._giving_way(self._toucher.lock(), self._toucher.stop)
-        self._costs.read_bytes += locked.cold_bytes or 0
+        locked = await self._giving_way(self._toucher.lock(self._note_progress), self._toucher.stop)
+        self._note_reading(locked.cold_bytes, locked.elapsed_s)
         if locked.is_complete:
             self._locked_by = self._toucher.pid
             self._log.info("locked_outside", locked_bytes=locked.locked_bytes)
@@ -441,6 +476,31 @@ class KeepWarm:
             return await doing
         finally:
             coming.cancel()
+            self._progress = None
+
+    def _note_progress(self, done_bytes: int, total_bytes: int) -> None:
+        self._progress = (done_bytes, total_bytes)
+
+    def _note_reading(self, cold_bytes: int | None, seconds: float) -> None:
+        """Count what was read, and learn how fast that goes."""
+        self._spend(WarmthCost(read_bytes=cold_bytes or 0))
+        self._forecaster.note_reading(cold_bytes, seconds)
+
+    def _spend(self, cost: WarmthCost) -> None:
+        self._cost += cost
+        self._unsaved += cost
+
+    async def _save_cost(self) -> None:
+        unsaved, self._unsaved, self._saved_s = self._unsaved, WarmthCost(), time.monotonic()
+        await self._accounts.add(unsaved)
+
+    def _cpu_s(self) -> float:
+        """Return the processor time of engine and toucher so far, in seconds."""
+        total_s = 0.0
+        for pid in (*self._owner.sample().pids, self._toucher.pid):
+            with contextlib.suppress(psutil.Error):
+                total_s += sum(psutil.Process(pid).cpu_times()[:2]) if pid is not None else 0.0
+        return total_s
 
     async def _generate(self, *, is_tiny: bool) -> dict[str, Any] | None:
         """Send a generation of one token; given up at once when a user comes."""
@@ -462,15 +522,13 @@ class KeepWarm:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.gather(sending, coming, return_exceptions=True)
         took_s = time.monotonic() - began_s
-        self._costs.engine_s += took_s
+        self._spend(WarmthCost(engine_ms=round(took_s * 1000)))
         if not sending.result():
             return None
         if is_tiny:
             return {}
         self._turns.replayed(key)
-        hot_s = self._hot_replay_s
-        self._hot_replay_s = took_s if hot_s is None else min(hot_s, took_s)
-        return {"replay_ratio": took_s / hot_s if hot_s else None}
+        return {"replay_ratio": self._forecaster.note_replay(took_s)}
 
     async def _replay(self, port: int | None) -> Replay | None:
         turn = self._turns.last
@@ -481,6 +539,15 @@ class KeepWarm:
 
     def _is_free(self) -> bool:
         return self._owner.port is not None and self._owner.sample().is_idle and not self._places.waiting
+
+
+def _plain_cost(cost: WarmthCost) -> dict[str, Any]:
+    return {
+        "passes": cost.passes,
+        "read_bytes": cost.read_bytes,
+        "engine_s": cost.engine_ms / 1000,
+        "cpu_s": cost.cpu_ms / 1000,
+    }
 
 
 def _share(part: int | None, whole: int) -> float | None:

@@ -31,6 +31,10 @@ class Turns:
         self._holder: str | None = None
         self._is_known = False
         self._running = 0
+        self.first_token_s: float | None = None
+        """How long the last streamed reply made its user wait for its first words, in seconds."""
+        self.streamed = 0
+        """Streamed replies so far."""
         self.ended_s: float | None = None
         """When a user's generation ended last, on the monotonic clock."""
 
@@ -78,6 +82,11 @@ class Turns:
         self.ended_s = time.monotonic()
         self._turn, self._tell = None, tell
         self._is_known = not self._running
+
+    def spoke(self, seconds: float) -> None:
+        """Hear how long after its request a streamed reply began."""
+        self.first_token_s = seconds
+        self.streamed += 1
 
     def replayed(self, engine_key: str | None) -> None:
         """Hear that this engine has processed the turn again."""

@@ -1,0 +1,112 @@
+"""Foretells the next first token, and holds that against what its user then saw."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from emberd.core.forecast import Condition, Experience, Forecast, Temperature, forecast
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.ports import Host
+    from emberd.core.types import EngineSample
+    from emberd.services.turns import Turns
+
+_LOOK_AGAIN_S = 30.0
+_LEAST_READ_BYTES = 64 << 20
+"""Less is over too soon to tell a speed."""
+
+
+class Forecaster:
+    """Remembers what this engine took on this computer, for as long as emberd runs.
+
+    Args:
+        host: this computer.
+        log: events go here.
+        sample: tells what the engine is.
+        turns: knows when a user's reply began.
+        residency: tells how much of the weights is in memory, as plain values; None without an engine.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        log: FilteringBoundLogger,
+        sample: Callable[[], EngineSample],
+        turns: Turns,
+        residency: Callable[[], Awaitable[dict[str, Any] | None]],
+    ) -> None:
+        self._host = host
+        self._log = log
+        self._sample = sample
+        self._turns = turns
+        self._residency = residency
+        self._experience = Experience()
+        self._forecast = Forecast(Temperature.UNKNOWN, None)
+        self._looked_s = float("-inf")
+        self._streamed = 0
+        self._judged: dict[str, Any] | None = None
+
+    @property
+    def hot_replay_s(self) -> float | None:
+        """The fastest replay so far, in seconds."""
+        return self._experience.hot_replay_s
+
+    def status(self) -> dict[str, Any]:
+        """Return the forecast, and the last one with what then happened."""
+        return {
+            "temperature": self._forecast.temperature.value,
+            "first_token_s": self._forecast.seconds,
+            "last": self._judged,
+        }
+
+    async def look(self) -> None:
+        """Look at what is missing of the model now."""
+        self._looked_s = time.monotonic()
+        seen = await self._residency()
+        if seen is None or seen["share"] is None:
+            self._forecast = Forecast(Temperature.UNKNOWN, None)
+            return
+        memory = await asyncio.to_thread(self._host.engine_memory, self._sample().pids)
+        missing_bytes = seen["total_bytes"] - seen["resident_bytes"]
+        self._forecast = forecast(
+            Condition(seen["total_bytes"], missing_bytes, memory.swapped_bytes), self._experience
+        )
+
+    async def learn(self, *, may_look: bool) -> None:
+        """Judge the forecast by the last reply; look again now and then.
+
+        Args:
+            may_look: nobody uses the model.
+        """
+        took_s = self._turns.first_token_s
+        if self._streamed != self._turns.streamed and took_s is not None:
+            self._streamed = self._turns.streamed
+            told = self._forecast
+            self._experience = self._experience.with_first_token(told.temperature, took_s)
+            self._judged = {
+                "temperature": told.temperature.value,
+                "forecast_s": told.seconds,
+                "took_s": round(took_s, 3),
+            }
+            self._log.info("first_token", **self._judged)
+            self._looked_s = float("-inf")
+        if may_look and time.monotonic() - self._looked_s > _LOOK_AGAIN_S:
+            await self.look()
+
+    def note_replay(self, seconds: float) -> float | None:
+        """Hear how long a replay took; return that divided by a hot one, None for the first."""
+        hot_s = self._experience.hot_replay_s
+        self._experience = replace(self._experience, hot_replay_s=min(hot_s or seconds, seconds))
+        return seconds / hot_s if hot_s else None
+
+    def note_reading(self, cold_bytes: int | None, seconds: float) -> None:
+        """Hear how long bringing pages back took."""
+        if cold_bytes and cold_bytes >= _LEAST_READ_BYTES and seconds > 0:
+            self._experience = replace(self._experience, read_bytes_per_s=cold_bytes / seconds)
