@@ -74,6 +74,7 @@ class _Shape:
     embedding: int
     feed_forward: int
     vocabulary: int
+    experts: int = 0
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and dimensions, fastest-running dimension first."""
@@ -87,9 +88,12 @@ class _Shape:
             yield block + "attn_v.weight", (wide, narrow)
             yield block + "attn_output.weight", (wide, wide)
             yield block + "ffn_norm.weight", (wide,)
-            yield block + "ffn_gate.weight", (wide, inner)
-            yield block + "ffn_up.weight", (wide, inner)
-            yield block + "ffn_down.weight", (inner, wide)
+            if self.experts:
+                yield block + "ffn_gate_inp.weight", (wide, self.experts)
+            several, many = ("_exps", (self.experts,)) if self.experts else ("", ())
+            yield block + f"ffn_gate{several}.weight", (wide, inner, *many)
+            yield block + f"ffn_up{several}.weight", (wide, inner, *many)
+            yield block + f"ffn_down{several}.weight", (inner, wide, *many)
         yield "output_norm.weight", (wide,)
         yield "output.weight", (wide, self.vocabulary)
 
@@ -107,6 +111,7 @@ def write_gguf(
     vocabulary: int = 512,
     context_length: int = 8192,
     target_bytes: int | None = None,
+    experts: int = 0,
     architecture: str = "llama",
     seed: int = 0,
 ) -> GgufSummary:
@@ -120,6 +125,8 @@ def write_gguf(
         vocabulary: number of tokens, at least 512; those beyond the alphabet are never spoken.
         context_length: trained context in tokens.
         target_bytes: exact size of the file. Nearly all of it is weights that every token reads.
+        experts: makes a mixture of so many experts in each block, of which each token uses two; not with
+            `target_bytes`.
         architecture: name that the loader must know.
         seed: another seed gives other weights of the same size.
 
@@ -129,7 +136,7 @@ def write_gguf(
     words = _vocabulary(vocabulary)
     if embedding % (2 * HEAD_WIDTH):
         raise ValueError(f"embedding must be a multiple of {2 * HEAD_WIDTH}, not {embedding}")
-    shape = _Shape(layers, embedding, feed_forward or 4 * embedding, vocabulary)
+    shape = _Shape(layers, embedding, feed_forward or 4 * embedding, vocabulary, experts)
     if target_bytes is not None:
         shape = _grown(shape, target_bytes)
     header = _header(shape, words, context_length, architecture)
@@ -229,6 +236,7 @@ def _grown(shape: _Shape, target_bytes: int) -> _Shape:
 
 
 _HEADER_ROOM_BYTES = 16384
+_EXPERTS_USED = 2
 
 
 def _layer_bytes(embedding: int, feed_forward: int) -> int:
@@ -263,6 +271,11 @@ def _header(shape: _Shape, words: list[tuple[str, float, int]], context_length: 
         _entry("tokenizer.ggml.add_bos_token", _BOOL, b"\x01"),
         _entry("tokenizer.ggml.add_eos_token", _BOOL, b"\x00"),
     ]
+    if shape.experts:
+        metadata += [
+            _number(f"{architecture}.expert_count", shape.experts),
+            _number(f"{architecture}.expert_used_count", _EXPERTS_USED),
+        ]
     infos = bytearray()
     offset = count = 0
     for name, dimensions in shape.tensors():

@@ -211,3 +211,10 @@ def test_a_refused_lock_is_only_a_warning(model: Path) -> None:
     with serving(model, "--load-mode", "mlock", command=command) as (process, client):
         assert "failed to mlock" in process.output
         assert complete(client, "ba ke", 1)
+
+
+def test_a_synthetic_mixture_of_experts_loads_and_speaks(tmp_path: Path):
+    model = write_gguf(tmp_path / "mixture.gguf", experts=8).path
+    with serving(model) as (_, client):
+        answer = client.post("/completion", json={"prompt": "ba ke", "n_predict": 4, "temperature": 0}).json()
+    assert len(answer["content"].split()) == 4
