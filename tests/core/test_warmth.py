@@ -24,6 +24,7 @@ from emberd.core.warmth import (
     Step,
     Trigger,
     decide,
+    may_dwell,
     next_interval,
 )
 
@@ -240,3 +241,16 @@ def test_pressure_shortens_the_wait_for_the_next_pass():
 )
 def test_the_interval_follows_what_was_taken(found: Found, interval_s: float):
     assert next_interval(100, found, AUTO) == interval_s
+
+
+@given(snapshots, st.booleans())
+def test_the_weights_are_touched_without_a_pause_only_while_something_takes_them(seen: Snapshot, has_lost: bool):
+    found = Found(cold_share=0.5 if has_lost else 0.0)
+    if may_dwell(seen, found):
+        assert has_lost
+        assert seen.hold is Hold.ALL
+        assert seen.pressure is not Pressure.CRITICAL
+        assert seen.power.source is not PowerSource.BATTERY
+        assert seen.power.is_low_power is not True
+    calm = replace(seen, hold=Hold.ALL, pressure=Pressure.WARN, power=Power(PowerSource.MAINS))
+    assert may_dwell(calm, found) == has_lost

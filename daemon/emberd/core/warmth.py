@@ -271,12 +271,14 @@ class Found:
         swapped_bytes: what the engine had in swap.
         engine_bytes: the engine's footprint, to compare that with.
         replay_ratio: time of the replay, divided by that of a hot one.
+        major_faults: of the engine since the last pass; a replay that is slow without any met a busy processor.
     """
 
     cold_share: float | None = None
     swapped_bytes: int | None = None
     engine_bytes: int | None = None
     replay_ratio: float | None = None
+    major_faults: int | None = None
 
     @property
     def has_lost(self) -> bool:
@@ -285,8 +287,17 @@ class Found:
         return (
             (self.cold_share or 0.0) > _LOST_SHARE
             or swapped_share > _LOST_SHARE
-            or (self.replay_ratio or 0.0) > _SLOW_REPLAY
+            or ((self.replay_ratio or 0.0) > _SLOW_REPLAY and self.major_faults != 0)
         )
+
+
+def may_dwell(seen: Snapshot, found: Found) -> bool:
+    """Tell whether to go on touching between two passes: something takes the model, and no lock keeps it.
+
+    It costs a sixth of a core for 2 GiB; never on battery.
+    """
+    is_holdable = seen.hold is Hold.ALL and seen.pressure is not Pressure.CRITICAL
+    return found.has_lost and is_holdable and not _saves_power(seen)
 
 
 def next_interval(interval_s: float, found: Found, settings: WarmthSettings) -> float:
