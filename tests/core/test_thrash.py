@@ -147,3 +147,12 @@ def test_it_lets_go_one_step_at_a_time_and_never_faster_than_its_step(
         assert after is Hold.ALL or order.index(after) == order.index(before) + 1
         if before is not Hold.ALL:
             assert at_s - then_s >= STEP_S
+
+
+@pytest.mark.parametrize("frees", Hold)
+def test_steps_that_give_nothing_back_are_skipped(frees: Hold):
+    guard = Guard()
+    for second in (0, 2):
+        reading = Reading(second, second * 512 * MIB, Pressure.NORMAL)
+        guard = step(guard, reading, "machine-first", is_holding=True, frees=frees)
+    assert guard.hold is (Hold.NO_WARMING if frees is Hold.ALL else frees)

@@ -90,7 +90,9 @@ class Guard:
         return self.readings[-1][1] - self.readings[0][1] if self.readings else 0
 
 
-def step(guard: Guard, seen: Reading, priority: Priority, *, is_holding: bool) -> Guard:
+def step(
+    guard: Guard, seen: Reading, priority: Priority, *, is_holding: bool, frees: Hold = Hold.NO_WARMING
+) -> Guard:
     """Return the guard after a reading.
 
     Args:
@@ -98,11 +100,13 @@ def step(guard: Guard, seen: Reading, priority: Priority, *, is_holding: bool) -
         seen: the reading.
         priority: warmth.priority.
         is_holding: the model is warmed or locked at all; otherwise what is written is not emberd's doing.
+        frees: the first step that gives memory back. Steps before it are skipped: they would cost 5 s each, in
+            which a storm writes a gigabyte.
     """
     guard = replace(guard, readings=_within_window(guard, seen))
     is_over = guard.written_bytes > BUDGET_BYTES[priority]
     if is_over and (is_holding or guard.hold is not Hold.ALL):
-        return _let_go(replace(guard, quiet_since_s=None), seen.now_s)
+        return _let_go(replace(guard, quiet_since_s=None), seen.now_s, frees)
     if seen.pressure is Pressure.CRITICAL:
         return replace(guard, quiet_since_s=None)
     guard = guard if guard.quiet_since_s is not None else replace(guard, quiet_since_s=seen.now_s)
@@ -123,14 +127,14 @@ def _within_window(guard: Guard, seen: Reading) -> tuple[tuple[float, int], ...]
     return (*readings, (seen.now_s, seen.swapped_out_bytes))
 
 
-def _let_go(guard: Guard, now_s: float) -> Guard:
+def _let_go(guard: Guard, now_s: float, frees: Hold) -> Guard:
     """Give up one thing more; a new budget begins."""
     if guard.hold is Hold.NOTHING:
         return guard
     # The engine reached Hold.ALL before: this is a relapse.
     relapsed = guard.hold is Hold.ALL and guard.since_s > float("-inf") and now_s - guard.since_s < SETTLED_S
     calm_s = min(guard.calm_s * 2, LONGEST_CALM_S) if relapsed else guard.calm_s
-    return Guard(_ORDER[_ORDER.index(guard.hold) + 1], now_s, calm_s)
+    return Guard(_ORDER[max(_ORDER.index(guard.hold) + 1, _ORDER.index(frees))], now_s, calm_s)
 
 
 def _take_hold(guard: Guard, now_s: float) -> Guard:

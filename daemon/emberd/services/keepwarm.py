@@ -287,7 +287,9 @@ class KeepWarm:
         hold = self._guard.hold
         reading = thrash.Reading(now_s, memory.swapped_out_bytes, memory.pressure)
         priority = self._settings().warmth.priority
-        self._guard = thrash.step(self._guard, reading, priority, is_holding=self._is_holding())
+        self._guard = thrash.step(
+            self._guard, reading, priority, is_holding=self._is_holding(), frees=self._what_frees()
+        )
         if self._guard.hold is not hold:
             self._log.warning("thrash_guard", hold=self._guard.hold.value, was=hold.value)
             self.wake(Trigger.TIMER if self._guard.hold is not thrash.Hold.ALL else Trigger.RELIEVED)
@@ -376,6 +378,12 @@ class KeepWarm:
     def _is_holding(self) -> bool:
         is_warming = self._settings().warmth.mode != "off" and self._last_pass_s is not None
         return is_warming or self._is_locked_outside() or self._owner.lock_state is LockState.HELD
+
+    def _what_frees(self) -> thrash.Hold:
+        """Tell the first step of letting go that gives memory back."""
+        if self._is_locked_outside():
+            return thrash.Hold.NO_OUTSIDE_LOCK
+        return thrash.Hold.NOTHING if self._owner.lock_state is LockState.HELD else thrash.Hold.NO_WARMING
 
     async def _read_power(self) -> Power:
         now_s = time.monotonic()
