@@ -146,7 +146,9 @@ class _Daemon:
         most_connections = (self._host.raise_open_files() - _OWN_FILES) // 2
         self._endpoint = Endpoint(most_connections=min(most_connections, MOST_CONNECTIONS))
         self._knocks = Knocks()
-        self._turns = Turns(lambda: self._settings.endpoint.remember_kib * 1024)
+        self._turns = Turns(
+            lambda: self._settings.endpoint.remember_kib * 1024, lambda: supervisor.engine.conversations
+        )
         self._proxy = Proxy(
             supervisor, lambda: self._settings.endpoint, lambda: self._rules, self._turns, self._knocks, log
         )

@@ -140,12 +140,49 @@ def test_the_embedded_engine_serves_survives_a_kill_and_is_adopted(make_daemon: 
 
 
 @needs_xllamacpp
-def test_requests_that_wait_for_a_slot_leave_the_embedded_engine_able_to_answer(make_daemon: Callable[..., Daemon]):
-    """With its own choice of five threads, five waiting requests would silence /health for as long."""
-    daemon = make_daemon({"engine.kind": "embedded", "engine.path": "", "engine.context_size": 2048})
+def test_each_of_several_conversations_is_kept_in_its_own_slot(
+    make_daemon: Callable[..., Daemon], llama_server: Callable[[str], Path]
+):
+    help_text = NEW_HELP + "--parallel N                            slots\n"
+    daemon = make_daemon(
+        {
+            "engine.kind": "llama-server",
+            "engine.path": str(llama_server(help_text)),
+            "engine.extra_args": ["--parallel", "2"],
+            "engine.context_size": 2048,
+            "warmth.mode": "auto",
+            "warmth.min_interval_s": 1.0,
+            "warmth.max_interval_s": 1.0,
+        }
+    )
     daemon.start()
     port = daemon.wait_ready()["engine"]["port"]
-    body = {"prompt": "Once", "n_predict": 1500, "ignore_eos": True}
+
+    def tasks() -> dict[int, int]:
+        slots = httpx.get(f"http://127.0.0.1:{port}/slots", timeout=30, trust_env=False).json()
+        return {slot["id"]: slot["id_task"] for slot in slots}
+
+    def new_tokens(prompt: str) -> int:
+        body = {"prompt": prompt, "n_predict": 4, "temperature": 0}
+        answer = httpx.post(f"{daemon.url}/completion", json=body, timeout=60, trust_env=False).json()
+        count: int = answer["timings"]["prompt_n"]
+        return count
+
+    talks = [" ".join(["ba", "ke", "li", "mo"] * 40), " ".join(["zu", "wo", "xe", "ny"] * 40)]
+    assert min(map(new_tokens, talks)) > 100
+    before = tasks()
+    assert len(before) == 2
+    daemon.wait_for(lambda _: all(task > before[slot] for slot, task in tasks().items()), "a replay in each slot")
+    assert max(map(new_tokens, talks)) < 10, "a replay took the other conversation's slot"
+
+
+@needs_xllamacpp
+def test_requests_that_wait_for_a_slot_leave_the_embedded_engine_able_to_answer(make_daemon: Callable[..., Daemon]):
+    """With its own choice of five threads, five waiting requests would silence /health for as long."""
+    daemon = make_daemon({"engine.kind": "embedded", "engine.path": "", "engine.context_size": 16_384})
+    daemon.start()
+    port = daemon.wait_ready()["engine"]["port"]
+    body = {"prompt": "Once", "n_predict": 16_000, "ignore_eos": True}
     with ThreadPoolExecutor(12) as pool, httpx.Client(trust_env=False, timeout=60) as client:
         waiting = [pool.submit(client.post, f"{daemon.url}/completion", json=body) for _ in range(12)]
         daemon.wait_for(lambda status: status["requests_in_flight"] == 12, "twelve requests in flight")

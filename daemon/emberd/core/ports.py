@@ -32,6 +32,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def conversations(self) -> int:
+        """How many conversations its cache holds."""
+        ...
+
+    @property
     def most_at_work(self) -> int:
         """How many of the requests for which `is_work` holds it takes at once."""
         ...

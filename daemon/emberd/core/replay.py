@@ -8,6 +8,7 @@ replaces it.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ _CHAT = ("/v1/chat/completions", "/chat/completions")
 _LLAMA = ("/completion", "/completions")
 _UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_prefix", "input_suffix"})
 """With these the engine builds another prompt than the text that is seen here, or makes several generations."""
+_SIMILARITY = 0.1
 GENKEY = "emberd-replay"
 """The replay's own key, so that it can be aborted without touching a user's generation (never an empty one)."""
 
@@ -126,6 +128,36 @@ def _chat(kept: dict[str, Any], reply: str, engine: str, *, continues_turn: bool
 
 def _of_engine(engine: str) -> dict[str, Any]:
     return {"genkey": GENKEY} if engine == "koboldcpp" else {"cache_prompt": True}
+
+
+def is_of_same_conversation(new: Turn, old: Turn) -> bool:
+    """Tell whether an engine with several slots gives a request the slot of an earlier one.
+
+    llama.cpp's server takes the slot whose contents begin as the prompt does, if that is more than a tenth of it
+    (tools/server, `--slot-prompt-similarity`), else the one that was used least recently.
+    """
+    new_text, old_text = _prompt_of(new), _prompt_of(old)
+    return _common_length(new_text, old_text) > _SIMILARITY * len(new_text)
+
+
+def _prompt_of(turn: Turn) -> str:
+    prompt = turn.body.get("prompt")
+    if isinstance(prompt, str):
+        return prompt + turn.reply
+    messages = turn.body.get("messages")
+    return json.dumps(messages if messages is not None else prompt) + turn.reply
+
+
+def _common_length(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike; by halving, since they may be megabytes."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def tiny(engine: str) -> Replay:

@@ -97,6 +97,7 @@ class KoboldCpp:
         self._kcpps_target = kcpps_target
         self.password = ""
 
+    conversations = 1
     most_at_work = 1
     """It works on one. Six more may wait in its queue, further ones get 503; `--multiuser` varies that."""
 

@@ -63,6 +63,7 @@ class LlamaServer:
         self._settings = settings
         self._host = host
         self._http = http
+        self.conversations = 1
 
     @property
     def most_connections(self) -> int:
@@ -97,7 +98,9 @@ class LlamaServer:
             return Readiness.LOADING
         if health.status != _HTTP_OK or health.get("status") != "ok":
             return Readiness.STRANGER
-        served = (await self._http.get(port, "/props", timeout_s)).get("model_path")
+        props = await self._http.get(port, "/props", timeout_s)
+        served, slots = props.get("model_path"), props.get("total_slots")
+        self.conversations = slots if isinstance(slots, int) and slots > 0 else 1
         if served is None:
             return Readiness.LOADING
         return Readiness.READY if served == str(self.model_path()) else Readiness.STRANGER

@@ -325,9 +325,9 @@ class KeepWarm:
         settings = self._settings().warmth
         trigger, self._trigger = self._trigger, Trigger.TIMER
         cache = self._turns.cache(engine.key, is_adopted=self._owner.is_adopted)
-        turn = self._turns.last
+        last = self._turns.last
         can_replay = (
-            turn is not None and make_replay(turn, self._owner.engine.name, continues_turn=True) is not None
+            last is not None and make_replay(last, self._owner.engine.name, continues_turn=True) is not None
         )
         if cache is Cache.KNOWN and not can_replay:
             cache = Cache.UNKNOWN
@@ -452,7 +452,7 @@ class KeepWarm:
         try:
             while calm < _CALM_ROUNDS and time.monotonic() - began_s < _LONGEST_DWELL_S:
                 await asyncio.sleep(_DWELL_PAUSE_S)
-                if self._guard.hold is not thrash.Hold.ALL or not self._is_free() or self._is_told_to_rest():
+                if not self._is_free() or self._must_rest():
                     break
                 touched = await self._giving_way(self._toucher.touch(), self._toucher.stop)
                 self._spend(WarmthCost(read_bytes=touched.cold_bytes or 0))
@@ -462,14 +462,22 @@ class KeepWarm:
                 calm = 0 if touched.cold_bytes else calm + 1
         except (ToucherRefused, ToucherLost) as error:
             self._log.warning("keepwarm_failed", step="dwell", reason=str(error))
+        except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
+            self._log.exception("keepwarm_bug")
         used_s = max(await asyncio.to_thread(self._cpu_s) - cpu_s, 0.0)
         self._spend(WarmthCost(cpu_ms=round(used_s * 1000)))
         seconds = round(time.monotonic() - began_s, 1)
         self._log.info("keepwarm_dwelt", rounds=rounds, seconds=seconds, cpu_s=round(used_s, 2))
 
-    def _is_told_to_rest(self) -> bool:
+    def _must_rest(self) -> bool:
+        """Tell whether nothing may be warmed, whoever says so."""
+        if self._guard.hold is not thrash.Hold.ALL or self._settings().warmth.mode == "off":
+            return True
+        if self._memory is not None and self._memory.pressure is Pressure.CRITICAL:
+            return True
         now_s = time.monotonic()
-        return any(until is not None and now_s < until for until in (self._paused_until_s, self._cool_until_s))
+        ends_s = (self._paused_until_s, self._cool_until_s, self._cool_hours_end_s(self._settings().warmth))
+        return any(end_s is not None and now_s < end_s for end_s in ends_s)
 
     async def _before(self) -> Found:
         """Read what was taken from the engine since the last pass."""
@@ -564,11 +572,25 @@ class KeepWarm:
         return total_s
 
     async def _generate(self, *, is_tiny: bool) -> dict[str, Any] | None:
-        """Send a generation of one token; given up at once when a user comes."""
-        port, engine, key = self._owner.port, self._owner.engine, self._owner.sample().key
-        request = tiny(engine.name) if is_tiny else await self._replay(port)
-        if port is None or request is None:
+        """Send a generation of one token, or one for each conversation; given up at once when a user comes."""
+        port, key = self._owner.port, self._owner.sample().key
+        if port is None:
             return None
+        if is_tiny:
+            return None if await self._send(port, tiny(self._owner.engine.name)) is None else {}
+        took_s = None
+        for request in await self._replays(port):
+            took_s = await self._send(port, request)
+            if took_s is None:
+                return None
+        if took_s is None:
+            return None
+        self._turns.replayed(key)
+        return {"replay_ratio": self._forecaster.note_replay(took_s)}
+
+    async def _send(self, port: int, request: Replay) -> float | None:
+        """Send one request; return how long it took in seconds, None if it was given up or failed."""
+        engine = self._owner.engine
         began_s = time.monotonic()
         sending = asyncio.create_task(engine.send(port, request, _REPLAY_LIMIT_S))
         coming = asyncio.create_task(self._places.arrival())
@@ -584,19 +606,14 @@ class KeepWarm:
                 await asyncio.gather(sending, coming, return_exceptions=True)
         took_s = time.monotonic() - began_s
         self._spend(WarmthCost(engine_ms=round(took_s * 1000)))
-        if not sending.result():
-            return None
-        if is_tiny:
-            return {}
-        self._turns.replayed(key)
-        return {"replay_ratio": self._forecaster.note_replay(took_s)}
+        return took_s if sending.result() else None
 
-    async def _replay(self, port: int | None) -> Replay | None:
-        turn = self._turns.last
-        if turn is None or port is None:
-            return None
+    async def _replays(self, port: int) -> list[Replay]:
+        """Return the replays of all conversations, the most recent one last."""
         engine = self._owner.engine
-        return make_replay(turn, engine.name, continues_turn=await engine.continues_turns(port, _ABORT_S))
+        continues = await engine.continues_turns(port, _ABORT_S)
+        made = [make_replay(turn, engine.name, continues_turn=continues) for turn in self._turns.all]
+        return [each for each in made if each is not None]
 
     def _is_free(self) -> bool:
         return self._owner.port is not None and self._owner.sample().is_idle and not self._places.waiting

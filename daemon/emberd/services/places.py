@@ -145,7 +145,7 @@ class Places:
 
     async def _wait(self, hold: Hold, lines: list[Line], *, goes_first: bool) -> int:
         while True:
-            port = await self._ready(hold)
+            port = await self._ready(hold, goes_first=goes_first)
             if all(line.is_free for line in lines):
                 for line in lines:
                     await line.enter()
@@ -181,11 +181,12 @@ class Places:
         for line in lines:
             line.leave()
 
-    async def _ready(self, hold: Hold) -> int:
+    async def _ready(self, hold: Hold, *, goes_first: bool) -> int:
         try:
             return await self._gate.ensure_ready(0)
         except NotReady:
-            self._refuse_a_crowd()
+            if not goes_first:
+                self._refuse_a_crowd()
         return await self._gate.ensure_ready(hold.left_s)
 
     def _refuse_a_crowd(self) -> None:

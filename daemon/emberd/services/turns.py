@@ -1,4 +1,4 @@
-"""The memory of the last turn: what the engine's KV cache holds, in this process's memory only.
+"""The memory of the last turns: what the engine's KV cache holds, in this process's memory only.
 
 Never logged, never written: a turn is what a person said and was told. It is bounded, and forgotten when told.
 """
@@ -9,6 +9,7 @@ import json
 import time
 from typing import TYPE_CHECKING
 
+from emberd.core.replay import is_of_same_conversation
 from emberd.core.warmth import Cache
 
 if TYPE_CHECKING:
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
 
 
 class Turns:
-    """Remembers one turn; KoboldCPP's cache holds one.
+    """Remembers the last turn of each conversation that the engine's cache can hold: one with KoboldCPP.
 
     Args:
-        most_bytes: tells how many bytes of request and reply are remembered; 0 for nothing.
+        most_bytes: tells how many bytes of requests and replies are remembered; 0 for nothing.
+        slots: tells how many conversations the engine's cache holds.
     """
 
-    def __init__(self, most_bytes: Callable[[], int]) -> None:
+    def __init__(self, most_bytes: Callable[[], int], slots: Callable[[], int] = lambda: 1) -> None:
         self._most_bytes = most_bytes
-        self._turn: Turn | None = None
+        self._slots = slots
+        self._turns: list[Turn] = []
         self._tell: Callable[[], Turn | None] | None = None
         self._holder: str | None = None
         self._is_known = False
@@ -49,11 +52,16 @@ class Turns:
     @property
     def last(self) -> Turn | None:
         """The last turn, None if there was none or it is not remembered."""
+        turns = self.all
+        return turns[-1] if turns else None
+
+    @property
+    def all(self) -> tuple[Turn, ...]:
+        """The last turn of each conversation, the most recent last."""
         tell, self._tell = self._tell, None
         if tell is not None:
-            turn = tell()
-            self._turn = turn if turn is not None and self._has_room(turn) else None
-        return self._turn
+            self._remember(tell())
+        return tuple(self._turns)
 
     def cache(self, engine_key: str | None, *, is_adopted: bool) -> Cache:
         """Return whose prompt the cache of an engine holds.
@@ -80,7 +88,9 @@ class Turns:
         """
         self._running -= 1
         self.ended_s = time.monotonic()
-        self._turn, self._tell = None, tell
+        if self._slots() > 1:
+            _ = self.all  # the turn before may be of another conversation
+        self._tell = tell
         self._is_known = not self._running
 
     def spoke(self, seconds: float) -> None:
@@ -95,7 +105,7 @@ class Turns:
 
     def forget(self) -> bool:
         """Forget request and reply; True if there was something to forget. The engine's cache keeps what it has."""
-        had, self._turn = self.last is not None, None
+        had, self._turns = self.last is not None, []
         return had
 
     def with_room(self, whole: bytearray, chunk: bytes) -> bytearray | None:
@@ -105,6 +115,21 @@ class Turns:
         whole += chunk
         return whole
 
-    def _has_room(self, turn: Turn) -> bool:
-        size = len(json.dumps(turn.body)) + len(turn.reply.encode("utf-8", "surrogatepass"))
-        return size <= self.most_bytes
+    def _remember(self, turn: Turn | None) -> None:
+        """Put a turn in the place of the one before it; what is not known may have taken any slot."""
+        if turn is None or _size_of(turn) > self.most_bytes:
+            self._turns = []
+            return
+        slots = max(self._slots(), 1)
+        others = [each for each in self._turns if slots > 1 and not is_of_same_conversation(turn, each)]
+        kept, room = [turn], self.most_bytes - _size_of(turn)
+        for each in reversed(others[-(slots - 1) :] if slots > 1 else []):
+            room -= _size_of(each)
+            if room < 0:
+                break
+            kept.insert(0, each)
+        self._turns = kept
+
+
+def _size_of(turn: Turn) -> int:
+    return len(json.dumps(turn.body)) + len(turn.reply.encode("utf-8", "surrogatepass"))

@@ -1,0 +1,92 @@
+"""The memory of the last turns: one of each conversation that the engine's cache holds, within bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from emberd.core.replay import Turn, is_of_same_conversation
+from emberd.core.warmth import Cache
+from emberd.services.turns import Turns
+
+ENGINE = "1:a"
+MANY = 1 << 20
+SEA = "A tale of the sea and of the ships that went down in it. "
+HILLS = "Nobody lives in the hills any more, they say in town. "
+
+
+def turn(prompt: str, reply: str = " Yes.") -> Turn:
+    return Turn("/completion", {"prompt": prompt}, reply)
+
+
+def after(turns: Turns, *told: Turn | None) -> tuple[Turn, ...]:
+    for each in told:
+        turns.begin(ENGINE)
+        turns.end(lambda each=each: each)  # type: ignore[misc]  # the default binds the loop's variable
+    return turns.all
+
+
+def test_one_slot_keeps_the_last_turn_only():
+    turns = Turns(lambda: MANY)
+    assert after(turns, turn(SEA), turn(HILLS)) == (turn(HILLS),)
+    assert turns.cache(ENGINE, is_adopted=False) is Cache.KNOWN
+
+
+def test_several_slots_keep_one_turn_of_each_conversation_the_latest_last():
+    turns = Turns(lambda: MANY, lambda: 3)
+    second = turn(SEA + " Yes. And then?")
+    assert after(turns, turn(SEA), turn(HILLS), second) == (turn(HILLS), second)
+    assert turns.last == second
+
+
+def test_the_oldest_conversation_goes_when_the_slots_are_full_or_the_bytes_are():
+    prompts = [f"{number}{number} is how it begins" for number in range(5)]
+    assert after(Turns(lambda: MANY, lambda: 2), *map(turn, prompts)) == tuple(map(turn, prompts[-2:]))
+    size = 2 * len('{"prompt": "00 is how it begins"}') + 2 * len(" Yes.")
+    assert after(Turns(lambda: size, lambda: 4), *map(turn, prompts)) == tuple(map(turn, prompts[-2:]))
+
+
+def test_what_is_not_known_may_have_taken_any_slot():
+    turns = Turns(lambda: MANY, lambda: 4)
+    assert after(turns, turn(SEA), turn(HILLS), None) == ()
+    assert turns.cache(ENGINE, is_adopted=False) is Cache.UNKNOWN
+
+
+def test_a_reply_is_taken_apart_only_when_somebody_wants_it():
+    turns, asked = Turns(lambda: MANY), []
+
+    def tell() -> Turn:
+        asked.append(1)
+        return turn(SEA)
+
+    for _ in range(3):
+        turns.begin(ENGINE)
+        turns.end(tell)
+    assert not asked
+    assert turns.last == turn(SEA)
+    assert turns.last == turn(SEA)
+    assert len(asked) == 1
+
+
+def test_what_is_forgotten_is_gone_also_what_nobody_has_looked_at():
+    turns = Turns(lambda: MANY, lambda: 2)
+    turns.begin(ENGINE)
+    turns.end(lambda: turn(SEA))
+    assert turns.forget()
+    assert turns.last is None
+    assert not turns.forget()
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "same"),
+    [
+        ({"prompt": "abcdefghij"}, {"prompt": "ab"}, True),
+        ({"prompt": "abcdefghij"}, {"prompt": "ax"}, False),
+        ({"messages": [{"content": "Hi"}]}, {"messages": [{"content": "Hi"}]}, True),
+        ({"prompt": ["several"]}, {"prompt": "one"}, False),
+        ({"prompt": ""}, {"prompt": "one"}, False),
+    ],
+)
+def test_a_conversation_is_told_by_how_its_prompt_begins(new: dict[str, Any], old: dict[str, Any], same: bool):
+    assert is_of_same_conversation(Turn("/completion", new, ""), Turn("/completion", old, "")) is same
