@@ -1,8 +1,8 @@
 """How Sphinx builds the site (`scripts/docs`). The pages are plain Markdown: a code host shows them as well.
 
 The source is the whole checkout, so that links between docs/ and the files beside it are followed and checked, and
-the order of the pages stands here instead of in a page. Nothing is fetched, neither when the site is built nor when
-it is read: the theme is part of Sphinx and has no font, script or style of another server.
+the order of the pages stands here instead of in a page. Nothing is fetched, neither when the site is built nor
+when it is read: the theme is part of Sphinx and has no font, script or style of another server.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ html_sidebars = {"**": ["about.html", "navigation.html", "searchbox.html"]}
 
 
 def add_navigation(_: Sphinx, page: str, source: list[str]) -> None:
-    """Put the table of contents behind the first page; a page of another branch that is not here yet is left out."""
+    """Put the table of contents behind the first page; a name without a page is left out."""
     if page != FIRST_PAGE:
         return
     for heading, names in NAVIGATION.items():
@@ -52,8 +52,9 @@ def add_navigation(_: Sphinx, page: str, source: list[str]) -> None:
 def lead_to_first_page(app: Sphinx, failure: Exception | None) -> None:
     """Write the site's index.html, which leads to the first page."""
     if failure is None and app.builder.format == "html":
-        line = f'<!doctype html><meta http-equiv="refresh" content="0; url={FIRST_PAGE}.html"><title>emberd</title>\n'
-        (Path(app.outdir) / "index.html").write_text(line, encoding="utf-8")
+        leads = f'<meta http-equiv="refresh" content="0; url={FIRST_PAGE}.html">'
+        text = f"<!doctype html><title>emberd</title>{leads}\n"
+        (Path(app.outdir) / "index.html").write_text(text, encoding="utf-8")
 
 
 def setup(app: Sphinx) -> None:

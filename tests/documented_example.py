@@ -1,7 +1,7 @@
 """The examples in the documentation: found, run as a person would, and compared with what the page shows.
 
-A block of shell commands is fenced as `sh` (commands only; each must succeed) or `console` (commands behind `$`, and
-below each what it prints). The line above its fence may be a comment:
+A block of shell commands is fenced as `sh` (commands only; each must succeed) or `console` (commands behind `$`,
+and below each what it prints). The line above its fence may be a comment:
 
 - ``<!-- example: SETUP -->``: the computer it is run on, one of `SETUPS`; without it `running`.
 - ``<!-- not executed: REASON -->``: one of `REASONS`. Nothing else excuses a block.
@@ -42,12 +42,9 @@ SETUPS = {
 }
 REASONS = {
     "needs macOS",
-    "needs a user manager of systemd",
     "needs an administrator",
     "installs software",
-    "needs a Metal GPU",
     "belongs to the folk recipe",
-    "runs for minutes",
 }
 SHELLS = {"sh", "console"}
 SILENT = {"text", "toml", "json", "ini", "xml", "mermaid", "python"}
@@ -148,6 +145,8 @@ class Computer:
         (self.home / "Models").mkdir()
         write_gguf(self.home / "Models" / "model.gguf", target_bytes=MODEL_BYTES)
         (self.home / "koboldcpp").symlink_to(standin)
+        (self.home / "bin").mkdir()
+        (self.home / "bin" / "python3").symlink_to(sys.executable)
         real = f"\"{sys.executable}\" -c 'from emberd.cli.main import main; main()'"
         self._write_program(real)
         self.config = Path(self.run("emberd config path").strip().replace(SHOWN_HOME, str(self.home)))
@@ -160,7 +159,8 @@ class Computer:
 
     def _write_program(self, real: str, config: Path | None = None) -> None:
         """Put `emberd` on PATH and where the README installs it: on the port of this computer, `run` behind it."""
-        tame = "" if config is None else f"[ ! -f '{config}' ] || sed -i.sed 's/^port = 5001$/port = {self.port}/' '{config}'"
+        command = f"s/^port = 5001$/port = {self.port}/"
+        tame = "" if config is None else f"[ ! -f '{config}' ] || sed -i.sed '{command}' '{config}'"
         text = f"""#!/bin/sh
 if [ "$1" = run ]; then
     {real} "$@" >"$HOME/run.log" 2>&1 &
@@ -175,7 +175,7 @@ code=$?
 {tame}
 exit $code
 """
-        for folder in (self.home / "bin", self.home / ".emberd" / "bin"):
+        for folder in (self.home / "bin", self.home / ".emberd" / "bin", self.home / ".local/share/emberd/bin"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "emberd").write_text(text, encoding="utf-8")
             (folder / "emberd").chmod(0o755)
