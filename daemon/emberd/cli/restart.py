@@ -64,7 +64,8 @@ def replace_daemon(config: str | None, drain_timeout_s: float, command: Sequence
         EngineFailed: it did not come back in time.
     """
     began_s = time.monotonic()
-    before = ask_daemon(config, "replace", **({"command": [*command]} if command else {}))
+    arguments: dict[str, Any] = {"command": [*command]} if command else {}
+    before = ask_daemon(config, "replace", **arguments)
     deadline_s = began_s + drain_timeout_s + _START_LIMIT_S
     while time.monotonic() < deadline_s:
         time.sleep(_ASK_AGAIN_S)

@@ -96,15 +96,19 @@ def _family(host: str) -> str | None:
 
 def problems(job: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what launchd would refuse or misread in a job, in words; empty if nothing."""
-    return tuple(_problems(job))
+    checks = (_types, _program, _values, _tables, _sockets)
+    return tuple(problem for check in checks for problem in check(job))
 
 
-def _problems(job: Mapping[str, Any]) -> Iterator[str]:
+def _types(job: Mapping[str, Any]) -> Iterator[str]:
     for key, value in job.items():
         if key not in _TYPES:
             yield f"{key} is not a key of emberd's job"
         elif not _is_of(value, _TYPES[key]):
             yield f"{key} is {_name(value)}, not {' or '.join(each.__name__ for each in _TYPES[key])}"
+
+
+def _program(job: Mapping[str, Any]) -> Iterator[str]:
     for key in ("Label", "ProgramArguments"):
         if not job.get(key):
             yield f"{key} is missing"
@@ -114,17 +118,23 @@ def _problems(job: Mapping[str, Any]) -> Iterator[str]:
             yield "ProgramArguments holds something else than strings"
         elif not words[0].startswith("/"):
             yield "ProgramArguments does not begin with an absolute path"
-    yield from _inner_problems(job)
+
+
+def _values(job: Mapping[str, Any]) -> Iterator[str]:
     if job.get("ExitTimeOut") == 0:
         yield "ExitTimeOut is 0: the computer could wait for emberd for ever when it shuts down"
     if job.get("ProcessType") not in {None, *_PROCESS_TYPES}:
         yield f"ProcessType is {job['ProcessType']}"
+    sessions = job.get("LimitLoadToSessionType", [])
+    for session in sessions if isinstance(sessions, list) else [sessions]:
+        if session not in _SESSIONS:
+            yield f"LimitLoadToSessionType has {session}"
     for key in ("StandardOutPath", "StandardErrorPath", "WorkingDirectory"):
         if isinstance(job.get(key), str) and not job[key].startswith("/"):
             yield f"{key} is not an absolute path"
 
 
-def _inner_problems(job: Mapping[str, Any]) -> Iterator[str]:
+def _tables(job: Mapping[str, Any]) -> Iterator[str]:
     for name, value in _entries(job, "EnvironmentVariables"):
         if not isinstance(value, str):
             yield f"EnvironmentVariables.{name} is not a string"
@@ -135,6 +145,9 @@ def _inner_problems(job: Mapping[str, Any]) -> Iterator[str]:
     for name, value in _entries(job, "KeepAlive"):
         if not _is_of(value, (_KEEP_ALIVE.get(name, type(None)),)):
             yield f"KeepAlive.{name} is not known, or not of its type"
+
+
+def _sockets(job: Mapping[str, Any]) -> Iterator[str]:
     for name, value in _entries(job, "Sockets"):
         for socket in value if isinstance(value, list) else [value]:
             if not isinstance(socket, dict):
@@ -143,10 +156,6 @@ def _inner_problems(job: Mapping[str, Any]) -> Iterator[str]:
             for key, entry in socket.items():
                 if not _is_of(entry, (_SOCKET_KEYS.get(key, type(None)),)):
                     yield f"Sockets.{name}.{key} is not known, or not of its type"
-    sessions = job.get("LimitLoadToSessionType", [])
-    for session in [sessions] if isinstance(sessions, str) else sessions if isinstance(sessions, list) else []:
-        if session not in _SESSIONS:
-            yield f"LimitLoadToSessionType has {session}"
 
 
 def _entries(job: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
@@ -155,8 +164,8 @@ def _entries(job: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
 
 
 def _is_of(value: object, types: tuple[type, ...]) -> bool:
-    """Tell whether a value has one of the types; a boolean is no number here."""
-    return type(value) in types
+    """Tell whether a value has one of the types; a boolean is no number here, and None of no type."""
+    return value is not None and type(value) in types
 
 
 def _name(value: object) -> str:

@@ -235,6 +235,14 @@ class ServiceManager(Protocol):
         """
         ...
 
+    def log_path(self, label: str) -> Path:
+        """Return the file for what emberd prints before its log is set up."""
+        ...
+
+    def labels(self, config: Path) -> tuple[str, ...]:
+        """Return the labels of the installed services that run on this settings file."""
+        ...
+
     def installed_login(self, label: str) -> bool | None:
         """Tell whether the installed service starts at login, None if none is installed."""
         ...
@@ -248,7 +256,7 @@ class ServiceManager(Protocol):
         ...
 
     def write(self, wanted: WantedService) -> bool:
-        """Write the files only, for the next start; False if they are up to date. Nothing that runs is disturbed."""
+        """Write the files only, for the next start; False if they are up to date. Disturbs nothing that runs."""
         ...
 
     def start(self, label: str, stop_limit_s: int, tell: Callable[[str], None]) -> bool:

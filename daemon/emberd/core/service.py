@@ -31,7 +31,8 @@ def full_label(name: str) -> str:
     """
     if not _LABEL.fullmatch(name):
         raise ConfigError(
-            f"{name!r} cannot be a label", "Use letters, digits, dots, dashes and underscores, such as: --label small."
+            f"{name!r} cannot be a label",
+            "Use letters, digits, dots, dashes and underscores, such as: --label small.",
         )
     return name if "." in name else f"{DEFAULT_LABEL}.{name}"
 

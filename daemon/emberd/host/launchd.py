@@ -1,7 +1,7 @@
 """emberd as a LaunchAgent, by launchctl(1).
 
-The sequence and the exit codes are those of the reference, section 7.3: enable, bootout, wait until `print` knows the
-job no more (bootout does not wait), bootstrap until it is taken.
+The sequence and the exit codes are those of the reference, section 7.3: enable, bootout, wait until `print` knows
+the job no more (bootout does not wait), bootstrap until it is taken.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ _TEARDOWN_S = 10.0
 _START_LIMIT_S = 20.0
 """Above ThrottleInterval: a job that ended just now is not started before."""
 _CONSOLE = Path("/dev/console")
-_HEAD = "<!-- Written by `emberd install`: change the settings and run it again. `emberd uninstall` removes it. -->\n"
+_HEAD = (
+    "<!-- Written by `emberd install`: change the settings and run it again. `emberd uninstall` removes it. -->\n"
+)
 
 
 class Launchd:
@@ -335,7 +337,8 @@ class Launchd:
             time.sleep(_LOOK_AGAIN_S)
         last_exit = job.last_exit if job is not None else None
         raise ServiceManagerFailed(
-            f"launchd has loaded {label}, but it does not run" + (f" (last exit: {last_exit})" if last_exit else ""),
+            f"launchd has loaded {label}, but it does not run"
+            + (f" (last exit: {last_exit})" if last_exit else ""),
             f"Look at {self.log_path(label)}. 78 without a word there: the log itself could not be opened.",
         )
 

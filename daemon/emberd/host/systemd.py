@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from emberd.core.service import WantedService
 
-_PROPERTIES = "LoadState,ActiveState,SubState,UnitFileState,MainPID,ExecMainStatus,ExecMainCode,Result,NeedDaemonReload"
+_PROPERTIES = (
+    "LoadState,ActiveState,SubState,UnitFileState,MainPID,ExecMainStatus,ExecMainCode,Result,NeedDaemonReload"
+)
 _EXITED = "1"
 """CLD_EXITED (waitid(2)); the others are signals."""
 _LOOK_AGAIN_S = 0.1
@@ -174,9 +176,7 @@ class Systemd:
     def write(self, wanted: WantedService) -> bool:
         """Write the units for the next start, and have systemd read them; False if they are up to date."""
         paths = self._paths(wanted.label)
-        is_right = (
-            all(path.exists() and not file_problems(path) for path in paths) and not self._stale(wanted)
-        )
+        is_right = all(path.exists() and not file_problems(path) for path in paths) and not self._stale(wanted)
         if not is_right or any(has_leftovers(path) for path in paths):
             write_files(self.files(wanted))
         units = [self._show(wanted.label, kind) for kind in ("socket", "service")]
