@@ -1,4 +1,4 @@
-"""What the verbs about the service share: which manager, which label, what is wanted, and waiting for the daemon."""
+"""What the verbs about the service share: which manager and label, what is wanted, waiting for the daemon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import click
 from emberd.cli.talk import ask_daemon
 from emberd.core.errors import AlreadyRunning, ConfigError, EmberdError, NotRunning, ServiceManagerFailed
 from emberd.core.service import DEFAULT_LABEL, WantedService, full_label, stop_limit_s
-from emberd.core.settings import Settings
 from emberd.host import ThisHost, api_key, config_file
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from emberd.core.ports import ServiceManager
     from emberd.core.service import ServiceStatus
+    from emberd.core.settings import Settings
 
 ManagerName = Literal["auto", "launchd", "systemd"]
 _ANSWER_LIMIT_S = 30.0

@@ -38,8 +38,8 @@ def command(
 ) -> None:
     """Stop the daemon and its engine; running requests may finish first (lifecycle.drain_timeout_s).
 
-    An installed service is unloaded, or the next connection would start it again. It comes back with the next login, or
-    with `emberd start`.
+    An installed service is unloaded, or the next connection would start it again. It comes back with the next
+    login, or with `emberd start`.
     """
     settings, _ = config_file.load(config)
     limit_s = stop_limit_s(settings.lifecycle)
