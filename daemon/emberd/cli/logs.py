@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections import deque
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -108,18 +109,19 @@ def command(
     reader = _system_reader(settings, path, wanted, source)
     if reader is not None:
         try:
-            _show_all(reader.follow(wanted, last) if follow else reader.entries(wanted, last), show)
+            count = _show_all(reader.follow(wanted, last) if follow else reader.entries(wanted, last), show)
         except LogStoreRefused as refusal:
             if source == "system" or not path.exists():
                 raise
             click.echo(f"emberd: {refusal.message}; this is {path}", err=True)
         else:
+            _say_if_none(count, wanted, "the system's log")
             return
     of_file = Wanted(wanted.since, wanted.level, wanted.categories, wanted.events)  # a file is of one instance
     if follow:
         asyncio.run(follow_file(path, of_file, last, ThisHost().watch_file, show))
     else:
-        _show_all(deque(file_entries(path, of_file), last), show)
+        _say_if_none(_show_all(deque(file_entries(path, of_file), last), show), wanted, str(path))
 
 
 def _system_reader(settings: Settings, path: Path, wanted: Wanted, source: str) -> SystemReader | None:
@@ -162,9 +164,18 @@ def _places_of_running(settings: Settings) -> list[str] | None:
     return places if isinstance(places, list) else None
 
 
-def _show_all(entries: Iterable[Entry], show: Callable[[Entry], None]) -> None:
+def _show_all(entries: Iterable[Entry], show: Callable[[Entry], None]) -> int:
+    count = 0
     for entry in entries:
         show(entry)
+        count += 1
+    return count
+
+
+def _say_if_none(count: int, wanted: Wanted, place: str) -> None:
+    if not count and sys.stderr.isatty():
+        span = "" if wanted.since is None else f" since {wanted.since:%Y-%m-%d %H:%M}"
+        click.echo(f"emberd: nothing of that kind in {place}{span}", err=True)
 
 
 def _show_json(entry: Entry) -> None:

@@ -41,6 +41,8 @@ LONGEST_LINE_BYTES = 1000
 """os_log cuts a message at 1,024 bytes, its own description of the arguments included (os_log(3))."""
 LONGEST_FIELD_BYTES = 16 * 1024
 """Of one field in the journal: a traceback fits, and an event stays one datagram."""
+USUAL_INSTANCE = "default"
+"""What the journal has for an emberd with the default state directory: journalctl cannot ask for a missing field."""
 CUT_MARK = "…"
 WITHHELD = "(withheld)"
 PRIVATE_FIELDS = frozenset(
@@ -181,8 +183,9 @@ def journal_fields(event: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "MESSAGE", line(event, LONGEST_FIELD_BYTES)
     yield "PRIORITY", str(int(priority(level)))
     yield "SYSLOG_IDENTIFIER", IDENTIFIER
+    yield "EMBERD_INSTANCE", str(event.get("instance") or USUAL_INSTANCE)
     for name, value in event.items():
-        if name != "timestamp" and value is not None:
+        if name not in {"timestamp", "instance"} and value is not None:
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
             yield journal_name(name), cut(text.replace("\0", ""), LONGEST_FIELD_BYTES)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.log_lines import IDENTIFIER, LEVELS, SUBSYSTEM, Priority, journal_name
+from emberd.core.log_lines import IDENTIFIER, LEVELS, SUBSYSTEM, USUAL_INSTANCE, Priority, journal_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -86,7 +86,7 @@ class Wanted:
             and LEVELS.index(entry.level) >= LEVELS.index(self.level)
             and (not self.categories or entry.category in self.categories)
             and (not self.events or entry.event in self.events)
-            and (self.instance is None or entry.instance == self.instance)
+            and (self.instance is None or not entry.event or entry.instance == self.instance)
         )
 
 
@@ -276,13 +276,16 @@ def journalctl(wanted: Wanted, *, lines: int | None, follow: bool) -> list[str]:
         words.append("--follow")
     if wanted.level in LEVELS[1:]:
         words.append(f"--priority={int(Priority[wanted.level.upper()])}")
-    if wanted.user_id is not None:
-        words.append(f"_UID={wanted.user_id}")
-    words += [f"EMBERD_CATEGORY={category}" for category in wanted.categories]
-    words += [f"EMBERD_EVENT={event}" for event in wanted.events]
-    if wanted.instance:
-        words.append(f"EMBERD_INSTANCE={wanted.instance}")
-    return words
+    mine = [] if wanted.user_id is None else [f"_UID={wanted.user_id}"]
+    events = [*mine]
+    if wanted.instance is not None:
+        events.append(f"EMBERD_INSTANCE={wanted.instance or USUAL_INSTANCE}")
+    events += [f"EMBERD_CATEGORY={category}" for category in wanted.categories]
+    events += [f"EMBERD_EVENT={event}" for event in wanted.events]
+    if not wanted.categories and not wanted.events:
+        # What emberd says before it has a log, or Python as it dies, comes through standard error.
+        events += ["+", *mine, "_TRANSPORT=stdout"]
+    return words + events
 
 
 _JOURNAL_HEAD = {journal_name(name): name for name in ("level", "category", "event", "instance")}
@@ -310,7 +313,8 @@ def from_journal(text: str) -> Entry | None:
         for name, value in content.items()
         if name.startswith("EMBERD_") and name not in _JOURNAL_HEAD
     }
-    return Entry(time, _level(head["level"]), head["category"], head["event"], head["instance"], fields)
+    instance = "" if head["instance"] == USUAL_INSTANCE else head["instance"]
+    return Entry(time, _level(head["level"]), head["category"], head["event"], instance, fields)
 
 
 def _journal_text(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import tempfile
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,11 @@ def file_entries(path: Path, wanted: Wanted) -> Iterator[Entry]:
 
 
 async def follow_file(
-    path: Path, wanted: Wanted, last: int | None, watch_file: Callable[[Path], EventWatch], show: Callable[[Entry], None]
+    path: Path,
+    wanted: Wanted,
+    last: int | None,
+    watch_file: Callable[[Path], EventWatch],
+    show: Callable[[Entry], None],
 ) -> None:
     """Show the last entries, then every new one, for ever."""
     follower = LogFollower(path)
@@ -107,16 +112,18 @@ class SystemReader:
             return None
 
     def _run(self, arguments: list[str], wanted: Wanted, *, is_endless: bool = False) -> Iterator[Entry]:
+        errors = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would block the program
         try:
             child = subprocess.Popen(
                 [self._program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=errors,
                 text=True,
                 errors="replace",
             )
         except OSError as error:
+            errors.close()
             raise LogStoreRefused(
                 f"cannot run {self._program}: {error.strerror}", "Read the log file: emberd logs --source file."
             ) from error
@@ -130,14 +137,20 @@ class SystemReader:
                 entry = (log_reading.from_journal if self._is_journal else log_reading.from_unified)(line)
                 if entry is not None and wanted.takes(entry):
                     yield entry
-            said = child.stderr.read()[-_WORDS_OF_ERROR:].strip() if child.stderr is not None else ""
             if child.wait(_END_LIMIT_S) or not (is_whole or is_endless):
+                errors.seek(0)
+                said = errors.read(_WORDS_OF_ERROR).decode("utf-8", "replace").strip()
                 raise self._refused(said or f"it ended with exit code {child.returncode}")
         finally:
             self._end(child)
+            errors.close()
 
     def _refused(self, said: str) -> LogStoreRefused:
-        """Return what a person needs to know; `Operation not permitted` is macOS' answer to who is no administrator."""
+        """Return what a person needs to know.
+
+        macOS says `log: Could not open local log store: Operation not permitted`, exit code 64, to who is no
+        administrator.
+        """
         who = "the journal" if self._is_journal else "the unified log"
         return LogStoreRefused(
             f"this system did not let {who} be read: {said}",
@@ -155,7 +168,6 @@ class SystemReader:
         if child.poll() is None:
             child.kill()
             child.wait()
-        for stream in (child.stdout, child.stderr):
-            if stream is not None:
-                stream.close()
+        if child.stdout is not None:
+            child.stdout.close()
 
