@@ -103,7 +103,10 @@ def read_since(text: str, now: datetime) -> datetime:
     word = text.strip().lower()
     span = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([smhdw])", word)
     if span:
-        return now - timedelta(**{_SPANS[span[2]]: float(span[1])})
+        try:
+            return now - timedelta(**{_SPANS[span[2]]: float(span[1])})
+        except OverflowError:
+            raise ValueError(f"{text!r} is before the first year") from None
     midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
     if word == "today":
         return midnight
