@@ -77,6 +77,7 @@ def test_the_question_to_journalctl():
         "--quiet",
         "--no-pager",
         "--output=json",
+        "--all",
         "--identifier=emberd",
         "--since=@1780230605.000000",
         "--lines=5",
@@ -86,6 +87,12 @@ def test_the_question_to_journalctl():
         "EMBERD_INSTANCE=default",
         "EMBERD_CATEGORY=engine",
     ]
+
+
+def test_what_came_through_standard_error_is_asked_for_too():
+    words = log_reading.journalctl(Wanted(instance="", user_id=501), lines=None, follow=False)
+    assert words[5:] == ["_UID=501", "EMBERD_INSTANCE=default", "+", "_UID=501", "_TRANSPORT=stdout"]
+    assert "+" not in log_reading.journalctl(Wanted(), lines=None, follow=False)
 
 
 def test_a_record_of_the_unified_log_is_an_entry():

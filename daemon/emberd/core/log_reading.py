@@ -268,9 +268,10 @@ def journalctl(wanted: Wanted, *, lines: int | None, follow: bool) -> list[str]:
     """Return the arguments of journalctl. Matches of one field are alternatives, of several are all needed.
 
     Not `--user`: it shows nothing where the journal is not split by user (volatile storage, system users). Without
-    it journalctl shows all that this user may read, and `_UID` leaves this user's.
+    it journalctl shows all that this user may read, and `_UID` leaves this user's. `--all`, or a field above 4,096
+    bytes is null.
     """
-    words = ["--quiet", "--no-pager", "--output=json", f"--identifier={IDENTIFIER}"]
+    words = ["--quiet", "--no-pager", "--output=json", "--all", f"--identifier={IDENTIFIER}"]
     if wanted.since is not None:
         words.append(f"--since=@{wanted.since.timestamp():.6f}")
     if lines is not None:
@@ -285,7 +286,7 @@ def journalctl(wanted: Wanted, *, lines: int | None, follow: bool) -> list[str]:
         events.append(f"EMBERD_INSTANCE={wanted.instance or USUAL_INSTANCE}")
     events += [f"EMBERD_CATEGORY={category}" for category in wanted.categories]
     events += [f"EMBERD_EVENT={event}" for event in wanted.events]
-    if not wanted.categories and not wanted.events:
+    if events and not wanted.categories and not wanted.events:
         # What emberd says before it has a log, or Python as it dies, comes through standard error.
         events += ["+", *mine, "_TRANSPORT=stdout"]
     return words + events
