@@ -301,7 +301,6 @@ class _Daemon:
     async def _reload(self) -> dict[str, Any]:
         """Read the settings again; what cannot change while running is named, wrong settings change nothing."""
         from emberd.engine.choose import choose_engine  # noqa: PLC0415
-        from emberd.services import logs  # noqa: PLC0415
 
         try:
             settings, _ = config_file.load(str(self._config_path) if self._had_config else None)

@@ -181,7 +181,7 @@ def test_without_a_log_that_is_said(config: Path):
 
 
 def test_journalctl_is_asked_and_its_refusal_shown(make_daemon: MakeDaemon, tmp_path: Path):
-    """A stand-in of journalctl on PATH: prints its arguments as an entry, or refuses as for who may read nothing."""
+    """A stand-in of journalctl on PATH: prints its arguments as an entry, or refuses as to who may read nothing."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "journalctl"
@@ -218,7 +218,9 @@ def test_a_daemons_file_log_is_read_filtered_and_followed_across_a_rotation(make
     assert shown.returncode == 0, shown.stderr
     assert "info    daemon" in shown.stdout
     assert "emberd_started" in shown.stdout
-    engine = [json.loads(line) for line in daemon.verb("logs", "--json", "--category", "engine").stdout.splitlines()]
+    engine = [
+        json.loads(line) for line in daemon.verb("logs", "--json", "--category", "engine").stdout.splitlines()
+    ]
     assert engine
     assert {each["category"] for each in engine} == {"engine"}
     assert daemon.verb("logs", "-n", "3").stdout.count("\n") == 3
@@ -253,7 +255,7 @@ def wait_until_open(pid: int, path: Path) -> None:
     """Wait, bounded, until a process has opened a file."""
     deadline_s = time.monotonic() + WAIT_S
     while time.monotonic() < deadline_s:
-        if str(path) in {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir() if each.is_symlink()}:
+        if str(path) in {str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir() if each.is_symlink()}:
             return
         time.sleep(0.02)
     raise AssertionError(f"{pid} did not open {path}")

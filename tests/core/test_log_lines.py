@@ -25,17 +25,15 @@ FIELDS = st.dictionaries(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), ANYTHIN
 
 def log_calls() -> list[tuple[str, ast.Call]]:
     """Return every call of a logger in the package."""
-    found = []
-    for path in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr in {"debug", "info", "warning", "error", "critical", "exception"}
-                and "log" in ast.unparse(node.func.value).lower()
-            ):
-                found.append((f"{path.relative_to(SOURCE)}:{node.lineno}", node))
-    return found
+    return [
+        (f"{path.relative_to(SOURCE)}:{node.lineno}", node)
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in {"debug", "info", "warning", "error", "critical", "exception"}
+        and "log" in ast.unparse(node.func.value).lower()
+    ]
 
 
 def test_every_event_of_the_code_has_a_constant_name_and_no_private_field():
@@ -87,9 +85,7 @@ def test_a_line_is_the_level_the_event_and_its_fields():
         "status": None,
         "pids": [1, 2],
     }
-    assert log_lines.line(event) == (
-        'warning engine_exited pid=7 meaning="killed: \\"out of memory\\"" pids=[1,2]'
-    )
+    assert log_lines.line(event) == ('warning engine_exited pid=7 meaning="killed: \\"out of memory\\"" pids=[1,2]')
     assert log_lines.syslog_line(event).startswith("supervisor: warning engine_exited pid=7")
 
 
@@ -115,7 +111,8 @@ def test_a_line_that_was_not_cut_is_read_back(fields: dict[str, object]):
     fields = {
         name: value
         for name, value in fields.items()
-        if isinstance(value, str | int | bool) and name not in {"event", "level", "category", "timestamp", "instance"}
+        if isinstance(value, str | int | bool)
+        and name not in {"event", "level", "category", "timestamp", "instance"}
         if not isinstance(value, str) or (value.isprintable() and value)
     }
     line = log_lines.line({"event": "x_y", "level": "debug", "instance": "two", **fields})

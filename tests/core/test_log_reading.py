@@ -51,8 +51,10 @@ def test_the_question_to_log_show_quotes_what_it_is_given():
         "--style",
         "ndjson",
         "--predicate",
-        'subsystem == "io.github.emberd" && (category == "engine" || category == "swap") && '
-        'eventMessage CONTAINS " a\\" || TRUE \\\\"',
+        (
+            'subsystem == "io.github.emberd" && (category == "engine" || category == "swap") && '
+            'eventMessage CONTAINS " a\\" || TRUE \\\\"'
+        ),
     ]
 
 

@@ -147,7 +147,7 @@ for try in $(seq 200); do [ -S /run/systemd/journal/socket ] && break; sleep 0.0
 "$1" -c "$2"
 """
         ran = subprocess.run(
-            ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, code],
+            [shutil.which("unshare") or "unshare", "--mount", "sh", "-c", script, "sh", sys.executable, code],
             capture_output=True,
             text=True,
             timeout=90,

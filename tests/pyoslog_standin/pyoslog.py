@@ -1,4 +1,4 @@
-"""Stands in for pyoslog 1.2.0 on Macs: writes what os_log would get to the file in PYOSLOG_STANDIN_FILE, as JSON lines.
+"""Stands in for pyoslog 1.2.0: writes what os_log would get to PYOSLOG_STANDIN_FILE, as lines of JSON.
 
 As the real one: if it is not supported, `is_supported` is the only name; a NUL raises ValueError, a wrong type
 TypeError, an empty or too long category ValueError (simonrob/pyoslog, pyoslog/_pyoslog.c).

@@ -67,7 +67,12 @@ def test_the_file_has_every_event_with_its_category(tmp_path: Path):
     logs.logger("engine").debug("engine_line", line="hidden: level is info")
     logging.getLogger("uvicorn.error").warning("odd %s", "request")
     first, second = events(path)
-    assert (first["category"], first["event"], first["level"], first["pid"]) == ("supervisor", "engine_started", "info", 7)
+    assert (first["category"], first["event"], first["level"], first["pid"]) == (
+        "supervisor",
+        "engine_started",
+        "info",
+        7,
+    )
     assert first["timestamp"].endswith("Z")
     assert (second["category"], second["message"]) == ("library", "odd request")
 

@@ -57,7 +57,9 @@ _COLOURS: dict[str, dict[str, Any]] = {
     type=click.Choice(log_lines.CATEGORIES),
     help="Only what this service says; may be given several times.",
 )
-@click.option("--event", "events", multiple=True, metavar="NAME", help="Only this event; may be given several times.")
+@click.option(
+    "--event", "events", multiple=True, metavar="NAME", help="Only this event; may be given several times."
+)
 @click.option("--json", "is_json", is_flag=True, help="Print a line of JSON for each event.")
 @click.option(
     "--source",
@@ -125,10 +127,12 @@ def command(
 
 
 def _system_reader(settings: Settings, path: Path, wanted: Wanted, source: str) -> SystemReader | None:
-    """Return who reads the system's log, None if the file is to be read."""
-    if source == "file":
-        return None
-    program = ThisHost().log_program()
+    """Return who reads the system's log, None if the file is to be read.
+
+    Raises:
+        EmberdError: the system's log is asked for, and there is no program for it.
+    """
+    program = None if source == "file" else ThisHost().log_program()
     if program is None:
         if source == "system":
             raise EmberdError(
@@ -140,19 +144,25 @@ def _system_reader(settings: Settings, path: Path, wanted: Wanted, source: str) 
         return reader
     places = _places_of_running(settings)
     if places is not None:
-        return reader if any(name in places for name in _SYSTEM_LOGS) else None
-    if settings.log.sink != "auto":
-        return reader if settings.log.sink == "system" else None
-    # Nobody to ask: the one with the newer entry is the one that the last emberd wrote to.
+        is_there = any(name in places for name in _SYSTEM_LOGS)
+    elif settings.log.sink != "auto":
+        is_there = settings.log.sink == "system"
+    else:
+        is_there = _is_newer(reader, path, wanted)
+    return reader if is_there else None
+
+
+def _is_newer(reader: SystemReader, path: Path, wanted: Wanted) -> bool:
+    """Tell whether the last emberd wrote to the system's log: its newest entry is then not older than the file."""
     newest = reader.newest(Wanted(instance=wanted.instance, user_id=wanted.user_id))
     if newest is None or newest.time is None:
-        return None
+        return False
     try:
         # On macOS it wrote to both, and the system's log is where a person looks.
         slack_s = 60.0 if ThisHost.name == "darwin" else 0.0
-        return reader if newest.time.timestamp() + slack_s >= path.stat().st_mtime else None
+        return newest.time.timestamp() + slack_s >= path.stat().st_mtime
     except OSError:
-        return reader
+        return True
 
 
 def _places_of_running(settings: Settings) -> list[str] | None:

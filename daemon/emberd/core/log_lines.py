@@ -1,7 +1,7 @@
 """What one event of the log looks like in each place where logs are kept.
 
-An event is a mapping: `event` (a constant name of the code), `level`, `category`, `timestamp`, and its fields. Facts:
-os_log(3), os_log(5) and log(1) of macOS; syslog(3); sd_journal_print(3), systemd.journal-fields(7) and
+An event is a mapping: `event` (a constant name of the code), `level`, `category`, `timestamp`, and its fields.
+Facts: os_log(3), os_log(5) and log(1) of macOS; syslog(3); sd_journal_print(3), systemd.journal-fields(7) and
 https://systemd.io/JOURNAL_NATIVE_PROTOCOL/ of systemd.
 """
 
@@ -42,7 +42,7 @@ LONGEST_LINE_BYTES = 1000
 LONGEST_FIELD_BYTES = 16 * 1024
 """Of one field in the journal: a traceback fits, and an event stays one datagram."""
 USUAL_INSTANCE = "default"
-"""What the journal has for an emberd with the default state directory: journalctl cannot ask for a missing field."""
+"""Of the emberd with the default state directory, in the journal: journalctl cannot ask for a missing field."""
 CUT_MARK = "…"
 WITHHELD = "(withheld)"
 PRIVATE_FIELDS = frozenset(
@@ -88,7 +88,7 @@ _LONGEST_NAME = 64
 
 
 class OsLogType(IntEnum):
-    """os_log_type_t (<os/log.h>): default, error and fault persist; info stays in memory; debug is off (os_log(5))."""
+    """os_log_type_t (<os/log.h>): default, error, fault persist; info stays in memory; debug is off (os_log(5))."""
 
     DEFAULT = 0x00
     INFO = 0x01
@@ -136,8 +136,8 @@ def withhold(event: MutableMapping[str, Any]) -> None:
 def line(event: Mapping[str, Any], limit_bytes: int = LONGEST_LINE_BYTES) -> str:
     """Return an event as one line, `level name field=value ...`, without control characters, of at most that size.
 
-    The level is in the line because os_log has no warning. A field that is None is left out. `instance` comes before
-    the fields, so that it is never cut off.
+    The level is in the line: os_log has no warning. A field that is None is left out. `instance` comes first,
+    so that it is never cut off.
     """
     words = [str(event.get("level", "info")), str(event["event"])]
     if event.get("instance"):
@@ -157,7 +157,11 @@ def syslog_line(event: Mapping[str, Any]) -> str:
 def _value(value: Any) -> str:
     """Return a value as a word: bare if it is one, else as JSON."""
     if isinstance(value, str):
-        return value if _BARE.fullmatch(value) and not _CONTROL.search(value) else json.dumps(value, ensure_ascii=False)
+        return (
+            value
+            if _BARE.fullmatch(value) and not _CONTROL.search(value)
+            else json.dumps(value, ensure_ascii=False)
+        )
     return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -175,7 +179,7 @@ def json_line(event: Mapping[str, Any]) -> str:
 
 
 def journal_fields(event: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield the fields of a journal entry: the ones that journalctl knows, then EMBERD_ and each field of the event.
+    """Yield the fields of a journal entry: those that journalctl knows, then EMBERD_ and each field of the event.
 
     What begins with an underscore is journald's own and would be dropped.
     """

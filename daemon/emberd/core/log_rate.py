@@ -1,7 +1,7 @@
 """How often one event may be logged: a token bucket for each name.
 
-A flood of one event must not bury the others, nor fill a disk, nor cost the daemon. What is left out is counted, and
-told in one line as soon as the bucket has room for it.
+A flood of one event must not bury the others, nor fill a disk, nor cost the daemon. What is left out is counted,
+and told in one line as soon as the bucket has room for it.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ class RateLimit:
             rate = self._rate_per_s(event)
             self._fill(bucket, rate, now_s)
             if bucket.suppressed and (all_of_it or bucket.tokens >= max(rate * BURST_S / 8, 1)):
-                told.append(
-                    Suppressed(event, bucket.category, bucket.suppressed, max(now_s - bucket.since_s, 0.0))
-                )
+                told.append(Suppressed(event, bucket.category, bucket.suppressed, max(now_s - bucket.since_s, 0.0)))
                 bucket.suppressed = 0
         self._has_suppressed = any(bucket.suppressed for bucket in self._buckets.values())
         return told

@@ -115,9 +115,7 @@ def read_since(text: str, now: datetime) -> datetime:
     clock = re.fullmatch(r"(\d{1,2}):(\d\d)(?::(\d\d))?", word)
     try:
         if clock:
-            return now.replace(
-                hour=int(clock[1]), minute=int(clock[2]), second=int(clock[3] or 0), microsecond=0
-            )
+            return now.replace(hour=int(clock[1]), minute=int(clock[2]), second=int(clock[3] or 0), microsecond=0)
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
         raise ValueError(
@@ -230,7 +228,9 @@ def from_unified(text: str) -> Entry | None:
     time = _unified_moment(content.get("timestamp"))
     entry = from_line(content["eventMessage"], time, str(content.get("category") or "daemon"))
     if not entry.event:
-        level = {"Debug": "debug", "Error": "error", "Fault": "critical"}.get(str(content.get("messageType")), "info")
+        level = {"Debug": "debug", "Error": "error", "Fault": "critical"}.get(
+            str(content.get("messageType")), "info"
+        )
         return Entry(time, level, entry.category, "", text=entry.text)
     return entry
 

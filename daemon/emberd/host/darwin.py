@@ -78,7 +78,12 @@ class DarwinHost(PosixHost):
         In a terminal the variable is "0", or the terminal's own `application.` and so on.
         """
         label = os.environ.get("XPC_SERVICE_NAME", "")
-        return os.getppid() == 1 and label not in {"", "0"} and not label.startswith("application.") and not os.isatty(2)
+        return (
+            os.getppid() == 1
+            and label not in {"", "0"}
+            and not label.startswith("application.")
+            and not os.isatty(2)
+        )
 
     def given_sockets(self) -> list[socket.socket]:
         """Return the sockets of the environment, else launchd's.

@@ -126,7 +126,7 @@ def _all_files(path: Path) -> list[Path]:
 
 
 def read_lines(path: Path, since_s: float | None = None) -> Iterator[str]:
-    """Yield the lines of the file and of its rotated ones, the oldest first; files last written before are left out.
+    """Yield the lines of the file and its rotated ones, the oldest first; files last written before are left out.
 
     Raises:
         OSError: one cannot be read.

@@ -24,7 +24,7 @@ _linux_fcntl: Any = fcntl
 
 
 class JournalSink:
-    """Sends each event as one entry. It never waits: when journald is behind, or away, entries are lost and counted.
+    """Sends each event as one entry. It never waits: when journald is behind or away, entries are lost and counted.
 
     Args:
         path: journald's socket; another in tests.
@@ -34,7 +34,8 @@ class JournalSink:
 
     def __init__(self, path: str = SOCKET) -> None:
         self._path = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
         self.lost = 0
         self.error = ""
 
@@ -55,7 +56,7 @@ class JournalSink:
         return True
 
     def _send_in_memory_file(self, entry: bytes) -> None:
-        """Send what is larger than a datagram as a sealed memfd_create(2); journald takes no other than a sealed one."""
+        """Send what is larger than a datagram as a memfd_create(2); journald takes only a sealed one."""
         descriptor = _linux_os.memfd_create("emberd-log", _linux_os.MFD_CLOEXEC | _linux_os.MFD_ALLOW_SEALING)
         try:
             os.write(descriptor, entry)
@@ -77,7 +78,7 @@ class JournalSink:
 
 
 def is_connected(descriptor: int, stream: str) -> bool:
-    """Tell whether a descriptor is the journal's: `stream` is $JOURNAL_STREAM, device and inode (systemd.exec(5))."""
+    """Tell whether a descriptor is the journal's: $JOURNAL_STREAM is its device and inode (systemd.exec(5))."""
     try:
         seen = os.fstat(descriptor)
     except OSError:

@@ -1,7 +1,7 @@
 """macOS' unified log, by pyoslog (the extra `emberd[macos]`).
 
-os_log is a macro whose format must stand in the program's image: ctypes cannot call it, pyoslog is the small C module
-that can. Its format is `%{public}s`: macOS hides nothing of what it is given.
+os_log is a macro whose format must stand in the program's image: ctypes cannot call it, pyoslog is the small C
+module that can. Its format is `%{public}s`: macOS hides nothing of what it is given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""syslog(3): where there is neither pyoslog nor a journal. On macOS its lines reach the unified log, without subsystem."""
+"""syslog(3): where there is neither pyoslog nor a journal.
+
+On macOS its lines reach the unified log, without subsystem and category.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ class SyslogSink:
     def __init__(self) -> None:
         syslog.openlog(IDENTIFIER, syslog.LOG_PID, syslog.LOG_USER)
 
-    def write(self, event: Mapping[str, Any]) -> bool:  # noqa: PLR6301  # the SystemLog protocol
+    def write(self, event: Mapping[str, Any]) -> bool:  # the SystemLog protocol
         """Log an event."""
         syslog.syslog(int(priority(str(event.get("level", "info")))), syslog_line(event))
         return True
 
-    def close(self) -> None:  # noqa: PLR6301  # the SystemLog protocol
+    def close(self) -> None:  # the SystemLog protocol
         """Close the connection."""
         syslog.closelog()

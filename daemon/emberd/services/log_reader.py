@@ -170,4 +170,3 @@ class SystemReader:
             child.wait()
         if child.stdout is not None:
             child.stdout.close()
-

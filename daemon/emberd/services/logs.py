@@ -282,8 +282,8 @@ def _hand_over(_: object, __: str, event: MutableMapping[str, Any]) -> tuple[tup
 def _traceback_of(error: BaseException) -> str:
     """Return a traceback without what may quote a request.
 
-    `invalid literal for int()` quotes what it met, and what a client sent is none of the log's business: messages are
-    kept of emberd's own errors and the system's only. Lines of code remain, without the values of variables.
+    `invalid literal for int()` quotes what it met, and what a client sent is none of the log's business: messages
+    are kept of emberd's own errors and the system's only. Lines of code remain, without the values of variables.
     """
     parts: list[str] = []
     seen: set[int] = set()
