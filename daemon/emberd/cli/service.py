@@ -180,7 +180,7 @@ def check_no_other(
         PortTaken: another program listens on the port.
     """
     path = config_file.locate(config)[0]
-    if found.is_installed and wanted.label not in manager.labels(path):
+    if found.is_installed and not found.is_broken and wanted.label not in manager.labels(path):
         raise ConfigError(
             f"{wanted.label} is installed with other settings",
             "Name this one: --label NAME. Or remove that one first: emberd uninstall --label " + wanted.label,
