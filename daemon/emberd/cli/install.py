@@ -65,7 +65,10 @@ def _install(
     found = manager.status(wanted.label, wanted)
     service.check_no_other(manager, config, wanted, found)
     has_changed = manager.install(wanted, service.teller(is_quiet=is_json))
-    status = service.wait_for_daemon(config, manager, wanted.label) if wanted.starts_at_login else None
+    if wanted.starts_at_login:
+        status: dict[str, Any] | None = service.wait_for_daemon(config, manager, wanted.label)
+    else:
+        status = service.daemon_status(config)
     return {
         "installed": True,
         "changed": has_changed,

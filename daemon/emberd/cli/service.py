@@ -180,7 +180,7 @@ def check_no_other(
         PortTaken: another program listens on the port.
     """
     path = config_file.locate(config)[0]
-    if found.is_installed and wanted.label not in manager.labels(path):
+    if found.is_installed and not found.is_broken and wanted.label not in manager.labels(path):
         raise ConfigError(
             f"{wanted.label} is installed with other settings",
             "Name this one: --label NAME. Or remove that one first: emberd uninstall --label " + wanted.label,
@@ -209,17 +209,20 @@ def wait_for_daemon(config: str | None, manager: ServiceManager, label: str) -> 
     """Return the status of the daemon as soon as it answers.
 
     Raises:
-        ServiceManagerFailed: it does not, with how it ended if it did.
+        ServiceManagerFailed: it has ended or does not answer in time, with what it said if it did.
     """
     deadline_s = time.monotonic() + _ANSWER_LIMIT_S
-    while time.monotonic() < deadline_s:
+    found = manager.status(label)
+    while time.monotonic() < deadline_s and found.is_running:
         with contextlib.suppress(EmberdError):
             return ask_daemon(config, "status")
         time.sleep(_ASK_AGAIN_S)
-    found = manager.status(label)
-    how = f" (last exit: {found.last_exit})" if found.last_exit else ""
+        found = manager.status(label)
+    said = manager.last_words(label)
+    how = " and runs, but does not answer" if found.is_running else f", but it ended ({found.last_exit or 'unknown'})"
     raise ServiceManagerFailed(
-        f"{label} was started, but emberd does not answer{how}", f"See why: {where_it_says(manager, label)}"
+        f"{label} was started{how}" + (f": {said}" if said else ""),
+        f"See more: {where_it_says(manager, label)}. Then: emberd start.",
     )
 
 

@@ -277,6 +277,10 @@ class ServiceManager(Protocol):
         """Return the file for what emberd prints before its log is set up."""
         ...
 
+    def last_words(self, label: str) -> str:
+        """Return the last error that an emberd of this label printed when it could not start, empty if unknown."""
+        ...
+
     def labels(self, config: Path) -> tuple[str, ...]:
         """Return the labels of the installed services that run on this settings file."""
         ...

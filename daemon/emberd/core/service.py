@@ -90,6 +90,7 @@ class ServiceStatus:
         state: the manager's word, None if it is not loaded.
         domain: launchd's domain in which it is loaded.
         stale: keys that differ between what is installed and what this version would install.
+        is_broken: they are there and cannot be read, so that nobody knows whose they are.
         problems: what is wrong with the files, in words: owner, mode, content.
         is_throttled: the process type slows the job and the engine down; None if unknown.
         is_disabled: somebody switched it off; None if unknown.
@@ -106,6 +107,7 @@ class ServiceStatus:
     state: str | None = None
     domain: str | None = None
     stale: tuple[str, ...] = ()
+    is_broken: bool = False
     problems: tuple[str, ...] = ()
     is_throttled: bool | None = None
     is_disabled: bool | None = None
@@ -182,7 +184,7 @@ def read_print(text: str) -> PrintedJob:
     # Inner blocks (sockets, limits) have keys of the same names; the job's own stand one tab deep.
     found = dict(re.findall(r"^(?:\t| {1,4})(\w[\w ]*?) = (.+?)\s*$", text, re.MULTILINE))
     pid = found.get("pid", "")
-    last_exit = found.get("last exit code")
+    last_exit = found.get("last exit code") or _signal(found.get("last terminating signal"))
     return PrintedJob(
         state=found.get("state"),
         pid=int(pid) if pid.isdecimal() else None,
@@ -192,9 +194,19 @@ def read_print(text: str) -> PrintedJob:
     )
 
 
+def _signal(words: str | None) -> str | None:
+    return None if words is None else f"signal {words}"
+
+
 def is_throttled(process_type: str | None) -> bool | None:
     """Tell whether launchd slows such a job down: `interactive (4)` is not, everything else is; None if unknown."""
     return None if process_type is None else not process_type.startswith("interactive")
+
+
+def last_error(log: str) -> str:
+    """Return the last error for a person in what emberd printed, empty if there is none."""
+    found: list[str] = re.findall(r"^emberd: (.+)$", log, re.MULTILINE)
+    return found[-1] if found else ""
 
 
 def is_disabled(text: str, label: str) -> bool | None:

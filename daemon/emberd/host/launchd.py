@@ -24,6 +24,7 @@ from emberd.core.service import (
     is_headless,
     is_throttled,
     judge,
+    last_error,
     read_print,
 )
 from emberd.host.files import make_private_folder
@@ -42,6 +43,7 @@ _TEARDOWN_S = 10.0
 """What launchd needs beyond ExitTimeOut until a label is free again: 3 to 5 s are seen."""
 _START_LIMIT_S = 20.0
 """Above ThrottleInterval: a job that ended just now is not started before."""
+_LAST_WORDS_BYTES = 8192
 _CONSOLE = Path("/dev/console")
 _HEAD = (
     "<!-- Written by `emberd install`: change the settings and run it again. `emberd uninstall` removes it. -->\n"
@@ -63,6 +65,15 @@ class Launchd:
     def log_path(self, label: str) -> Path:
         """Return the file for what emberd prints before its log is set up."""
         return self._home / "Library" / "Logs" / "emberd" / f"{label}.log"
+
+    def last_words(self, label: str) -> str:
+        """Return the last error in the job's log, empty if there is none."""
+        try:
+            with self.log_path(label).open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
+                return last_error(log.read().decode(errors="replace"))
+        except OSError:
+            return ""
 
     def files(self, wanted: WantedService) -> dict[Path, str]:
         """Return the property list.
@@ -123,6 +134,7 @@ class Launchd:
             state=job.state,
             domain=domain,
             stale=self._stale(path, wanted),
+            is_broken=path.exists() and _read(path) is None,
             problems=self._problems(path),
             is_throttled=is_throttled(job.process_type),
             is_disabled=is_disabled(disabled.out, label) if disabled.exit_code == 0 else None,

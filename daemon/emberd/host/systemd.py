@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from emberd.core import systemd_unit
 from emberd.core.errors import ServiceManagerFailed
-from emberd.core.service import LABEL_VARIABLE, ServiceStatus, unit_name
+from emberd.core.service import LABEL_VARIABLE, ServiceStatus, last_error, unit_name
 from emberd.core.systemd_unit import read_show
 from emberd.host.service_files import Answer, file_problems, has_leftovers, remove_files, run, template, write_files
 
@@ -46,6 +46,13 @@ class Systemd:
     def log_path(self, label: str) -> Path:  # noqa: ARG002  # as launchd's
         """Return a path that no unit uses: the journal takes what emberd prints."""
         return Path(os.devnull)
+
+    def last_words(self, label: str) -> str:
+        """Return the last error in the journal's lines of the service, empty if they cannot be read."""
+        with contextlib.suppress(ServiceManagerFailed):
+            lines = run("journalctl", "--user", "-u", self._path(label, "service").name, "-n", "50", "-o", "cat")
+            return last_error(lines.out)
+        return ""
 
     def _path(self, label: str, kind: str) -> Path:
         return self._folder / f"{unit_name(label)}.{kind}"
