@@ -6,6 +6,8 @@ and below each what it prints). The line above its fence may be a comment:
 - ``<!-- example: SETUP -->``: the computer it is run on, one of `SETUPS`; without it `running`.
 - ``<!-- not executed: REASON -->``: one of `REASONS`. Nothing else excuses a block.
 
+A command that follows a log (`-f`) is interrupted after a second, as a person does.
+
 What a page shows stands for what is printed so: spaces and line breaks count as one space, each number for any
 number (a line that is only a number for itself), and ``...`` for anything. The home is /home/me and the port 5001.
 """
@@ -42,6 +44,7 @@ SETUPS = {
 }
 REASONS = {
     "needs macOS",
+    "needs the journal",
     "needs an administrator",
     "installs software",
     "belongs to the folk recipe",
@@ -170,8 +173,10 @@ if [ "$1" = run ]; then
     done
     exit
 fi
-{real} "$@"
-code=$?
+case " $* " in
+    *" -f "*) timeout --signal=INT 1 {real} "$@"; code=$?; [ $code != 124 ] || code=0 ;;
+    *) {real} "$@"; code=$? ;;
+esac
 {tame}
 exit $code
 """
