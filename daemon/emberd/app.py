@@ -322,6 +322,11 @@ class _Daemon:
                 "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
             }
 
+        async def doctor() -> dict[str, Any]:
+            from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
+
+            return await examine(self._host, self._settings, await status())
+
         async def stop() -> dict[str, Any]:
             self._stop.set()
             return {"ok": True, "pid": os.getpid()}
@@ -350,6 +355,7 @@ class _Daemon:
 
         verbs: dict[str, Awaitable[dict[str, Any]]] | dict[str, Any] = {
             "status": status,
+            "doctor": doctor,
             "stop": stop,
             "restart": restart,
             "replace": replace,

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from emberd.core.lock import LockState
 from emberd.core.memory import GpuLimits, SystemMemory
 
 if TYPE_CHECKING:
+    from emberd.core.lock import LockState
     from emberd.core.lock_limits import LockLimits
 
 
@@ -111,6 +111,25 @@ class EngineHealth:
     lock_message: str = ""
     lock_remedy: str = ""
     wants_lock: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostHealth:
+    """What only this kind of system knows of itself.
+
+    Attributes:
+        is_translated: this program runs under Rosetta.
+        is_throttled: the asked process gets little processor time and slow disk access.
+        cgroup_limit_bytes: what its group may hold at most.
+        lingers: the user's services go on without a session.
+        logs_persist: the system's log survives a restart of the computer.
+    """
+
+    is_translated: bool | None = None
+    is_throttled: bool | None = None
+    cgroup_limit_bytes: int | None = None
+    lingers: bool | None = None
+    logs_persist: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

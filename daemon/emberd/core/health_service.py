@@ -19,8 +19,8 @@ HUGE_LOG_BYTES = 1 << 30
 _OTHERS_CAN_READ = 0o077
 
 KINDS: dict[str, Kind] = {
-    "SETTINGS_WRONG": Kind(_E, "The settings file is wrong"),
-    "SETTINGS_OPEN": Kind(_W, "Others can read the settings file, which holds a key"),
+    "SETTINGS_OPEN": Kind(_E, "Others can read the settings file, which holds a key"),
+    "SETTINGS_WRONG": Kind(_E, "The settings file is wrong", ("SETTINGS_OPEN",)),
     "STATE_UNUSABLE": Kind(_E, "The state directory cannot be used", ("SETTINGS_WRONG", "DISK_FULL")),
     "DISK_FULL": Kind(_E, "The disk is full"),
     "PORT_TAKEN": Kind(_E, "Another program listens on emberd's port", ("SETTINGS_WRONG",)),
