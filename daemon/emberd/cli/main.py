@@ -23,6 +23,7 @@ _VERBS = {
     "resume": "Keep warm again.",
     "cool": "Let go of the model's memory for a while.",
     "forget": "Forget the last prompt and reply.",
+    "logs": "Show what emberd has logged.",
     "residency": "Show how much of a model is in memory.",
     "touch": "Bring a model into memory.",
     "demo": "Show the main job on a small model.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import select
 import subprocess
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 
     from emberd.core.health_facts import HostHealth
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
+    from emberd.core.ports import SystemLog
 
 _kqueue: Any = select
 """typeshed knows kqueue on macOS only."""
 _QUARANTINE = "com.apple.quarantine"
 _PMSET = "/usr/bin/pmset"
+_LOG = "/usr/bin/log"
 _PMSET_TIMEOUT_S = 5.0
 """It answers within some 10 ms; a hanging one must not hold up anything."""
 
@@ -40,6 +43,7 @@ class DarwinHost(PosixHost):
     Args:
         calls: the C library; a stand-in in tests.
         pmset: path of pmset(1).
+        log: path of log(1); a stand-in in tests.
     """
 
     name = "darwin"
@@ -50,9 +54,38 @@ class DarwinHost(PosixHost):
         touches_twice=True,
     )
 
-    def __init__(self, calls: DarwinCalls | None = None, pmset: str = _PMSET) -> None:
+    def __init__(self, calls: DarwinCalls | None = None, pmset: str = _PMSET, log: str = _LOG) -> None:
         self._calls = DarwinCalls() if calls is None else calls
         self._pmset = pmset
+        self._log = log
+
+    def system_log(self) -> SystemLog | None:
+        """Return the unified log, by pyoslog; without it syslog(3), whose lines get there without a subsystem."""
+        from emberd.host.logsink_oslog import load_os_log  # noqa: PLC0415  # each only where it is used
+
+        unified = load_os_log()
+        if unified is not None:
+            return unified
+        from emberd.host.logsink_syslog import SyslogSink  # noqa: PLC0415
+
+        return SyslogSink()
+
+    def log_program(self) -> str | None:
+        """Return log(1), which every macOS has."""
+        return self._log
+
+    def stderr_is_launchds(self) -> bool:
+        """Tell whether this process is a job of launchd: its child, with the label in XPC_SERVICE_NAME.
+
+        In a terminal the variable is "0", or the terminal's own `application.` and so on.
+        """
+        label = os.environ.get("XPC_SERVICE_NAME", "")
+        return (
+            os.getppid() == 1
+            and label not in {"", "0"}
+            and not label.startswith("application.")
+            and not os.isatty(2)
+        )
 
     def given_sockets(self) -> list[socket.socket]:
         """Return the sockets of the environment, else launchd's.
