@@ -345,6 +345,11 @@ class _Daemon:
                 "log": logs.places(),
             }
 
+        async def doctor() -> dict[str, Any]:
+            from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
+
+            return await examine(self._host, self._settings, await status())
+
         async def stop() -> dict[str, Any]:
             self._stop.set()
             return {"ok": True, "pid": os.getpid()}
@@ -375,6 +380,7 @@ class _Daemon:
 
         verbs: dict[str, Awaitable[dict[str, Any]]] | dict[str, Any] = {
             "status": status,
+            "doctor": doctor,
             "stop": stop,
             "restart": restart,
             "replace": replace,

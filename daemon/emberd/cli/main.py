@@ -14,6 +14,7 @@ from emberd.core.errors import EmberdError
 _VERBS = {
     "run": "Run the daemon in the foreground.",
     "status": "Show the engine's state.",
+    "doctor": "Tell what is wrong and what helps.",
     "install": "Run emberd at every login, by launchd or systemd.",
     "uninstall": "Undo install.",
     "start": "Start the installed service.",
@@ -89,8 +90,8 @@ def group(context: click.Context, config: str | None) -> None:
       emberd status           see how it is
       emberd install          run it at every login
 
-    Exit codes: 0 done; 1 other failure; 2 usage; 3 not running; 4 already running; 5 engine failed; 66 model;
-    69 port taken; 71 service manager; 72 engine not usable; 73 state directory; 78 settings.
+    Exit codes: 0 done; 1 other failure; 2 usage; 3 not running; 4 already running; 5 engine failed; 6 doctor found
+    something; 66 model; 69 port taken; 71 service manager; 72 engine not usable; 73 state directory; 78 settings.
     """
     context.obj = config
 

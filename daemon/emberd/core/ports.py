@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from signal import Signals
 
     from emberd.core.generation import Generation
+    from emberd.core.health_facts import HostHealth
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
     from emberd.core.replay import Replay
@@ -222,6 +223,10 @@ class Host(Protocol):
 
     def wire_refusals(self) -> WireRefusals | None:
         """Return the kernel's counters of refused locks, None where there are none."""
+        ...
+
+    def health(self, pid: int) -> HostHealth:
+        """Return what only this kind of system knows of itself and of a process. Can take some 10 ms."""
         ...
 
     def quarantine(self, path: Path) -> str | None:

@@ -15,6 +15,7 @@ from emberd.core.residency import Paging
 from emberd.host import darwin_memory
 from emberd.host.activation import from_launchd
 from emberd.host.darwin_calls import DarwinCalls
+from emberd.host.darwin_health import read_health
 from emberd.host.darwin_power import read_power
 from emberd.host.posix import PosixHost, ReadableWatch
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from emberd.core.health_facts import HostHealth
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
     from emberd.core.ports import SystemLog
 
@@ -225,6 +227,10 @@ class DarwinHost(PosixHost):
         over_user = self._calls.number("vm.add_wire_count_over_user_limit")
         over_global = self._calls.number("vm.add_wire_count_over_global_limit")
         return None if over_user is None or over_global is None else WireRefusals(over_user, over_global)
+
+    def health(self, pid: int) -> HostHealth:
+        """Return whether Rosetta and the scheduler stand in the way."""
+        return read_health(pid, self._calls)
 
     def quarantine(self, path: Path) -> str | None:
         """Return the value of com.apple.quarantine, None if the file has none or cannot be asked (getxattr(2))."""

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.residency import Paging
 from emberd.host import linux_memory, logsink_journal
+from emberd.host.linux_health import read_health
 from emberd.host.linux_power import read_power
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from emberd.core.health_facts import HostHealth
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
     from emberd.core.ports import SystemLog
 
@@ -176,6 +178,10 @@ class LinuxHost(PosixHost):
                 soft = line.removeprefix(_MEMLOCK_LINE).split()[0]
                 return -1 if soft == "unlimited" else int(soft)
         return None
+
+    def health(self, pid: int) -> HostHealth:
+        """Return what systemd and the cgroups say."""
+        return read_health(pid, self._proc)
 
     def quarantine(self, path: Path) -> str | None:  # noqa: ARG002  # the Host protocol
         """Return None: Linux has no quarantine."""
