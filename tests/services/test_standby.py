@@ -30,7 +30,7 @@ BRIEF_WAITS = "import emberd.core.burst as burst; burst.FIRST_WAIT_S = 1.0; "
 
 
 def start_until_it_stays(daemon: Daemon, most: int = 4) -> tuple[list[int], dict[str, Any]]:
-    """Start emberd again after each failure, as launchd does; return the exit codes and the status when it stays."""
+    """Start emberd again after each failure, as launchd does; return exit codes and status when it stays."""
     codes: list[int] = []
     daemon.environment.update(LAUNCHD)
     daemon.write_settings()
@@ -90,9 +90,7 @@ def test_the_third_failed_start_stays_and_tells_everybody_why(make_daemon: MakeD
 def test_a_page_of_another_site_does_not_learn_why(make_daemon: MakeDaemon):
     daemon = make_daemon({"model.path": "/nowhere/model.gguf"})
     start_until_it_stays(daemon)
-    answer = httpx.get(
-        f"{daemon.url}/api/v1/model", headers={"Host": "evil.example"}, timeout=20, trust_env=False
-    )
+    answer = httpx.get(f"{daemon.url}/api/v1/model", headers={"Host": "evil.example"}, timeout=20, trust_env=False)
     assert (answer.status_code, "nowhere" in answer.text) == (403, False)
 
 

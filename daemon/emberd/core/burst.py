@@ -20,6 +20,8 @@ WINDOW_S = 300.0
 """They count for so long; three starts of launchd's take 20 s, three that load a large model first some minutes."""
 FIRST_WAIT_S = 60.0
 LONGEST_WAIT_S = 1800.0
+_MOST_DOUBLINGS = 10
+"""More would only overflow."""
 KEPT = 20
 """Runs that are worth remembering."""
 
@@ -72,7 +74,7 @@ def judge(runs: Sequence[Run] | None, now_s: float) -> float | None:
     is_burst = sum(now_s - run.began_s <= WINDOW_S for run in bad) >= LIMIT
     if waits is None and not is_burst:
         return None
-    return float(min(FIRST_WAIT_S * 2 ** (waits or 0), LONGEST_WAIT_S))
+    return min(FIRST_WAIT_S * 2.0 ** min(waits or 0, _MOST_DOUBLINGS), LONGEST_WAIT_S)
 
 
 def waits_after(runs: Sequence[Run]) -> int:

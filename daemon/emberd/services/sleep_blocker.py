@@ -48,12 +48,13 @@ class SleepBlocker:
         self._settings = settings
         self._supervisor = supervisor
         self._child: asyncio.subprocess.Process | None = None
+        self._is_on_trial = False
         self._is_given_up = False
 
     @property
     def is_held(self) -> bool:
         """Whether sleep is prevented."""
-        return self._child is not None and self._child.returncode is None
+        return self._child is not None and self._child.returncode is None and not self._is_on_trial
 
     async def run(self) -> None:
         """Look every LOOK_S and at each change of the engine's state; until cancelled."""
@@ -102,11 +103,14 @@ class SleepBlocker:
         except OSError:
             return False
         self._child = child  # from here on it is ended with us
+        self._is_on_trial = True
         try:
             async with asyncio.timeout(_REFUSAL_S):
                 await child.wait()
         except TimeoutError:
             return True
+        finally:
+            self._is_on_trial = False
         self._child = None
         return False
 
