@@ -2,8 +2,8 @@
 
 `caffeinate -i -w PID` holds an assertion until that process ends; `systemd-inhibit [options] COMMAND...` holds one
 while the command runs and ends with its status. The assertion is a file named after the process that holds it, in
-the folder EMBERD_TEST_ASSERTIONS, with the command line in it. A refusal (EMBERD_TEST_REFUSES is a part of the command
-line) ends with 1, as systemd-inhibit does when polkit says no.
+the folder EMBERD_TEST_ASSERTIONS, with the command line in it. A refusal (EMBERD_TEST_REFUSES is a part of the
+command line) ends with 1, as systemd-inhibit does when polkit says no.
 """
 
 from __future__ import annotations

@@ -5,15 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import psutil
 import pytest
 
+from daemon_process import free_port
 from emberd.core.errors import EmberdError
+from emberd.host import ThisHost
+from emberd.host.starts import Starts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 
     MakeDaemon = Callable[..., Daemon]
 
+ACTIVATE = shutil.which("systemd-socket-activate") or ""
 LIMIT_S = 60.0
 LAUNCHD = {"XPC_SERVICE_NAME": "io.github.emberd.test"}
 BRIEF_WAITS = "import emberd.core.burst as burst; burst.FIRST_WAIT_S = 1.0; "
@@ -269,3 +277,58 @@ def test_a_state_directory_that_cannot_be_used_is_waited_for_at_once(make_daemon
     assert str(daemon.state.directory) in ask(daemon, "/v1/models").text
     daemon.signal(signal.SIGTERM)
     assert daemon.end() == 0
+
+
+@pytest.mark.skipif(not ACTIVATE, reason="systemd-socket-activate is not installed")
+def test_a_service_managers_socket_is_kept_through_the_waiting_and_nobody_is_refused(
+    make_daemon: MakeDaemon, tmp_path: Path, model: Path
+):
+    late = tmp_path / "late.gguf"
+    daemon = make_daemon({"model.path": str(late)})
+    daemon.write_settings()
+    daemon.state.directory.mkdir(mode=0o700)
+    for _ in range(2):
+        starts = Starts(daemon.state.starts, ThisHost().start_token(1))
+        starts.begin()
+        starts.failed("no model")
+    daemon.port = free_port()  # of the socket, not of the settings
+    environment = {**daemon.environment, "INVOCATION_ID": "1"}
+    with daemon.log.open("ab") as log:
+        daemon.child = subprocess.Popen(
+            [
+                ACTIVATE,
+                f"--listen=127.0.0.1:{daemon.port}",
+                *(
+                    f"--setenv={name}={value}"
+                    for name, value in {**daemon.environment, "INVOCATION_ID": "1"}.items()
+                ),
+                sys.executable,
+                *daemon.command("run")[1:],
+            ],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+        )
+    first = ask(daemon, "/v1/models")
+    assert (first.status_code, "late.gguf" in first.text) == (503, True), "the client that started it is told why"
+    assert wait_for_standby(daemon)["endpoint"] == daemon.url
+    late.write_bytes(model.read_bytes())
+    codes = set()
+    deadline_s = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline_s and 200 not in codes:
+        codes.add(ask(daemon, "/api/v1/model").status_code)  # a refused connection would raise
+    assert codes == {503, 200}
+    assert daemon.wait_ready()["endpoint"] == daemon.url
+
+
+def test_waiting_costs_next_to_nothing(make_daemon: MakeDaemon):
+    daemon = make_daemon({"model.path": "/nowhere/model.gguf"})
+    _, status = start_until_it_stays(daemon)
+    process = psutil.Process(status["pid"])
+    ask(daemon, "/emberd/healthz")  # what is imported late is there now
+    before, began_s = sum(process.cpu_times()[:2]), time.monotonic()
+    time.sleep(5)  # what passes in this time is measured
+    share = (sum(process.cpu_times()[:2]) - before) / (time.monotonic() - began_s)
+    assert share <= 0.004, "within 5 s a tick of the clock is 0.2 %"
+    if sys.platform == "linux":
+        assert process.memory_full_info().pss < 40 << 20
