@@ -7,9 +7,9 @@ import time
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, show
+from emberd.cli.talk import as_json, ask_daemon, load_of_daemon, show
 from emberd.core.errors import EngineFailed
-from emberd.host import ThisHost, config_file
+from emberd.host import ThisHost
 
 
 @click.command("stop")
@@ -17,7 +17,7 @@ from emberd.host import ThisHost, config_file
 @click.pass_obj
 def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
     """Stop the daemon and its engine; running requests may finish first (lifecycle.drain_timeout_s)."""
-    settings, _ = config_file.load(config)
+    settings = load_of_daemon(config).settings
     pid = ask_daemon(config, "stop")["pid"]
     limit_s = settings.lifecycle.drain_timeout_s + settings.lifecycle.stop_timeout_s + 15
     began_s = time.monotonic()

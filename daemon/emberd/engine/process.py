@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from emberd.core.errors import EngineNotUsable
+from emberd.host import notify_socket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -194,10 +195,11 @@ def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
         EngineNotUsable: the program cannot be started.
     """
     program = plan.arguments[0]
+    inherited = {name: value for name, value in os.environ.items() if name not in notify_socket.VARIABLES}
     try:
         child = subprocess.Popen(
             plan.arguments,
-            env={**os.environ, **plan.environment},
+            env={**inherited, **plan.environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

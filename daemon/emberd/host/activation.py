@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _FIRST = 3
 """sd_listen_fds(3): SD_LISTEN_FDS_START."""
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+_OWN = "bound-by-emberd"
+"""Name of sockets that no service manager made; in LISTEN_FDNAMES."""
 LAUNCHD_NAME = "Listeners"
 """Name of the sockets in the job's property list (launchd.plist(5), Sockets)."""
 _NO_SUCH_NAME, _NOT_OF_LAUNCHD = 2, 3
@@ -37,6 +39,11 @@ def from_environment() -> list[socket.socket]:
     if values["LISTEN_PID"] != str(os.getpid()) or not values["LISTEN_FDS"].isdecimal():
         return []
     return [_adopt(_FIRST + number) for number in range(int(values["LISTEN_FDS"]))]
+
+
+def were_bound_by_emberd() -> bool:
+    """Tell whether the sockets come from an emberd that had bound them itself; ask before they are taken."""
+    return os.environ.get("LISTEN_FDNAMES", "").split(":")[0] == _OWN
 
 
 def from_launchd(libc: Any) -> list[socket.socket]:
@@ -85,8 +92,12 @@ def _adopt(descriptor: int) -> socket.socket:
     return found
 
 
-def execute_with(listeners: Sequence[socket.socket]) -> None:
+def execute_with(listeners: Sequence[socket.socket], *, are_own: bool = False) -> None:
     """Replace this process by a new one of the same command line, which is given the sockets as systemd gives them.
+
+    Args:
+        listeners: the sockets.
+        are_own: emberd had bound them itself, so that the new one may give them up.
 
     Returns only by raising OSError: the program is gone.
     """
@@ -97,4 +108,6 @@ def execute_with(listeners: Sequence[socket.socket]) -> None:
     for number, each in enumerate(copies):
         os.dup2(each, _FIRST + number, inheritable=True)
     environment = {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(copies))}
+    if are_own:
+        environment["LISTEN_FDNAMES"] = ":".join([_OWN] * len(copies))
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606  # our own words
