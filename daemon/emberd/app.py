@@ -77,7 +77,7 @@ def run(settings: Settings, config_path: Path, claims: Claims, starts: Starts) -
     code = asyncio.run(daemon.run())
     if daemon.is_to_be_replaced:
         starts.ended()
-        claims.replace_process()
+        claims.replace_process(daemon.successor)
     return code
 
 
@@ -107,6 +107,8 @@ class _Daemon:
         computer.forbid_core_dumps()
         self.is_to_be_replaced = False
         """After its end this process is to become a new emberd on the same sockets."""
+        self.successor: list[str] = []
+        """Command line of that emberd; empty for this one's."""
         self._stop = asyncio.Event()
         self._started_s = time.monotonic()
         self._interrupts = 0
@@ -361,33 +363,14 @@ class _Daemon:
         return {"ok": True, "engine_restarts": restarts, "needs_emberd_restart": fixed}
 
     def _verbs(self) -> dict[str, Any]:
-        from emberd.services import logs  # noqa: PLC0415
-
-        async def status() -> dict[str, Any]:
-            return {
-                **self._status(),
-                **self._proxy.status(),
-                "seconds_since_knock": self._knocks.seconds_since,
-                "remembers_turn": self._turns.last is not None,
-                "memory": await self._memory.status(),
-                "prevents_sleep": self._sleep.is_held,
-                "residency": await self._residency.status(),
-                "warmth": await self._keepwarm.status(),
-                "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
-                "log": logs.places(),
-            }
-
-        async def doctor() -> dict[str, Any]:
-            from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
-
-            return await examine(self._host, self._settings, await status())
-
         async def stop() -> dict[str, Any]:
             self._stop.set()
             return {"ok": True, "pid": os.getpid()}
 
-        async def replace() -> dict[str, Any]:
-            self.is_to_be_replaced = True
+        async def replace(command: list[str] | None = None) -> dict[str, Any]:
+            if command and not os.access(command[0], os.X_OK):
+                raise EmberdError(f"cannot execute {command[0]}", "Install emberd again, then: emberd upgrade.")
+            self.is_to_be_replaced, self.successor = True, command or []
             self._stop.set()
             return {"ok": True, "pid": os.getpid(), "uptime_s": round(time.monotonic() - self._started_s, 3)}
 
@@ -409,8 +392,8 @@ class _Daemon:
             return {"ok": True, "had_turn": self._turns.forget()}
 
         verbs: dict[str, Awaitable[dict[str, Any]]] | dict[str, Any] = {
-            "status": status,
-            "doctor": doctor,
+            "status": self._status,
+            "doctor": self._doctor,
             "stop": stop,
             "restart": restart,
             "replace": replace,
@@ -424,7 +407,9 @@ class _Daemon:
         }
         return verbs
 
-    def _status(self) -> dict[str, Any]:
+    async def _status(self) -> dict[str, Any]:
+        from emberd.services import logs  # noqa: PLC0415
+
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -433,7 +418,21 @@ class _Daemon:
             "model": self._settings.model.path,
             "settings_file": str(self._config_path),
             **self._supervisor.status(),
+            **self._proxy.status(),
+            "seconds_since_knock": self._knocks.seconds_since,
+            "remembers_turn": self._turns.last is not None,
+            "memory": await self._memory.status(),
+            "prevents_sleep": self._sleep.is_held,
+            "residency": await self._residency.status(),
+            "warmth": await self._keepwarm.status(),
+            "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
+            "log": logs.places(),
         }
+
+    async def _doctor(self) -> dict[str, Any]:
+        from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
+
+        return await examine(self._host, self._settings, await self._status())
 
     # --- stop -----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.errors import ConfigError
+from emberd.core.launch_agent import SOCKET_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +22,6 @@ _FIRST = 3
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _OWN = "bound-by-emberd"
 """Name of sockets that no service manager made; in LISTEN_FDNAMES."""
-LAUNCHD_NAME = "Listeners"
-"""Name of the sockets in the job's property list (launchd.plist(5), Sockets)."""
 _NO_SUCH_NAME, _NOT_OF_LAUNCHD = 2, 3
 """launch_activate_socket(3): ENOENT, ESRCH."""
 
@@ -60,7 +59,7 @@ def from_launchd(libc: Any) -> list[socket.socket]:
     if ask is None:
         return []
     ask.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.POINTER(ctypes.c_int)), ctypes.POINTER(ctypes.c_size_t)]
-    error = ask(LAUNCHD_NAME.encode(), ctypes.byref(descriptors), ctypes.byref(count))
+    error = ask(SOCKET_NAME.encode(), ctypes.byref(descriptors), ctypes.byref(count))
     if error in {_NO_SUCH_NAME, _NOT_OF_LAUNCHD}:
         return []
     if error:
@@ -92,14 +91,15 @@ def _adopt(descriptor: int) -> socket.socket:
     return found
 
 
-def execute_with(listeners: Sequence[socket.socket], *, are_own: bool = False) -> None:
-    """Replace this process by a new one of the same command line, which is given the sockets as systemd gives them.
+def execute_with(listeners: Sequence[socket.socket], command: Sequence[str] = (), *, are_own: bool = False) -> None:
+    """Replace this process by a new one, which is given the sockets as systemd gives them.
+
+    Returns only by raising OSError: the program is gone.
 
     Args:
         listeners: the sockets.
+        command: what to execute; empty for this process' own command line.
         are_own: emberd had bound them itself, so that the new one may give them up.
-
-    Returns only by raising OSError: the program is gone.
     """
     # Copies first: a socket may stand where another is to go.
     copies = [os.dup(each.fileno()) for each in listeners]
@@ -110,4 +110,5 @@ def execute_with(listeners: Sequence[socket.socket], *, are_own: bool = False) -
     environment = {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(copies))}
     if are_own:
         environment["LISTEN_FDNAMES"] = ":".join([_OWN] * len(copies))
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606  # our own words
+    words = [*command] or [sys.executable, *sys.orig_argv[1:]]
+    os.execve(words[0], words, environment)  # noqa: S606  # our own words, or our owner's

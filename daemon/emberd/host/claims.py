@@ -11,6 +11,7 @@ from emberd.host.listener import bind
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Sequence
     from pathlib import Path
 
     from emberd.core.ports import Host
@@ -69,12 +70,15 @@ class Claims:
         self._close_listeners()
         self.listeners, self.are_own = listeners, True
 
-    def replace_process(self) -> None:
-        """Become a new emberd of the same command line, on the same sockets; the lock is free for it.
+    def replace_process(self, command: Sequence[str] = ()) -> None:
+        """Become a new emberd on the same sockets; the lock is free for it.
 
         Returns only by raising OSError: the program is gone.
+
+        Args:
+            command: its command line; empty for this process' own.
         """
-        execute_with(self.listeners, are_own=self.are_own)
+        execute_with(self.listeners, command, are_own=self.are_own)
 
     def close(self) -> None:
         """Let go of everything; idempotent."""

@@ -103,11 +103,12 @@ def _wait(
 
     starts.waits()
     failures = tuple(run.reason or "ended without a word" for run in starts.runs or ())
-    outcome = asyncio.run(Standby(Why(error, wait_s, failures), loaded, option, claims).run())
+    standby = Standby(Why(error, wait_s, failures), loaded, option, claims)
+    outcome = asyncio.run(standby.run())
     if outcome is Outcome.STOPPED:
         starts.ended()
         return 0
     if outcome is Outcome.ASKED:
         starts.asked()
-    claims.replace_process()
+    claims.replace_process(standby.successor)
     return 1  # not reached

@@ -90,6 +90,8 @@ class Standby:
         self._option = option
         self._claims = claims
         self._began_s = time.monotonic()
+        self.successor: list[str] = []
+        """Command line of the emberd that follows; empty for this one's."""
         self._outcome: asyncio.Future[Outcome]
         self._log: FilteringBoundLogger
 
@@ -261,7 +263,8 @@ class Standby:
             self._end(Outcome.ASKED)
             return {"ok": True, "starts": -1, "standby": True}
 
-        async def replace() -> dict[str, Any]:
+        async def replace(command: list[str] | None = None) -> dict[str, Any]:
+            self.successor = command or []
             self._end(Outcome.ASKED)
             return {"ok": True, "pid": os.getpid(), "uptime_s": self._status()["uptime_s"]}
 
@@ -270,7 +273,7 @@ class Standby:
             self._end(Outcome.ASKED)
             return {"ok": True, "engine_restarts": True, "needs_emberd_restart": []}
 
-        async def refuse(**_: float) -> dict[str, Any]:
+        async def refuse(**_: Any) -> dict[str, Any]:
             error = self._why.error
             refused = EmberdError(f"emberd waits, for it cannot start: {error.message}", error.remedy)
             refused.exit_code = error.exit_code  # type: ignore[misc]
