@@ -99,7 +99,9 @@ def test_a_crash_is_followed_by_a_new_emberd_that_takes_the_engine_over(home: La
     assert (after["engine"]["pid"], after["engine"]["adopted"]) == (before["engine"]["pid"], True)
 
 
-@pytest.mark.parametrize("interruption", ["written", "booted out", "leftover", "wrong mode", "wrong content", "junk"])
+@pytest.mark.parametrize(
+    "interruption", ["written", "booted out", "leftover", "wrong mode", "wrong content", "junk"]
+)
 def test_an_interrupted_or_damaged_install_is_mended_by_the_next(home: LaunchdHome, interruption: str):
     home.done("install")
     home.daemon.wait_ready()

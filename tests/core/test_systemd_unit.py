@@ -64,7 +64,14 @@ def test_the_templates_say_the_defaults():
     assert values["Service.KillMode"] == ("process",)
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp", "Zs")) | st.just(" "), min_size=1), min_size=1))
+@given(
+    st.lists(
+        st.text(
+            st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp", "Zs")) | st.just(" "), min_size=1
+        ),
+        min_size=1,
+    )
+)
 def test_a_command_line_is_read_back_as_it_was(program: list[str]):
     text = fill_service(SERVICE, replace(WANTED, program=tuple(program)))
     assert words(assignments(text)["Service.ExecStart"][0]) == program

@@ -332,3 +332,18 @@ def test_a_stop_lets_a_running_request_end(make_service: MakeService):
     asking.join(WAIT_S)
     assert len(replies) == 1
     assert replies[0]
+
+
+def test_a_stop_ends_the_engine_that_a_killed_emberd_has_left(make_service: MakeService):
+    service = make_service()
+    service.do("install", "--on-demand")
+    service.complete()
+    engine, pid = service.engine_pid(), service.pid
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    service.launchctl.wait(lambda: service.launchctl.value(LABEL, "state") == "not running", "the end")
+    assert is_alive(engine)
+    answer = json.loads(service.do("stop", "--json"))
+    assert answer["ended_engine"] == engine
+    assert not is_alive(engine)
+    assert not service.state.record.exists()

@@ -179,6 +179,7 @@ class ServiceHealth:
         settings_remedy: what helps.
         settings_mode: permission bits of a settings file that holds a key.
         is_running: a daemon answers.
+        waits_because: it answers that it cannot start, with the reason.
         version: of this program.
         daemon_version: of the daemon that answers.
         port: of the endpoint.
@@ -202,6 +203,7 @@ class ServiceHealth:
     settings_remedy: str = ""
     settings_mode: int | None = None
     is_running: bool | None = None
+    waits_because: str = ""
     version: str = ""
     daemon_version: str = ""
     port: int = 0

@@ -39,7 +39,15 @@ KINDS: dict[str, Kind] = {
     "PSUTIL_TOO_OLD": Kind(_W, "psutil is too old for this system"),
 }
 
-CATALOGUE: dict[str, Kind] = {**KINDS, **health_model.KINDS, **health_memory.KINDS}
+_CANNOT_START: dict[str, Kind] = {
+    # Last: whatever keeps emberd from starting is the cause.
+    "WAITS": Kind(
+        _E,
+        "emberd waits, because it could not start",
+        tuple(code for code, kind in {**KINDS, **health_model.KINDS}.items() if kind.severity is _E),
+    ),
+}
+CATALOGUE: dict[str, Kind] = {**KINDS, **health_model.KINDS, **health_memory.KINDS, **_CANNOT_START}
 
 
 def diagnose(facts: Facts) -> list[Condition]:
@@ -121,6 +129,12 @@ def _of_manager(facts: Facts) -> Iterator[Condition]:
         "emberd start, or emberd run to see what it says."
         if service.is_installed
         else "emberd install, or emberd run.",
+    )
+    yield from when(
+        bool(service.waits_because),
+        "WAITS",
+        service.waits_because,
+        "Mend the cause; it tries again by itself, or now: emberd restart.",
     )
     yield from when(
         service.is_installed is False, "SERVICE_MISSING", "it was started by hand, or not at all", "emberd install"

@@ -213,6 +213,13 @@ class Host(Protocol):
         """Read where power comes from. Can take some 10 ms: not for every tick."""
         ...
 
+    def sleep_blockers(self) -> Sequence[tuple[str, ...]]:
+        """Return command lines that keep the computer from sleeping while they run, the best first.
+
+        Each ends with this process, or when its standard input is closed.
+        """
+        ...
+
     def gpu_limits(self) -> GpuLimits | None:
         """Return what the GPU may hold wired, None where the system has no such limits."""
         ...
