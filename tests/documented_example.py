@@ -37,14 +37,17 @@ LIMIT_S = 40
 MODEL_BYTES = 4 << 20
 """More pages than a sample looks at, and less than everybody may lock (8 MiB)."""
 SHOWN_HOME = "/home/me"
+LAUNCHCTL = Path(__file__).parent / "launchctl_standin" / "launchctl"
 SETUPS = {
     "running": "emberd runs, and its engine is ready",
     "new": "emberd, a model and an engine are there, and no settings; `emberd run` runs until the block ends",
+    "service": "emberd is installed, on the stand-in for launchd, and small.toml is there for a second one",
     "wrong settings": "the settings file has three mistakes",
 }
 REASONS = {
     "needs macOS",
     "needs the journal",
+    "needs a user manager of systemd",
     "needs an administrator",
     "installs software",
     "belongs to the folk recipe",
@@ -144,12 +147,15 @@ class Computer:
             "PATH": f"{self.home}/bin:{os.environ['PATH']}",
             "COLUMNS": "160",
             "STANDIN_PROMPT_MS_PER_TOKEN": "1",
+            "LAUNCHCTL_STANDIN_STATE": str(self.home / "launchd"),
         }
         (self.home / "Models").mkdir()
         write_gguf(self.home / "Models" / "model.gguf", target_bytes=MODEL_BYTES)
         (self.home / "koboldcpp").symlink_to(standin)
         (self.home / "bin").mkdir()
         (self.home / "bin" / "python3").symlink_to(sys.executable)
+        (self.home / "bin" / "koboldcpp").symlink_to(standin / "koboldcpp.py")
+        (self.home / "bin" / "launchctl").symlink_to(LAUNCHCTL)
         real = f"\"{sys.executable}\" -c 'from emberd.cli.main import main; main()'"
         self._write_program(real)
         self.config = Path(self.run("emberd config path").strip().replace(SHOWN_HOME, str(self.home)))
@@ -157,8 +163,13 @@ class Computer:
         if setup == "wrong settings":
             self.config.parent.mkdir(parents=True)
             self.config.write_text(_WRONG_SETTINGS, encoding="utf-8")
-        if setup == "running":
+        if setup in {"running", "service"}:
             self.run("emberd config init --model ~/Models/model.gguf --engine ~/koboldcpp/koboldcpp.py")
+        if setup == "service":
+            text = self.config.read_text(encoding="utf-8").replace(f"port = {self.port}", f"port = {free_port()}")
+            text = text.replace('directory = ""', f'directory = "{self.home}/small"')
+            self.config.with_name("small.toml").write_text(text, encoding="utf-8")
+            self.run("emberd install", is_checked=True)
 
     def _write_program(self, real: str, config: Path | None = None) -> None:
         """Put `emberd` on PATH and where the README installs it: on the port of this computer, `run` behind it."""
@@ -173,6 +184,9 @@ if [ "$1" = run ]; then
     done
     exit
 fi
+case " $* " in
+    *" install "* | *" uninstall "* | *" start "* | *" stop "* | *" upgrade "*) set -- "$@" --manager launchd ;;
+esac
 case " $* " in
     *" -f "*) timeout --signal=INT 1 {real} "$@"; code=$?; [ $code != 124 ] || code=0 ;;
     *) {real} "$@"; code=$? ;;
@@ -235,8 +249,8 @@ exit $code
         return found
 
     def close(self) -> None:
-        """Stop emberd and its engine, and remove the home."""
-        self.run("emberd stop")
+        """Stop emberd and its engine, end the stand-in for launchd, and remove the home."""
+        self.run("emberd stop; launchctl standin-end -k")
         for record in self.home.rglob("engine.json"):
             try:
                 os.killpg(json.loads(record.read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
