@@ -215,6 +215,16 @@ def daemon_status(config: str | None) -> dict[str, Any] | None:
         return None
 
 
+def end_leftover_engine(settings: Settings) -> int | None:
+    """End the engine of an emberd that was killed, and return its pid; None if there is none."""
+    import asyncio  # noqa: PLC0415  # rarely needed
+
+    from emberd.engine.leftover import end_leftover  # noqa: PLC0415  # same
+    from emberd.host.paths import state_paths  # noqa: PLC0415  # same
+
+    return asyncio.run(end_leftover(state_paths(settings), ThisHost(), settings.lifecycle.stop_timeout_s))
+
+
 def wait_for_daemon(config: str | None, manager: ServiceManager, label: str) -> dict[str, Any]:
     """Return the status of the daemon as soon as it answers.
 

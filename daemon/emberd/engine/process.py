@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 KILL_WAIT_S = 5.0
 """How long the kernel may take to bury a killed process; tens of GB of locked memory are freed in this time."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What the engines obey, in turn; the first is what they handle best."""
 FIRST_SIGNAL_S = 3.0
 """How long a signal that is not the last may take. KoboldCPP obeys SIGINT in 0.1 s when idle, but in a streamed
 generation only at its end."""

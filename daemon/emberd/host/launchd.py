@@ -135,6 +135,7 @@ class Launchd:
             state=job.state,
             domain=domain,
             stale=self._stale(path, wanted),
+            is_broken=path.exists() and _read(path) is None,
             problems=self._problems(path),
             is_throttled=is_throttled(job.process_type),
             is_disabled=is_disabled(disabled.out, label) if disabled.exit_code == 0 else None,
