@@ -149,6 +149,9 @@ class Computer:
             "STANDIN_PROMPT_MS_PER_TOKEN": "1",
             "LAUNCHCTL_STANDIN_STATE": str(self.home / "launchd"),
         }
+        (self.home / "launchd").mkdir()
+        # launchd's waiting between two starts is not what the pages are about.
+        (self.home / "launchd" / "switches.json").write_text('{"speed": 50, "bootout_lingers_s": 0}')
         (self.home / "Models").mkdir()
         write_gguf(self.home / "Models" / "model.gguf", target_bytes=MODEL_BYTES)
         (self.home / "koboldcpp").symlink_to(standin)

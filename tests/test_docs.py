@@ -112,7 +112,8 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_of_another_server
 
 
 def test_each_dead_link_fails_the_site(tmp_path: Path):
-    for name in ("pyproject.toml", "CONTRIBUTING.md", "CHANGELOG.md"):
+    (tmp_path / "launchd").mkdir()
+    for name in ("pyproject.toml", "CONTRIBUTING.md", "CHANGELOG.md", "launchd/README.md"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     shutil.copytree(DOCS, tmp_path / "docs")
     links = ("settings.md#no-anchor", "no-page.md", "../daemon/no-file.py")
