@@ -30,22 +30,29 @@ def name(block: Block) -> str:
 
 
 @pytest.fixture(scope="module")
-def running(standin: Path) -> Iterator[Computer]:
-    """One computer for all examples on a running emberd."""
-    computer = Computer(standin, "running")
-    yield computer
-    computer.close()
+def kept(standin: Path) -> Iterator[Callable[[str], Computer]]:
+    """A computer with a setup on which emberd runs: one for all examples."""
+    made: dict[str, Computer] = {}
+
+    def prepare(setup: str) -> Computer:
+        if setup not in made:
+            made[setup] = Computer(standin, setup)
+        made[setup].be_ready()
+        return made[setup]
+
+    yield prepare
+    for computer in made.values():
+        computer.close()
 
 
 @pytest.fixture
-def prepared(running: Computer, standin: Path) -> Iterator[Callable[[str], Computer]]:
+def prepared(kept: Callable[[str], Computer], standin: Path) -> Iterator[Callable[[str], Computer]]:
     """A computer with a setup."""
     made: list[Computer] = []
 
     def prepare(setup: str) -> Computer:
-        if setup == "running":
-            running.be_ready()
-            return running
+        if setup in {"running", "service"}:
+            return kept(setup)
         made.append(Computer(standin, setup))
         return made[-1]
 
@@ -145,8 +152,8 @@ def test_what_is_printed_is_compared_with_what_is_shown(shown: str, printed: str
     assert is_as_shown(shown, printed) is is_same
 
 
-def test_a_wrong_page_is_noticed(running: Computer):
-    running.be_ready()
+def test_a_wrong_page_is_noticed(kept: Callable[[str], Computer]):
+    running = kept("running")
     assert running.mistakes(block("$ emberd status\nnothing\n"))
     assert running.mistakes(block("emberd statsu\n", "sh"))
     assert running.mistakes(block("exit 0\ntrue\n", "sh"))
