@@ -1,4 +1,4 @@
-"""The engine of a killed emberd is ended when nobody is to adopt it; strangers and supervised ones are left alone."""
+"""The engine of a killed emberd is ended when nobody is to adopt it; a stranger or a supervised one is not."""
 
 from __future__ import annotations
 
