@@ -21,7 +21,7 @@ NAVIGATION = {
     "Begin": ("install", "service", "folk-recipe", "troubleshooting"),
     "Use": ("settings", "warmth", "locking", "memory", "endpoint", "engines"),
     "When something is wrong": ("doctor", "logs", "lifecycle", "exit-codes"),
-    "More": ("privacy", "architecture", "../CONTRIBUTING", "../CHANGELOG"),
+    "More": ("privacy", "../launchd/README", "architecture", "../CONTRIBUTING", "../CHANGELOG"),
 }
 """Headings of the table of contents, and their pages in order. A page that is missing here is a warning."""
 FIRST_PAGE = "docs/index"
@@ -30,8 +30,8 @@ project = "emberd"
 version = release = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 extensions = ["myst_parser"]
 root_doc = FIRST_PAGE
-include_patterns = ["docs/*.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-exclude_patterns = [".*", "daemon", "launchd", "requirements", "scripts", "site", "tests"]
+include_patterns = ["docs/*.md", "launchd/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+exclude_patterns = [".*", "daemon", "requirements", "scripts", "site", "tests"]
 myst_heading_anchors = 4
 html_theme = "alabaster"
 html_theme_options = {"description": "Keeps a local LLM warm.", "page_width": "1080px", "show_powered_by": False}

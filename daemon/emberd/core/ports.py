@@ -293,6 +293,10 @@ class ServiceManager(Protocol):
         """Return the last error that an emberd of this label printed when it could not start, empty if unknown."""
         ...
 
+    def program(self, label: str) -> tuple[str, ...]:
+        """Return the command line of the installed service, empty if there is none or it cannot be read."""
+        ...
+
     def labels(self, config: Path) -> tuple[str, ...]:
         """Return the labels of the installed services that run on this settings file."""
         ...
