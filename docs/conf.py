@@ -21,7 +21,7 @@ NAVIGATION = {
     "Begin": ("install", "service", "folk-recipe", "troubleshooting"),
     "Use": ("settings", "warmth", "locking", "memory", "endpoint", "engines"),
     "When something is wrong": ("doctor", "logs", "lifecycle", "exit-codes"),
-    "More": ("privacy", "architecture", "../launchd/README", "../CONTRIBUTING", "../CHANGELOG"),
+    "More": ("privacy", "../launchd/README", "architecture", "../CONTRIBUTING", "../CHANGELOG"),
 }
 """Headings of the table of contents, and their pages in order. A page that is missing here is a warning."""
 FIRST_PAGE = "docs/index"

@@ -63,6 +63,7 @@ PROVOKED: dict[str, Facts] = {
     "DISK_FULL": service(state_free_bytes=1 << 20),
     "PORT_TAKEN": service(port=5001, port_owner=Program("koboldcpp", 42)),
     "NOT_RUNNING": service(is_running=False),
+    "SERVICE_DISABLED": service(is_disabled=True),
     "WAITS": service(is_running=True, waits_because="the model is missing"),
     "SERVICE_FILE": service(file_problem="others may write it", file_remedy="chmod 644"),
     "SERVICE_STALE": service(stale="ProgramArguments differ"),

@@ -21,7 +21,7 @@ from emberd.host import ThisHost
 from emberd.host.darwin_health import read_health as read_darwin
 from emberd.host.linux_health import read_health as read_linux
 from emberd.host.model_health import examine_model, is_protected, volume_of
-from emberd.services.doctor import look_at_program, machines_of, other_servers, port_owner
+from emberd.services.doctor import failing_psutil, look_at_program, machines_of, other_servers, port_owner
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
@@ -269,6 +269,20 @@ def test_macos_throttling_is_read_from_the_priority(tmp_path: Path, priority: st
     assert (seen.is_throttled, seen.is_translated) == (is_throttled, True)
 
 
+@pytest.mark.parametrize(
+    ("macos", "version", "said"),
+    [
+        ("26.1", (7, 2, 2), "7.2.2"),
+        ("27", (7, 0, 0), "7.0.0"),
+        ("26.1", (7, 2, 3), ""),
+        ("15.5", (7, 0, 0), ""),
+        ("", (7, 0, 0), ""),
+    ],
+)
+def test_a_psutil_that_fails_on_this_macos_is_named(macos: str, version: tuple[int, ...], said: str):
+    assert failing_psutil(macos, version) == said
+
+
 # --- the verb -----------------------------------------------------------------------------------------------------
 
 
@@ -354,3 +368,20 @@ def test_an_engine_that_dies_again_and_again_has_failed_with_its_last_words(make
     daemon.wait_for(lambda status: status["state"] == "FAILED")
     _, content = doctor(daemon)
     assert "ENGINE_FAILED" in codes(content)
+
+
+def test_an_emberd_that_waits_is_seen_through_to_the_cause(make_daemon: Any):
+    """Under a service manager emberd stays up after a burst of failures; what keeps it down is shown, not that."""
+    daemon = make_daemon({"model.path": "/nowhere/model.gguf"})
+    daemon.environment["INVOCATION_ID"] = "1"
+    daemon.write_settings()
+    for _ in range(2):
+        daemon.start()
+        assert daemon.end() != 0
+    daemon.start()
+    daemon.wait_for(lambda status: status["state"] == "STANDBY")
+    _, content = doctor(daemon)
+    _, everything = doctor(daemon, "--all")
+    assert "MODEL_MISSING" in codes(content)
+    assert "WAITS" in codes(everything)
+    assert not {"WAITS", "NOT_RUNNING", "PORT_TAKEN"} & set(codes(content))

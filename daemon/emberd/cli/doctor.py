@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from emberd import __version__
+from emberd.cli import service
 from emberd.cli.talk import as_json, ask_daemon, show
-from emberd.core.errors import ConfigError, NotRunning
+from emberd.core.errors import ConfigError, EmberdError, NotRunning
 from emberd.core.health import Condition, Severity, visible
 from emberd.core.health_facts import Facts, ServiceHealth
 from emberd.core.health_service import CATALOGUE, diagnose
@@ -54,17 +56,46 @@ def _examine(config: str | None) -> tuple[list[Condition], list[str], str]:
     except ConfigError as error:
         broken = ServiceHealth(settings_problem=error.message, settings_remedy=error.remedy)
         return diagnose(Facts(ThisHost.name, service=broken)), [], "this program"
+    version = waits_because = ""
     try:
         answer, asked = ask_daemon(config, "doctor", _LIMIT_S), "the daemon"
         version = ask_daemon(config, "status")["version"]
-    except NotRunning:
+    except EmberdError as error:
         from emberd.services.doctor import examine  # noqa: PLC0415  # brings the engines' adapters along
 
-        answer, asked = asyncio.run(examine(ThisHost(), settings, None)), "this program"
-        version = ""
+        is_there = not isinstance(error, NotRunning)
+        waits_because = error.message if is_there else ""
+        answer, asked = asyncio.run(examine(ThisHost(), settings, None, is_running=is_there)), "this program"
     found = [Condition(**each) for each in answer["conditions"]]
-    found += diagnose(Facts(ThisHost.name, service=ServiceHealth(version=__version__, daemon_version=version)))
-    return found, answer["unknown"], asked
+    unknown: list[str] = answer["unknown"]
+    mine = replace(
+        _of_service(config, unknown), version=__version__, daemon_version=version, waits_because=waits_because
+    )
+    known = {each.code for each in found}
+    found += [each for each in diagnose(Facts(ThisHost.name, service=mine)) if each.code not in known]
+    return found, unknown, asked
+
+
+def _of_service(config: str | None, unknown: list[str]) -> ServiceHealth:
+    """Return what the service manager and its files say; what they do not say is added to `unknown`."""
+    try:
+        manager = service.find_manager("auto")
+        label = service.find_label(manager, config, None)
+        at_login = manager.installed_login(label)
+        wanted, _ = service.wanted_service(manager, config, label, starts_at_login=at_login is not False)
+        seen = manager.status(label, wanted)
+    except EmberdError as error:
+        unknown.append(f"service: {error.message}")
+        return ServiceHealth()
+    remedy = "emberd install --label " + label
+    return ServiceHealth(
+        is_installed=seen.is_installed,
+        stale=f"differs in {', '.join(seen.stale)}" if seen.is_installed and seen.stale else "",
+        file_problem="; ".join(seen.problems) if seen.is_installed else "",
+        file_remedy=remedy,
+        is_throttled=seen.is_throttled if seen.is_installed else None,
+        is_disabled=seen.is_disabled if seen.is_installed else None,
+    )
 
 
 def _plain(condition: Condition) -> dict[str, Any]:

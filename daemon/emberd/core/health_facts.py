@@ -193,6 +193,7 @@ class ServiceHealth:
         file_problem: owner or mode that the service manager refuses.
         file_remedy: what helps.
         is_throttled: macOS gives the process little processor time and slow disk access.
+        is_disabled: somebody switched the service off.
         lingers: systemd keeps the user's services without a session.
         logs_persist: what emberd says is kept.
         psutil_version: as far as it is known to fail on this system, else empty.
@@ -217,6 +218,7 @@ class ServiceHealth:
     file_problem: str = ""
     file_remedy: str = ""
     is_throttled: bool | None = None
+    is_disabled: bool | None = None
     lingers: bool | None = None
     logs_persist: bool | None = None
     psutil_version: str = ""

@@ -25,8 +25,11 @@ KINDS: dict[str, Kind] = {
     "DISK_FULL": Kind(_E, "The disk is full"),
     "PORT_TAKEN": Kind(_E, "Another program listens on emberd's port", ("SETTINGS_WRONG",)),
     "NOT_RUNNING": Kind(
-        _E, "emberd is not running", ("SETTINGS_WRONG", "STATE_UNUSABLE", "DISK_FULL", "PORT_TAKEN", "SERVICE_FILE")
+        _E,
+        "emberd is not running",
+        ("SETTINGS_WRONG", "STATE_UNUSABLE", "DISK_FULL", "PORT_TAKEN", "SERVICE_FILE", "SERVICE_DISABLED"),
     ),
+    "SERVICE_DISABLED": Kind(_E, "The service was switched off"),
     "SERVICE_FILE": Kind(_E, "The service manager refuses emberd's service file"),
     "SERVICE_STALE": Kind(_W, "The installed service file is not this version's"),
     "SERVICE_MISSING": Kind(_N, "No service manager starts emberd"),
@@ -141,6 +144,12 @@ def _of_manager(facts: Facts) -> Iterator[Condition]:
     )
     yield from when(bool(service.stale), "SERVICE_STALE", service.stale, "emberd upgrade")
     yield from when(bool(service.file_problem), "SERVICE_FILE", service.file_problem, service.file_remedy)
+    yield from when(
+        service.is_disabled,
+        "SERVICE_DISABLED",
+        "the service manager keeps it from starting",
+        "emberd install switches it on; on macOS look at System Settings, Login Items, as well.",
+    )
     other = service.daemon_version
     yield from when(
         bool(other) and other != service.version,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import platform
 import re
 import shutil
 import socket
@@ -63,17 +64,21 @@ _MACHINES = {0x3E: "x86_64", 0xB7: "aarch64"}
 _MACH_O = {0x01000007: "x86_64", 0x0100000C: "arm64"}
 """Mach-O cputype (<mach/machine.h>)."""
 _CONNECT_S = 1.0
+_MACOS_26, _FAILING_PSUTIL = 26, (7, 2, 2)
 
 
-async def examine(host: Host, settings: Settings, status: Mapping[str, Any] | None) -> dict[str, Any]:
+async def examine(
+    host: Host, settings: Settings, status: Mapping[str, Any] | None, *, is_running: bool = False
+) -> dict[str, Any]:
     """Return every condition and what is not known, as plain values; symptoms stand beside their causes.
 
     Args:
         host: this computer.
         settings: in force.
         status: what the daemon says of itself, None without one.
+        is_running: there is one all the same, which can say nothing of its engine: it waits.
     """
-    facts = await Examination(host, settings, status).facts()
+    facts = await Examination(host, settings, status, is_running=is_running or status is not None).facts()
     return {"conditions": [asdict(each) for each in diagnose(facts)], "unknown": list(facts.unknown)}
 
 
@@ -84,12 +89,16 @@ class Examination:
         host: this computer.
         settings: in force.
         status: what the daemon says of itself, None without one.
+        is_running: there is one.
     """
 
-    def __init__(self, host: Host, settings: Settings, status: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, host: Host, settings: Settings, status: Mapping[str, Any] | None, *, is_running: bool
+    ) -> None:
         self._host = host
         self._settings = settings
         self._status = status
+        self._is_running = is_running
         self._unknown: list[str] = []
         self._paths = state_paths(settings)
 
@@ -215,11 +224,11 @@ class Examination:
         place = await self._ask("process", lambda: self._host.health((status or {}).get("pid") or os.getpid()))
         usage = await self._ask("disk", lambda: shutil.disk_usage(_existing(self._paths.directory)))
         return ServiceHealth(
-            is_running=status is not None,
+            is_running=self._is_running,
             daemon_version=status["version"] if status else "",
             port=endpoint.port,
             port_owner=None
-            if status
+            if self._is_running
             else await self._ask("port", lambda: port_owner(endpoint.host, endpoint.port)),
             state_problem=await self._ask("state directory", lambda: _state_problem(self._paths)) or "",
             history_problem=await self._ask("history", lambda: _history_problem(self._paths.history)) or "",
@@ -229,7 +238,19 @@ class Examination:
             is_translated=place.is_translated if place else None,
             logs_persist=place.logs_persist if place else None,
             lingers=place.lingers if place else None,
+            psutil_version=failing_psutil(platform.mac_ver()[0], psutil.version_info),
         )
+
+
+def failing_psutil(macos: str, version: tuple[int, ...]) -> str:
+    """Return psutil's version if it is known to fail on this macOS, empty if not, and on another system.
+
+    Args:
+        macos: as platform.mac_ver() says it, empty elsewhere.
+        version: psutil's; up to 7.2.2 it misreads host_statistics64 of macOS 26 (its issue 2725).
+    """
+    major = int(macos.partition(".")[0] or 0)
+    return ".".join(map(str, version)) if major >= _MACOS_26 and version <= _FAILING_PSUTIL else ""
 
 
 def look_at_program(path: Path, host: Host) -> EngineHealth:
