@@ -68,7 +68,7 @@ def run(settings: Settings, config_path: Path) -> int:
     try:
         code = asyncio.run(daemon.run())
         if daemon.is_to_be_replaced:
-            execute_with(listeners)
+            execute_with(listeners, daemon.successor)
         return code
     finally:
         for listener in listeners:
@@ -100,6 +100,8 @@ class _Daemon:
         computer.forbid_core_dumps()
         self.is_to_be_replaced = False
         """After its end this process is to become a new emberd on the same sockets."""
+        self.successor: list[str] = []
+        """Command line of that emberd; empty for this one's."""
         self._stop = asyncio.Event()
         self._started_s = time.monotonic()
         self._interrupts = 0
@@ -352,8 +354,10 @@ class _Daemon:
             self._stop.set()
             return {"ok": True, "pid": os.getpid()}
 
-        async def replace() -> dict[str, Any]:
-            self.is_to_be_replaced = True
+        async def replace(command: list[str] | None = None) -> dict[str, Any]:
+            if command and not os.access(command[0], os.X_OK):
+                raise EmberdError(f"cannot execute {command[0]}", "Install emberd again, then: emberd upgrade.")
+            self.is_to_be_replaced, self.successor = True, command or []
             self._stop.set()
             return {"ok": True, "pid": os.getpid(), "uptime_s": round(time.monotonic() - self._started_s, 3)}
 

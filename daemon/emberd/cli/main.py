@@ -15,8 +15,12 @@ _VERBS = {
     "run": "Run the daemon in the foreground.",
     "status": "Show the engine's state.",
     "doctor": "Tell what is wrong and what helps.",
+    "install": "Run emberd at every login, by launchd or systemd.",
+    "uninstall": "Undo install.",
+    "start": "Start the installed service.",
     "stop": "Stop the daemon and its engine.",
     "restart": "Restart the engine and wait until it is ready.",
+    "upgrade": "Go over to the installed version; refuse nobody, load nothing again.",
     "reload": "Read the settings again.",
     "warm": "Warm the model now.",
     "pause": "Warm nothing for a while.",
@@ -84,9 +88,10 @@ def group(context: click.Context, config: str | None) -> None:
       emberd config check     try it
       emberd run              start; Ctrl-C stops
       emberd status           see how it is
+      emberd install          run it at every login
 
     Exit codes: 0 done; 1 other failure; 2 usage; 3 not running; 4 already running; 5 engine failed; 6 doctor found
-    something; 66 model; 69 port taken; 72 engine not usable; 73 state directory; 78 settings.
+    something; 66 model; 69 port taken; 71 service manager; 72 engine not usable; 73 state directory; 78 settings.
     """
     context.obj = config
 

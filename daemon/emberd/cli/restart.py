@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from emberd.cli.talk import as_json, ask_daemon, show
 from emberd.core.errors import EmberdError, EngineFailed
 from emberd.host import config_file
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _ASK_AGAIN_S = 0.2
 _START_LIMIT_S = 20.0
@@ -29,7 +32,7 @@ def command(config: str | None, is_json: bool, is_daemon: bool) -> None:  # noqa
     """
     settings, _ = config_file.load(config)
     if is_daemon:
-        show(_replace(config, settings.lifecycle.drain_timeout_s), is_json, _print_replaced)
+        show(replace_daemon(config, settings.lifecycle.drain_timeout_s), is_json, _print_replaced)
         return
     began_s = time.monotonic()
     starts = ask_daemon(config, "restart")["starts"]
@@ -49,14 +52,20 @@ def command(config: str | None, is_json: bool, is_daemon: bool) -> None:  # noqa
     )
 
 
-def _replace(config: str | None, drain_timeout_s: float) -> dict[str, Any]:
+def replace_daemon(config: str | None, drain_timeout_s: float, command: Sequence[str] = ()) -> dict[str, Any]:
     """Ask emberd to replace itself, and wait for the new one.
+
+    Args:
+        config: the settings file, as the command line names it.
+        drain_timeout_s: how long running requests may take to end.
+        command: command line of the new one; empty for that of the old one.
 
     Raises:
         EngineFailed: it did not come back in time.
     """
     began_s = time.monotonic()
-    before = ask_daemon(config, "replace")
+    arguments: dict[str, Any] = {"command": [*command]} if command else {}
+    before = ask_daemon(config, "replace", **arguments)
     deadline_s = began_s + drain_timeout_s + _START_LIMIT_S
     while time.monotonic() < deadline_s:
         time.sleep(_ASK_AGAIN_S)

@@ -4,36 +4,87 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from emberd.cli import service
 from emberd.cli.talk import as_json, ask_daemon, show
 from emberd.core.errors import EngineFailed
+from emberd.core.service import stop_limit_s
 from emberd.host import ThisHost, config_file
+
+if TYPE_CHECKING:
+    from emberd.core.ports import ServiceManager
 
 
 @click.command("stop")
+@click.option(
+    "--until-asked",
+    "is_until_asked",
+    is_flag=True,
+    help="Leave launchd or systemd its socket: the next connection starts emberd again.",
+)
+@service.with_label
+@service.with_manager
 @as_json
 @click.pass_obj
-def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
-    """Stop the daemon and its engine; running requests may finish first (lifecycle.drain_timeout_s)."""
+def command(
+    config: str | None,
+    is_until_asked: bool,  # noqa: FBT001  # click's flag
+    label: str | None,
+    manager_name: service.ManagerName,
+    is_json: bool,  # noqa: FBT001  # same
+) -> None:
+    """Stop the daemon and its engine; running requests may finish first (lifecycle.drain_timeout_s).
+
+    An installed service is unloaded, or the next connection would start it again. It comes back with the next
+    login, or with `emberd start`.
+    """
     settings, _ = config_file.load(config)
-    pid = ask_daemon(config, "stop")["pid"]
-    limit_s = settings.lifecycle.drain_timeout_s + settings.lifecycle.stop_timeout_s + 15
+    limit_s = stop_limit_s(settings.lifecycle)
+    manager = service.find_manager(manager_name)
+    label = service.find_label(manager, config, label)
     began_s = time.monotonic()
+    content = None
+    if not is_until_asked and manager.installed_login(label) is not None:
+        content = _stop_service(manager, config, label, limit_s, is_json=is_json)
+    if content is None:
+        content = {"pid": _stop_daemon(config, limit_s), "label": None}
+    content = {"stopped": True, **content, "seconds": round(time.monotonic() - began_s, 3)}
+    show(content, is_json, _print)
+
+
+def _stop_service(
+    manager: ServiceManager, config: str | None, label: str, limit_s: int, *, is_json: bool
+) -> dict[str, Any] | None:
+    """Unload the service; None if it is not loaded, or an emberd that was started by hand runs instead."""
+    found = manager.status(label)
+    daemon = service.daemon_status(config)
+    is_by_hand = daemon is not None and not found.is_running
+    if not found.is_loaded:
+        return None
+    manager.stop(label, limit_s, service.teller(is_quiet=is_json))
+    return None if is_by_hand else {"pid": found.pid, "label": label}
+
+
+def _stop_daemon(config: str | None, limit_s: int) -> int:
+    pid: int = ask_daemon(config, "stop")["pid"]
     try:
         asyncio.run(_ended(pid, limit_s))
     except TimeoutError:
         raise EngineFailed(
-            f"emberd (pid {pid}) has not ended within {limit_s:.0f} s",
+            f"emberd (pid {pid}) has not ended within {limit_s} s",
             "Look at its log; `emberd status` may answer.",
         ) from None
-    seconds = time.monotonic() - began_s
-    show(
-        {"stopped": True, "pid": pid, "seconds": round(seconds, 3)},
-        is_json,
-        lambda _: click.echo(f"stopped (pid {pid}, {seconds:.1f} s)"),
-    )
+    return pid
+
+
+def _print(content: dict[str, Any]) -> None:
+    pid = f"pid {content['pid']}, " if content["pid"] else ""
+    click.echo(f"stopped ({pid}{content['seconds']:.1f} s)")
+    if content["label"]:
+        click.echo("it comes back with the next login, or with: emberd start")
 
 
 async def _ended(pid: int, limit_s: float) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON instead of text.")
 
 
-def ask_daemon(config: str | None, verb: str, timeout_s: float = ASK_LIMIT_S, **arguments: float) -> dict[str, Any]:
+def ask_daemon(config: str | None, verb: str, timeout_s: float = ASK_LIMIT_S, **arguments: Any) -> dict[str, Any]:
     """Ask the daemon that the settings point to.
 
     Raises:

@@ -8,6 +8,7 @@ A leaf module, so that any room can raise without an import loop::
     ├── EngineFailed            5   the engine failed, or did not do what was asked in time
     ├── ModelError             66   the model is missing, unreadable or not a GGUF
     ├── PortTaken              69   another program listens on emberd's port
+    ├── ServiceManagerFailed   71   launchd or systemd refused, or cannot be reached
     ├── EngineNotUsable        72   engine not found, not executable, quarantined
     ├── StateUnusable          73   the state directory cannot be created or written
     └── ConfigError            78   the settings file or the engine's arguments are wrong
@@ -67,6 +68,12 @@ class PortTaken(EmberdError):
     """Another program listens on the port that emberd was told to use."""
 
     exit_code = 69
+
+
+class ServiceManagerFailed(EmberdError):
+    """launchd or systemd refused, cannot be reached, or knows no such service."""
+
+    exit_code = 71
 
 
 class EngineNotUsable(EmberdError):

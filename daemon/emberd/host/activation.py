@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.errors import ConfigError
+from emberd.core.launch_agent import SOCKET_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 _FIRST = 3
 """sd_listen_fds(3): SD_LISTEN_FDS_START."""
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
-LAUNCHD_NAME = "Listeners"
-"""Name of the sockets in the job's property list (launchd.plist(5), Sockets)."""
 _NO_SUCH_NAME, _NOT_OF_LAUNCHD = 2, 3
 """launch_activate_socket(3): ENOENT, ESRCH."""
 
@@ -53,7 +52,7 @@ def from_launchd(libc: Any) -> list[socket.socket]:
     if ask is None:
         return []
     ask.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.POINTER(ctypes.c_int)), ctypes.POINTER(ctypes.c_size_t)]
-    error = ask(LAUNCHD_NAME.encode(), ctypes.byref(descriptors), ctypes.byref(count))
+    error = ask(SOCKET_NAME.encode(), ctypes.byref(descriptors), ctypes.byref(count))
     if error in {_NO_SUCH_NAME, _NOT_OF_LAUNCHD}:
         return []
     if error:
@@ -85,10 +84,14 @@ def _adopt(descriptor: int) -> socket.socket:
     return found
 
 
-def execute_with(listeners: Sequence[socket.socket]) -> None:
-    """Replace this process by a new one of the same command line, which is given the sockets as systemd gives them.
+def execute_with(listeners: Sequence[socket.socket], command: Sequence[str] = ()) -> None:
+    """Replace this process by a new one, which is given the sockets as systemd gives them.
 
     Returns only by raising OSError: the program is gone.
+
+    Args:
+        listeners: the sockets.
+        command: what to execute; empty for this process' own command line.
     """
     # Copies first: a socket may stand where another is to go.
     copies = [os.dup(each.fileno()) for each in listeners]
@@ -97,4 +100,5 @@ def execute_with(listeners: Sequence[socket.socket]) -> None:
     for number, each in enumerate(copies):
         os.dup2(each, _FIRST + number, inheritable=True)
     environment = {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(copies))}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606  # our own words
+    words = [*command] or [sys.executable, *sys.orig_argv[1:]]
+    os.execve(words[0], words, environment)  # noqa: S606  # our own words, or our owner's

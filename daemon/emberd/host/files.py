@@ -15,8 +15,8 @@ PRIVATE_FILE_MODE = 0o600
 PRIVATE_FOLDER_MODE = 0o700
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` with `text` (mode 0600): temporary file, fsync, rename, fsync of the folder.
+def write_atomically(path: Path, text: str, mode: int = PRIVATE_FILE_MODE) -> None:
+    """Replace `path` with `text`, of exactly this mode: temporary file, fsync, rename, fsync of the folder.
 
     Raises:
         StateUnusable: the folder is not writable or the disk is full; the old file is untouched.
@@ -25,6 +25,7 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE_FILE_MODE)
         try:
+            os.fchmod(descriptor, mode)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
@@ -42,6 +43,13 @@ def write_atomically(path: Path, text: str) -> None:
         raise StateUnusable(
             f"cannot write {path}: {error.strerror}", "Free space or mend the folder's permissions."
         ) from error
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of `path` that a killed `write_atomically` has left."""
+    with contextlib.suppress(OSError):
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+            leftover.unlink(missing_ok=True)
 
 
 def make_private_folder(path: Path) -> Path:

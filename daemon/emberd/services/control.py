@@ -96,7 +96,7 @@ class ControlServer:
             return {"error": f"internal error: {error!r}", "remedy": "Look at emberd's log."}
 
 
-def ask(path: Path, verb: str, timeout_s: float = ASK_LIMIT_S, **arguments: float) -> dict[str, Any]:
+def ask(path: Path, verb: str, timeout_s: float = ASK_LIMIT_S, **arguments: Any) -> dict[str, Any]:
     """Ask the daemon and return its answer; for the command line.
 
     Raises:

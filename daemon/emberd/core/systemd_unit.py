@@ -1,0 +1,106 @@
+"""The systemd units of emberd: filled in from the templates, compared with the installed ones.
+
+The syntax is that of systemd.syntax(7); words in command lines and variables are quoted as systemd.service(5) and
+systemd.exec(5) say.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from emberd.core.service import DEFAULT_LABEL, LABEL_VARIABLE, unit_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from emberd.core.service import WantedService
+
+_ASSIGNMENT = re.compile(r"^([A-Z]\w*)=(.*)$")
+_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+
+
+def fill_service(template: str, wanted: WantedService) -> str:
+    """Return the service unit with program, times, label and environment of `wanted`; comments stay."""
+    socket = f"{unit_name(wanted.label)}.socket"
+    environment = {**wanted.environment, LABEL_VARIABLE: wanted.label}
+    values = {
+        "Description": "emberd keeps a local LLM warm" + _instance(wanted.label),
+        "Requires": socket,
+        "After": socket,
+        "ExecStart": " ".join(_quoted(word, is_command=True) for word in wanted.program),
+        "Environment": " ".join(_quoted(f"{name}={value}") for name, value in sorted(environment.items())),
+        "TimeoutStopSec": str(wanted.stop_limit_s),
+    }
+    return _filled(template, values)
+
+
+def fill_socket(template: str, wanted: WantedService) -> str:
+    """Return the socket unit with the endpoint of `wanted`."""
+    address = f"[{wanted.host}]:{wanted.port}" if ":" in wanted.host else f"{wanted.host}:{wanted.port}"
+    return _filled(
+        template, {"Description": "Endpoint of emberd" + _instance(wanted.label), "ListenStream": address}
+    )
+
+
+def _instance(label: str) -> str:
+    return "" if label == DEFAULT_LABEL else f" ({label})"
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    lines = []
+    for line in template.splitlines():
+        found = _ASSIGNMENT.match(line)
+        lines.append(f"{found[1]}={values[found[1]]}" if found and found[1] in values else line)
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(word: str, *, is_command: bool = False) -> str:
+    """Return a word as systemd reads it back: no specifier (%), no variable ($), no split at a space."""
+    word = word.replace("%", "%%")
+    if is_command:
+        word = word.replace("$", "$$")
+    if _PLAIN.fullmatch(word):
+        return word
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def assignments(text: str) -> dict[str, tuple[str, ...]]:
+    """Return the values of each `Section.Key` of a unit, in order; comments and blank lines left out."""
+    section, found = "", dict[str, tuple[str, ...]]()
+    for line in text.splitlines():
+        if line.startswith("["):
+            section = line.strip("[] \t")
+        elif entry := _ASSIGNMENT.match(line):
+            key = f"{section}.{entry[1]}"
+            found[key] = (*found.get(key, ()), entry[2].strip())
+    return found
+
+
+def differences(installed: str, wanted: str) -> tuple[str, ...]:
+    """Return the `Section.Key`s in which an installed unit differs from the wanted one, sorted."""
+    old, new = assignments(installed), assignments(wanted)
+    return tuple(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a command line or of variables, unquoted, as `fill_service` has written them."""
+    found = []
+    for quoted, plain in re.findall(r'"((?:[^"\\]|\\.)*)"|(\S+)', text):
+        word = re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], quoted) or plain
+        found.append(word.replace("%%", "%").replace("$$", "$"))
+    return found
+
+
+def variable(values: Mapping[str, tuple[str, ...]], name: str) -> str | None:
+    """Return the value of an environment variable in a service unit's assignments, None if it is not set."""
+    for line in values.get("Service.Environment", ()):
+        for word in words(line):
+            if word.startswith(f"{name}="):
+                return word[len(name) + 1 :]
+    return None
+
+
+def read_show(text: str) -> dict[str, str]:
+    """Read the output of `systemctl show UNIT`: one `Key=value` a line."""
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)

@@ -1,0 +1,138 @@
+"""What launchd and systemd have in common for their clients: templates, files, running their programs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emberd.core.errors import ServiceManagerFailed, StateUnusable
+from emberd.host.files import remove_leftovers, write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+FILE_MODE = 0o644
+"""launchd refuses files that others may write; both managers' files hold no secret."""
+RUN_LIMIT_S = 30.0
+_PACKAGE = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a program answered."""
+
+    exit_code: int
+    out: str
+    err: str
+
+    @property
+    def words(self) -> str:
+        """All that it printed, in one line."""
+        return " ".join(f"{self.err} {self.out}".split())
+
+
+def template(folder: str, name: str) -> str:
+    """Return the text of a template: of the installed package, or of the checkout that an editable install uses.
+
+    Raises:
+        ServiceManagerFailed: the package is not complete.
+    """
+    for place in (_PACKAGE, _PACKAGE.parent.parent):
+        path = place / folder / name
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    raise ServiceManagerFailed(f"{folder}/{name} is not in this installation of emberd", "Install emberd again.")
+
+
+def run(program: str, *words: str, limit_s: float = RUN_LIMIT_S) -> Answer:
+    """Run a service manager's program, looked for on PATH.
+
+    Raises:
+        ServiceManagerFailed: it is not there, or did not end in time.
+    """
+    path = shutil.which(program)
+    if path is None:
+        raise ServiceManagerFailed(
+            f"{program} was not found on PATH", "Without launchd or systemd, run emberd by hand: emberd run."
+        )
+    try:
+        ran = subprocess.run(
+            [path, *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServiceManagerFailed(
+            f"{program} {' '.join(words)} has not ended within {limit_s:.0f} s", "Try again."
+        ) from error
+    except OSError as error:
+        raise ServiceManagerFailed(f"cannot run {path}: {error.strerror}", f"Mend {program}.") from error
+    return Answer(ran.returncode, ran.stdout, ran.stderr)
+
+
+def write_files(texts: Mapping[Path, str]) -> None:
+    """Write files atomically with mode 0644, make their folders, and remove what an interrupted write has left.
+
+    Raises:
+        StateUnusable: a folder or file cannot be written; each old file is untouched or replaced as a whole.
+    """
+    for path, text in texts.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateUnusable(
+                f"cannot make {path.parent}: {error.strerror}", "Mend the owner or mode of the folder above it."
+            ) from error
+        remove_leftovers(path)
+        write_atomically(path, text, FILE_MODE)
+
+
+def remove_files(paths: Sequence[Path]) -> bool:
+    """Remove files and what interrupted writes have left; False if there was nothing.
+
+    Raises:
+        StateUnusable: one cannot be removed.
+    """
+    was_there = False
+    for path in paths:
+        remove_leftovers(path)
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StateUnusable(
+                f"cannot remove {path}: {error.strerror}", "Mend the owner or mode of its folder."
+            ) from error
+        was_there = True
+    return was_there
+
+
+def file_problems(path: Path) -> tuple[str, ...]:
+    """Return what is wrong with a file's owner and mode, in words; empty if it is right or not there."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        return (f"{path} cannot be looked at: {error.strerror}",)
+    found = []
+    if facts.st_uid != os.geteuid():
+        found.append(f"{path} belongs to user {facts.st_uid}, not to {os.geteuid()}")
+    if (mode := stat.S_IMODE(facts.st_mode)) != FILE_MODE:
+        found.append(f"{path} has mode {mode:04o}, not {FILE_MODE:04o}")
+    return tuple(found)
+
+
+def has_leftovers(path: Path) -> bool:
+    """Tell whether an interrupted write has left a temporary file."""
+    return any(path.parent.glob(f".{path.name}.*.tmp"))
