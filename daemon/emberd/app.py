@@ -330,26 +330,6 @@ class _Daemon:
         return {"ok": True, "engine_restarts": restarts, "needs_emberd_restart": fixed}
 
     def _verbs(self) -> dict[str, Any]:
-        from emberd.services import logs  # noqa: PLC0415
-
-        async def status() -> dict[str, Any]:
-            return {
-                **self._status(),
-                **self._proxy.status(),
-                "seconds_since_knock": self._knocks.seconds_since,
-                "remembers_turn": self._turns.last is not None,
-                "memory": await self._memory.status(),
-                "residency": await self._residency.status(),
-                "warmth": await self._keepwarm.status(),
-                "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
-                "log": logs.places(),
-            }
-
-        async def doctor() -> dict[str, Any]:
-            from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
-
-            return await examine(self._host, self._settings, await status())
-
         async def stop() -> dict[str, Any]:
             self._stop.set()
             return {"ok": True, "pid": os.getpid()}
@@ -379,8 +359,8 @@ class _Daemon:
             return {"ok": True, "had_turn": self._turns.forget()}
 
         verbs: dict[str, Awaitable[dict[str, Any]]] | dict[str, Any] = {
-            "status": status,
-            "doctor": doctor,
+            "status": self._whole_status,
+            "doctor": self._examine,
             "stop": stop,
             "restart": restart,
             "replace": replace,
@@ -393,6 +373,26 @@ class _Daemon:
             "reload": self._reload,
         }
         return verbs
+
+    async def _whole_status(self) -> dict[str, Any]:
+        from emberd.services import logs  # noqa: PLC0415
+
+        return {
+            **self._status(),
+            **self._proxy.status(),
+            "seconds_since_knock": self._knocks.seconds_since,
+            "remembers_turn": self._turns.last is not None,
+            "memory": await self._memory.status(),
+            "residency": await self._residency.status(),
+            "warmth": await self._keepwarm.status(),
+            "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
+            "log": logs.places(),
+        }
+
+    async def _examine(self) -> dict[str, Any]:
+        from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
+
+        return await examine(self._host, self._settings, await self._whole_status())
 
     def _status(self) -> dict[str, Any]:
         return {
