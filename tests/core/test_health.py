@@ -18,6 +18,7 @@ from emberd.core.health_facts import (
     ModelHealth,
     ModelProblem,
     Program,
+    Room,
     ServiceHealth,
     Volume,
 )
@@ -57,15 +58,22 @@ SMALL_LIMIT = replace(
     model=ModelHealth("/models/model.gguf", weights_bytes=GIB),
 )
 PROVOKED: dict[str, Facts] = {
-    "SETTINGS_OPEN": service(settings_mode=0o644),
+    "SETTINGS_OPEN": service(open_secret="/home/me/key", open_secret_mode=0o644),
+    "SETTINGS_NOT_IN_FORCE": service(are_settings_newer=True, settings_path="/home/me/config.toml"),
+    "ENDPOINT_OPEN": service(open_address="0.0.0.0"),  # what is told
+    "ADDRESS_UNUSABLE": service(address_problem="cannot listen on 192.0.2.1"),
+    "CLOCK_BEHIND": service(clock_behind_s=7200.0),
+    "FEW_OPEN_FILES": service(most_open_files=128),
     "SETTINGS_WRONG": service(settings_problem="endpoint.prot is not a setting"),
     "STATE_UNUSABLE": service(state_problem="cannot make /var/lib/x"),
-    "DISK_FULL": service(state_free_bytes=1 << 20),
+    "DISK_FULL": service(rooms=(Room("the log", "/var/log", 1 << 20), Room("the state", "/", GIB))),
     "PORT_TAKEN": service(port=5001, port_owner=Program("koboldcpp", 42)),
     "NOT_RUNNING": service(is_running=False),
+    "WAITS": service(waits_because="the model is missing"),
+    "DAEMON_SILENT": service(silence="emberd does not answer"),
     "SERVICE_DISABLED": service(is_disabled=True),
-    "WAITS": service(is_running=True, waits_because="the model is missing"),
-    "SERVICE_FILE": service(file_problem="others may write it", file_remedy="chmod 644"),
+    "SERVICE_PROGRAM_MISSING": service(missing_program="/opt/emberd/bin/python3"),
+    "SERVICE_FILE": service(file_problem="others may write it"),
     "SERVICE_STALE": service(stale="ProgramArguments differ"),
     "SERVICE_MISSING": service(is_installed=False),
     "DAEMON_OLD": service(version="0.2.0", daemon_version="0.1.0"),
@@ -74,7 +82,9 @@ PROVOKED: dict[str, Facts] = {
     "LOGS_NOT_KEPT": service(logs_persist=False),
     "LOG_HUGE": service(engine_log_bytes=2 * GIB),
     "HISTORY_UNREADABLE": service(history_problem="file is not a database"),
-    "PSUTIL_TOO_OLD": service(psutil_version="7.2.2"),
+    "PSUTIL_TOO_OLD": service(
+        psutil_failure="host_statistics64(HOST_VM_INFO64) syscall failed", psutil_version="7.2.2"
+    ),
     "PYTHON_TRANSLATED": service(is_translated=True),
     "ENGINE_MISSING": engine(problem=EngineProblem.MISSING, message="so it is"),
     "ENGINE_NOT_EXECUTABLE": engine(problem=EngineProblem.NOT_EXECUTABLE, message="so it is"),
@@ -82,6 +92,11 @@ PROVOKED: dict[str, Facts] = {
     "ENGINE_WRONG_ARCHITECTURE": engine(problem=EngineProblem.WRONG_ARCHITECTURE, message="so it is"),
     "ENGINE_REFUSES": engine(problem=EngineProblem.REFUSES, message="so it is"),
     "ENGINE_FAILED": engine(has_failed=True, last_words="ended by SIGSEGV"),
+    "ENGINE_CRASHING": engine(crashes=2, last_words="ended by SIGSEGV"),
+    "ENGINE_GPU_OFF": engine(gpu_is_off=True),
+    "ENGINE_HEARTBEAT_LOST": engine(heartbeat_problem="this build has no heartbeat", heartbeat_remedy="another"),
+    "ENGINE_SWAPPED": engine(swapped_bytes=GIB),
+    "ENGINE_ORPHANED": engine(orphan_pid=42),
     "ENGINE_TOO_OLD": engine(lacks=("--usemlock",)),
     "ENGINE_LOST_GPU": engine(wants_gpu=True, has_gpu=False),
     "ENGINE_UNLOADS_WHEN_IDLE": engine(unloads_when_idle="--adminunloadtimeout"),
@@ -93,6 +108,8 @@ PROVOKED: dict[str, Facts] = {
     "MODEL_ON_NETWORK_VOLUME": model(volume=Volume.NETWORK),
     "MODEL_ON_EXTERNAL_VOLUME": model(volume=Volume.EXTERNAL),
     "MODEL_IN_PROTECTED_FOLDER": model(is_in_protected_folder=True),
+    "MODEL_IN_CLOUD_FOLDER": model(is_synced=True),
+    "MODEL_REPLACED": model(changed_after_start_s=60.0),
     "RAM_TOO_SMALL": Facts("linux", memory=needs(80, system=SystemMemory(total_bytes=64 * GIB))),
     "CGROUP_TOO_SMALL": Facts("linux", memory=needs(8, cgroup_limit_bytes=4 * GIB)),
     "GPU_LIMIT_TOO_SMALL": replace(
@@ -101,6 +118,15 @@ PROVOKED: dict[str, Facts] = {
     "PRESSURE_CRITICAL": memory(system=SystemMemory(pressure=Pressure.CRITICAL)),
     "SWAP_NEARLY_FULL": memory(system=SystemMemory(swap_total_bytes=100, swap_used_bytes=95)),
     "OTHER_MODEL_SERVER": memory(others=(Program("ollama", 7, 3 * GIB),)),
+    "MODELS_OVERCOMMIT": Facts(
+        "linux",
+        memory=needs(8, others=(Program("ollama", 7, 9 * GIB),), system=SystemMemory(total_bytes=16 * GIB)),
+    ),
+    "RAM_SHORT": memory(short="the engine needs 8 GiB, and 4 GiB are available"),
+    "SWAPPINESS_HIGH": memory(swappiness=100),
+    "WARMTH_STRETCHED": memory(saves_power="on battery"),
+    "LOCK_OFF": engine(wants_lock=False),
+    "LOCK_WOULD_CHOKE": memory(choking="1 GiB would remain of 16"),
     "LOCK_LIMIT": SMALL_LIMIT,
     "LOCK_NOT_HELD": engine(lock=LockState.ABSENT, lock_message="nothing is locked"),
     "LOCK_PARTIAL": engine(lock=LockState.PARTIAL, lock_message="a half is locked"),
@@ -115,7 +141,7 @@ PROVOKED: dict[str, Facts] = {
 
 @pytest.mark.parametrize("code", CATALOGUE)
 def test_each_condition_is_provoked_by_its_own_facts_alone(code: str):
-    found = diagnose(PROVOKED[code])
+    found = causes(PROVOKED[code])
     assert [each.code for each in found] == [code]
     assert found[0].evidence
 
@@ -143,9 +169,73 @@ def test_a_healthy_computer_has_no_condition():
             hold="all",
             warmth_mode="auto",
         ),
-        ServiceHealth(is_running=True, version="1", daemon_version="1", lingers=True, state_free_bytes=GIB),
+        ServiceHealth(
+            is_running=True,
+            version="1",
+            daemon_version="1",
+            lingers=True,
+            rooms=(Room("the log", "/", GIB),),
+            most_open_files=4096,
+            clock_behind_s=-5.0,
+            is_disabled=False,
+            is_installed=True,
+        ),
     )
     assert diagnose(healthy) == []
+
+
+def two_models(resident_gib: int, total_gib: int) -> Facts:
+    others = (Program("ollama", 7, resident_gib * GIB), Program("LM Studio", 8, GIB))
+    return Facts("linux", memory=needs(8, others=others, system=SystemMemory(total_bytes=total_gib * GIB)))
+
+
+def test_two_models_that_fit_together_are_told_one_by_one():
+    assert [each.code for each in causes(two_models(4, 16))] == ["OTHER_MODEL_SERVER"] * 2
+
+
+def test_two_models_that_do_not_fit_together_are_one_condition_that_names_them_all():
+    [found] = causes(two_models(8, 16))
+    assert found.code == "MODELS_OVERCOMMIT"
+    assert "ollama (pid 7), LM Studio (pid 8) hold 9.0 GiB" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        (LockLimits("linux", memlock_bytes=8 << 20, can_ignore_memlock=False), "RLIMIT_MEMLOCK is 8,192 KiB"),
+        (LockLimits("linux", memlock_bytes=0, can_ignore_memlock=False), "RLIMIT_MEMLOCK is 0"),
+        (LockLimits("darwin", user_wire_bytes=1 << 29, global_wire_bytes=8 * GIB), "vm.user_wire_limit is 512 MiB"),
+        (LockLimits("darwin", user_wire_bytes=8 * GIB, global_wire_bytes=1 << 29), "vm.global_user_wire_limit is"),
+    ],
+    ids=["memlock", "none at all", "of the process", "of the system"],
+)
+def test_a_lock_that_is_refused_names_the_limit_and_how_it_is_raised(limits: LockLimits, named: str):
+    facts = Facts(limits.system, ModelHealth("/m.gguf", weights_bytes=GIB), memory=MemoryHealth(limits=limits))
+    [found] = diagnose(facts)
+    assert found.code == "LOCK_LIMIT"
+    assert named in found.evidence
+    assert found.remedy
+
+
+@pytest.mark.parametrize(
+    ("symptom", "cause"),
+    [
+        ("NOT_RUNNING", "SETTINGS_OPEN"),
+        ("NOT_RUNNING", "PORT_TAKEN"),
+        ("NOT_RUNNING", "SERVICE_PROGRAM_MISSING"),
+        ("NOT_RUNNING", "DAEMON_SILENT"),
+        ("ENGINE_FAILED", "MODEL_TRUNCATED"),
+        ("ENGINE_CRASHING", "ENGINE_FAILED"),
+        ("MODEL_COLD", "ENGINE_SWAPPED"),
+        ("LOCK_PARTIAL", "LOCK_LIMIT"),
+        ("MODEL_IN_PROTECTED_FOLDER", "MODEL_DENIED"),
+        ("SERVICE_STALE", "SERVICE_PROGRAM_MISSING"),
+    ],
+)
+def test_a_symptom_is_hidden_by_its_cause_and_shown_without_it(symptom: str, cause: str):
+    both = [Condition(symptom, "seen"), Condition(cause, "seen")]
+    assert [each.code for each in visible(both, CATALOGUE)] == [cause]
+    assert [each.code for each in visible(both[:1], CATALOGUE)] == [symptom]
 
 
 @pytest.mark.parametrize("code", CATALOGUE)
@@ -174,6 +264,25 @@ def test_each_condition_has_its_section_in_the_documentation_and_no_section_is_l
     sections = re.findall(r"^### (\w+)$", PAGE.read_text(), flags=re.MULTILINE)
     assert sorted(sections) == sorted(CATALOGUE)
     assert Condition("MODEL_COLD", "seen").page == "docs/doctor.md#model_cold"
+
+
+def test_each_section_stands_under_the_heading_of_its_severity():
+    parts = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    by_heading = {
+        part.split(":")[0].split("\n")[0]: set(re.findall(r"^### (\w+)$", part, re.MULTILINE)) for part in parts
+    }
+    for severity in Severity:
+        expected = {code for code, kind in CATALOGUE.items() if kind.severity is severity}
+        assert by_heading[f"{severity.value.capitalize()}s"] == expected
+
+
+def test_each_section_has_the_title_and_tells_what_is_seen_and_what_helps():
+    sections = re.split(r"^### ", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    for section in sections:
+        code, _, text = section.partition("\n")
+        assert text.strip().startswith(f"{CATALOGUE[code.strip()].title}. "), code
+        assert "Seen: " in text, code
+        assert "Remedy: " in text, code
 
 
 def test_a_remedy_names_a_command_where_there_is_one():

@@ -21,7 +21,8 @@ from emberd.host import ThisHost
 from emberd.host.darwin_health import read_health as read_darwin
 from emberd.host.linux_health import read_health as read_linux
 from emberd.host.model_health import examine_model, is_protected, volume_of
-from emberd.services.doctor import failing_psutil, look_at_program, machines_of, other_servers, port_owner
+from emberd.host.neighbours import other_servers, try_port
+from emberd.host.program_health import look_at_program, machines_of
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
@@ -133,11 +134,11 @@ def test_folders_that_macos_guards_are_known():
 
 def test_a_program_is_judged_without_starting_it(tmp_path: Path):
     host = ThisHost()
-    assert look_at_program(tmp_path / "none", host).problem is EngineProblem.MISSING
+    assert look_at_program(tmp_path / "none", host, None).problem is EngineProblem.MISSING
     plain = tmp_path / "plain"
     plain.write_text("#!/bin/sh\n")
-    assert look_at_program(plain, host).problem is EngineProblem.NOT_EXECUTABLE
-    assert look_at_program(Path(sys.executable).resolve(), host).problem is None
+    assert look_at_program(plain, host, None).problem is EngineProblem.NOT_EXECUTABLE
+    assert look_at_program(Path(sys.executable).resolve(), host, os.uname().machine).problem is None
 
 
 def test_a_program_for_another_processor_is_seen_by_its_header(tmp_path: Path):
@@ -145,7 +146,7 @@ def test_a_program_for_another_processor_is_seen_by_its_header(tmp_path: Path):
     other = 0xB7 if os.uname().machine == "x86_64" else 0x3E
     foreign.write_bytes(b"\x7fELF\2\1\1" + bytes(9) + struct.pack("<HH", 2, other) + bytes(44))
     foreign.chmod(0o755)
-    seen = look_at_program(foreign, ThisHost())
+    seen = look_at_program(foreign, ThisHost(), os.uname().machine)
     assert seen.problem is EngineProblem.WRONG_ARCHITECTURE
     assert os.uname().machine in seen.message
 
@@ -184,7 +185,7 @@ def test_a_quarantined_program_is_told_with_the_command_that_frees_it(tmp_path: 
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     host: Any = Quarantined()
-    seen = look_at_program(program, host)
+    seen = look_at_program(program, host, None)
     assert seen.problem is EngineProblem.QUARANTINED
     assert "xattr -d" in seen.remedy
 
@@ -210,13 +211,22 @@ def test_another_model_server_is_found_with_what_it_holds(named_ollama: int):
     assert named_ollama not in {each.pid for each in other_servers({named_ollama})}
 
 
-def test_who_listens_on_the_port_is_named():
+def test_who_listens_on_the_port_is_named_and_nobody_connects_to_it():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        owner = port_owner("127.0.0.1", server.getsockname()[1])
+        server.setblocking(False)
+        port = server.getsockname()[1]
+        owner, problem = try_port("127.0.0.1", port)
         assert owner is not None
-        assert owner.pid == os.getpid()
-        free = server.getsockname()[1]
-    assert port_owner("127.0.0.1", free) is None
+        assert (owner.pid, problem) == (os.getpid(), "")
+        with pytest.raises(BlockingIOError):  # a connection would have started an emberd that is started on demand
+            server.accept()
+    assert try_port("127.0.0.1", port) == (None, "")
+
+
+def test_an_address_of_another_computer_cannot_be_used():
+    owner, problem = try_port("192.0.2.1", 5001)  # RFC 5737: nobody has it
+    assert owner is None
+    assert "192.0.2.1" in problem
 
 
 # --- the systems --------------------------------------------------------------------------------------------------
@@ -254,8 +264,7 @@ class Numbers:
         self._translated = translated
 
     def number(self, name: str) -> int | None:
-        assert name == "sysctl.proc_translated"
-        return self._translated
+        return {"sysctl.proc_translated": self._translated, "hw.optional.arm64": 1}[name]
 
 
 @pytest.mark.parametrize(("priority", "is_throttled"), [("20", True), ("31", False), ("", None)])
@@ -266,21 +275,7 @@ def test_macos_throttling_is_read_from_the_priority(tmp_path: Path, priority: st
     ps.chmod(0o755)
     calls: Any = Numbers(1)
     seen = read_darwin(77, calls, str(ps))
-    assert (seen.is_throttled, seen.is_translated) == (is_throttled, True)
-
-
-@pytest.mark.parametrize(
-    ("macos", "version", "said"),
-    [
-        ("26.1", (7, 2, 2), "7.2.2"),
-        ("27", (7, 0, 0), "7.0.0"),
-        ("26.1", (7, 2, 3), ""),
-        ("15.5", (7, 0, 0), ""),
-        ("", (7, 0, 0), ""),
-    ],
-)
-def test_a_psutil_that_fails_on_this_macos_is_named(macos: str, version: tuple[int, ...], said: str):
-    assert failing_psutil(macos, version) == said
+    assert (seen.is_throttled, seen.is_translated, seen.machine) == (is_throttled, True, "arm64")
 
 
 # --- the verb -----------------------------------------------------------------------------------------------------

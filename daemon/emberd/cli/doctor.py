@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,26 +17,41 @@ from emberd.core.health import Condition, Severity, visible
 from emberd.core.health_facts import Facts, ServiceHealth
 from emberd.core.health_service import CATALOGUE, diagnose
 from emberd.host import ThisHost, config_file
-from emberd.host.api_key import read_api_key
+from emberd.host.own_health import examine_access
+from emberd.host.service_files import installed_program
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FOUND = 6
 """Exit code: there is something to mend."""
-_LIMIT_S = 120.0
+_LIMIT_S = 150.0
 """A few questions of 20 s each at worst."""
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
+_OLD_DAEMON = "not a verb"
 
 
 @click.command("doctor")
-@click.option("--all", "shows_all", is_flag=True, help="Show symptoms beside their causes, and what is not known.")
+@click.option("--all", "shows_all", is_flag=True, help="Show symptoms beside their causes.")
+@click.option("-v", "--verbose", is_flag=True, help="Name what could not be told, and why.")
+@service.with_label
+@service.with_manager
 @as_json
 @click.pass_obj
-def command(config: str | None, is_json: bool, shows_all: bool) -> int:  # noqa: FBT001  # click's flags
+def command(
+    config: str | None,
+    is_json: bool,  # noqa: FBT001  # click's flag
+    label: str | None,
+    manager_name: service.ManagerName,
+    shows_all: bool,  # noqa: FBT001  # same
+    verbose: bool,  # noqa: FBT001  # same
+) -> int:
     """Tell what is wrong, by which evidence, and what helps.
 
     Asks the running emberd, because a background program may be denied what a terminal may read; without one it
-    looks for itself. Exit codes: 0 nothing to mend; 6 something is.
+    looks for itself. Exit codes: 0 nothing to mend, or notes only; 6 something is.
     """
-    found, unknown, asked = _examine(config)
+    found, unknown, asked = _examine(config, label, manager_name)
     shown = found if shows_all else visible(found, CATALOGUE)
     content = {
         "asked": asked,
@@ -43,58 +59,79 @@ def command(config: str | None, is_json: bool, shows_all: bool) -> int:  # noqa:
         "hidden": len(found) - len(shown),
         "unknown": unknown,
     }
-    show(content, is_json, lambda answer: _print(answer, shows_all=shows_all))
+    show(content, is_json, lambda answer: _print(answer, is_verbose=verbose or shows_all))
     is_ill = any(CATALOGUE[each.code].severity is not Severity.NOTE for each in shown)
     return FOUND if is_ill else 0
 
 
-def _examine(config: str | None) -> tuple[list[Condition], list[str], str]:
+def _examine(
+    config: str | None, label: str | None, manager_name: service.ManagerName
+) -> tuple[list[Condition], list[str], str]:
     """Return all conditions, what is not known, and who was asked: the daemon or this program."""
     try:
         settings, path = config_file.load(config)
-        read_api_key(settings, path)
     except ConfigError as error:
         broken = ServiceHealth(settings_problem=error.message, settings_remedy=error.remedy)
         return diagnose(Facts(ThisHost.name, service=broken)), [], "this program"
-    version = waits_because = ""
+    known, unknown = _of_service(config, label, manager_name, examine_access(settings, path))
+    status: Mapping[str, Any] | None = None
     try:
-        answer, asked = ask_daemon(config, "doctor", _LIMIT_S), "the daemon"
-        version = ask_daemon(config, "status")["version"]
+        status = ask_daemon(config, "status")
+        known = replace(known, version=__version__, daemon_version=status["version"], last_words="")
+        if status["state"] == "STANDBY":  # it has no engine that it could speak of
+            known, status = replace(known, waits_because=status["reason"]), None
+            raise NotRunning(known.waits_because)  # noqa: TRY301  # as good as none
+        answer: dict[str, Any] = ask_daemon(config, "doctor", _LIMIT_S)
+    except NotRunning:
+        pass
     except EmberdError as error:
-        from emberd.services.doctor import examine  # noqa: PLC0415  # brings the engines' adapters along
+        # A daemon from before this verb answers the status; it is an old one, and not a silent one.
+        if _OLD_DAEMON not in error.message:
+            known, status = replace(known, silence=error.message), None
+    else:
+        from emberd.services.doctor import digest  # noqa: PLC0415  # brings the engines' adapters along
 
-        is_there = not isinstance(error, NotRunning)
-        waits_because = error.message if is_there else ""
-        answer, asked = asyncio.run(examine(ThisHost(), settings, None, is_running=is_there)), "this program"
-    found = [Condition(**each) for each in answer["conditions"]]
-    unknown: list[str] = answer["unknown"]
-    mine = replace(
-        _of_service(config, unknown), version=__version__, daemon_version=version, waits_because=waits_because
-    )
-    known = {each.code for each in found}
-    found += [each for each in diagnose(Facts(ThisHost.name, service=mine)) if each.code not in known]
-    return found, unknown, asked
+        is_same = status["version"] == __version__
+        known = replace(known, are_settings_newer=is_same and answer["settings"] != digest(settings))
+        found = [Condition(**each) for each in answer["conditions"]]
+        codes = {each.code for each in found}
+        found += [each for each in diagnose(Facts(ThisHost.name, service=known)) if each.code not in codes]
+        return found, [*unknown, *answer["unknown"]], "the daemon"
+    from emberd.services.doctor import examine  # noqa: PLC0415  # same
+
+    answer = asyncio.run(examine(ThisHost(), settings, status, known))
+    return [Condition(**each) for each in answer["conditions"]], [*unknown, *answer["unknown"]], "this program"
 
 
-def _of_service(config: str | None, unknown: list[str]) -> ServiceHealth:
-    """Return what the service manager and its files say; what they do not say is added to `unknown`."""
+def _of_service(
+    config: str | None, label: str | None, manager_name: service.ManagerName, known: ServiceHealth
+) -> tuple[ServiceHealth, list[str]]:
+    """Add what launchd or systemd says, and what could not be asked."""
+    manager = service.find_manager(manager_name)
     try:
-        manager = service.find_manager("auto")
-        label = service.find_label(manager, config, None)
-        at_login = manager.installed_login(label)
-        wanted, _ = service.wanted_service(manager, config, label, starts_at_login=at_login is not False)
-        seen = manager.status(label, wanted)
+        name = service.find_label(manager, config, label)
+        starts_at_login = manager.installed_login(name)
+        if starts_at_login is None:
+            return replace(known, is_installed=False), []
+        wanted, _ = service.wanted_service(manager, config, name, starts_at_login=starts_at_login)
+        found = manager.status(name, wanted)
     except EmberdError as error:
-        unknown.append(f"service: {error.message}")
-        return ServiceHealth()
-    remedy = "emberd install --label " + label
-    return ServiceHealth(
-        is_installed=seen.is_installed,
-        stale=f"differs in {', '.join(seen.stale)}" if seen.is_installed and seen.stale else "",
-        file_problem="; ".join(seen.problems) if seen.is_installed else "",
-        file_remedy=remedy,
-        is_throttled=seen.is_throttled if seen.is_installed else None,
-        is_disabled=seen.is_disabled if seen.is_installed else None,
+        return known, [f"service: {error.message}"]
+    said = "" if found.is_running else manager.last_words(name) or found.last_exit or ""
+    program = installed_program([Path(file) for file in found.files])
+    keys = ", ".join(found.stale)
+    return (
+        replace(
+            known,
+            is_installed=found.is_installed,
+            is_disabled=found.is_disabled,
+            is_throttled=found.is_throttled,
+            stale=f"it differs in {keys}" if keys else "",
+            file_problem="; ".join(found.problems),
+            missing_program=str(program) if program is not None and not program.exists() else "",
+            last_words=said,
+        ),
+        [],
     )
 
 
@@ -110,19 +147,20 @@ def _plain(condition: Condition) -> dict[str, Any]:
     }
 
 
-def _print(content: dict[str, Any], *, shows_all: bool) -> None:
+def _print(content: dict[str, Any], *, is_verbose: bool) -> None:
+    click.echo(f"asked: {content['asked']}")
     for each in content["conditions"]:
         mark = click.style(each["severity"], fg=_COLOURS[Severity(each["severity"])], bold=True)
         click.echo(f"{mark}  {each['title']}  ({each['code']})")
         click.echo(f"  seen:   {each['evidence']}")
         if each["remedy"]:
             click.echo(f"  remedy: {each['remedy']}")
-    if shows_all:
-        for line in content["unknown"]:
-            click.echo(f"not known: {line}")
     if not content["conditions"]:
         click.echo("nothing is wrong")
     elif content["hidden"]:
         click.echo(f"{content['hidden']} more follow from these (--all shows them)")
-    if content["unknown"] and not shows_all:
-        click.echo(f"{len(content['unknown'])} questions stay open (--all names them)")
+    if is_verbose:
+        for line in content["unknown"]:
+            click.echo(f"not known: {line}")
+    elif content["unknown"]:
+        click.echo(f"{len(content['unknown'])} questions stay open (--verbose names them)")

@@ -1,12 +1,10 @@
-"""Conditions of memory: lock, room, swap, and who else holds it. Pure."""
+"""Conditions of memory: room, swap, who else holds it, and what emberd does with it. Pure."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from emberd.core.health import Condition, Kind, Severity, when
-from emberd.core.lock import LockState
-from emberd.core.lock_limits import judge_limits
 from emberd.core.memory import Pressure
 
 if TYPE_CHECKING:
@@ -21,24 +19,42 @@ SWAP_NEARLY_FULL = 0.9
 COLD_SHARE = 0.98
 """Below this share of resident weights a reply waits for the disk; fewer cold pages are chance."""
 
+USUAL_SWAPPINESS = 60
+"""Linux' own default (Documentation/admin-guide/sysctl/vm.rst)."""
+_TOO_SMALL = ("RAM_TOO_SMALL", "CGROUP_TOO_SMALL")
+
 KINDS: dict[str, Kind] = {
     "RAM_TOO_SMALL": Kind(_E, "The model does not fit into memory"),
     "CGROUP_TOO_SMALL": Kind(_E, "The service may use less memory than the model needs", ("RAM_TOO_SMALL",)),
+    "MODELS_OVERCOMMIT": Kind(_W, "Two models do not fit into memory together", ("RAM_TOO_SMALL",)),
+    "RAM_SHORT": Kind(
+        _W,
+        "The model does not fit into what is free now",
+        (*_TOO_SMALL, "MODELS_OVERCOMMIT"),
+    ),
     "GPU_LIMIT_TOO_SMALL": Kind(_W, "The GPU may not hold the whole model", ("RAM_TOO_SMALL",)),
-    "PRESSURE_CRITICAL": Kind(_W, "The computer is short of memory", ("RAM_TOO_SMALL", "CGROUP_TOO_SMALL")),
-    "SWAP_NEARLY_FULL": Kind(_W, "Swap is nearly full", ("RAM_TOO_SMALL",)),
-    "OTHER_MODEL_SERVER": Kind(_W, "Another model server holds memory"),
-    "LOCK_LIMIT": Kind(_W, "The system does not let the model be locked", ("RAM_TOO_SMALL",)),
-    "LOCK_NOT_HELD": Kind(_W, "The model is not locked in memory", ("RAM_TOO_SMALL", "LOCK_LIMIT")),
-    "LOCK_PARTIAL": Kind(_W, "Only a part of the model is locked", ("RAM_TOO_SMALL", "LOCK_LIMIT")),
-    "WEIGHTS_COPIED": Kind(_N, "The engine holds a copy of the weights"),
-    "LET_GO": Kind(_W, "emberd has let go of the model", ("PRESSURE_CRITICAL", "RAM_TOO_SMALL")),
+    "PRESSURE_CRITICAL": Kind(_W, "The computer is short of memory", (*_TOO_SMALL, "MODELS_OVERCOMMIT")),
+    "SWAP_NEARLY_FULL": Kind(_W, "Swap is nearly full", ("RAM_TOO_SMALL", "DISK_FULL")),
+    "OTHER_MODEL_SERVER": Kind(_W, "Another model server holds memory", ("MODELS_OVERCOMMIT",)),
+    "SWAPPINESS_HIGH": Kind(_N, "The kernel prefers swapping programs out to dropping files"),
+    "LET_GO": Kind(
+        _W, "emberd has let go of the model", ("PRESSURE_CRITICAL", "RAM_TOO_SMALL", "MODELS_OVERCOMMIT")
+    ),
     "WARMTH_OFF": Kind(_N, "Keeping warm is switched off"),
     "WARMTH_PAUSED": Kind(_N, "Keeping warm is paused"),
+    "WARMTH_STRETCHED": Kind(_N, "The model is warmed less often, to save power"),
     "MODEL_COLD": Kind(
         _W,
         "A part of the model is not in memory",
-        ("RAM_TOO_SMALL", "CGROUP_TOO_SMALL", "PRESSURE_CRITICAL", "LET_GO", "WARMTH_OFF", "WARMTH_PAUSED"),
+        (
+            *_TOO_SMALL,
+            "MODELS_OVERCOMMIT",
+            "PRESSURE_CRITICAL",
+            "LET_GO",
+            "WARMTH_OFF",
+            "WARMTH_PAUSED",
+            "ENGINE_SWAPPED",
+        ),
     ),
 }
 
@@ -46,13 +62,14 @@ KINDS: dict[str, Kind] = {
 def of_memory(facts: Facts) -> Iterator[Condition]:
     """Yield what keeps the model out of memory."""
     yield from _of_room(facts)
-    yield from _of_lock(facts)
+    yield from _of_others(facts)
+    yield from _of_swap(facts)
     yield from _of_warmth(facts)
 
 
 def _of_room(facts: Facts) -> Iterator[Condition]:
     memory, needed = facts.memory, facts.memory.needed_bytes
-    system, total = memory.system, memory.system.total_bytes
+    total = memory.system.total_bytes
     smaller = "Take a smaller model or quantisation, or a smaller engine.context_size."
     if needed is not None and total is not None:
         yield from when(
@@ -74,6 +91,32 @@ def _of_room(facts: Facts) -> Iterator[Condition]:
             f"{gib(needed)} needed, iogpu.wired_limit_mb allows {gib(wired)}",
             f"sudo sysctl iogpu.wired_limit_mb={(needed >> 20) + 1024}, or put fewer layers on the GPU.",
         )
+    yield from when(bool(memory.short), "RAM_SHORT", memory.short, f"Close other programs. {smaller}")
+
+
+def _of_others(facts: Facts) -> Iterator[Condition]:
+    memory = facts.memory
+    names = ", ".join(f"{each.name} (pid {each.pid})" for each in memory.others)
+    held = sum(each.resident_bytes or 0 for each in memory.others)
+    needed, total = memory.needed_bytes, memory.system.total_bytes
+    yield from when(
+        None if not held or needed is None or total is None else needed + held > total,
+        "MODELS_OVERCOMMIT",
+        f"{names} {'holds' if len(memory.others) == 1 else 'hold'} {gib(held)}, emberd's model needs "
+        f"{gib(needed or 0)}, the computer has {gib(total or 0)}",
+        "End the other one, or give one of them a smaller model.",
+    )
+    for other in memory.others:
+        size = "" if other.resident_bytes is None else f", {gib(other.resident_bytes)} resident"
+        yield Condition(
+            "OTHER_MODEL_SERVER",
+            f"{other.name} (pid {other.pid}){size}",
+            "End it if you do not need it: two models push each other out.",
+        )
+
+
+def _of_swap(facts: Facts) -> Iterator[Condition]:
+    system, swappiness = facts.memory.system, facts.memory.swappiness
     yield from when(
         system.pressure is Pressure.CRITICAL,
         "PRESSURE_CRITICAL",
@@ -88,35 +131,11 @@ def _of_room(facts: Facts) -> Iterator[Condition]:
             f"{gib(used)} of {gib(swap)} used",
             "Close programs, free the disk (macOS makes swap files as it has room), or add swap.",
         )
-    for other in memory.others:
-        size = "" if other.resident_bytes is None else f", {gib(other.resident_bytes)} resident"
-        yield Condition(
-            "OTHER_MODEL_SERVER",
-            f"{other.name} (pid {other.pid}){size}",
-            "End it if you do not need it: two models push each other out.",
-        )
-
-
-def _of_lock(facts: Facts) -> Iterator[Condition]:
-    engine, memory, weights = facts.engine, facts.memory, facts.model.weights_bytes
-    if engine.wants_lock is False:
-        return
-    is_held = engine.lock is LockState.HELD
-    if memory.limits is not None and weights and not is_held:
-        can_lock, limit = judge_limits(weights, memory.limits, memory.system.wired_bytes)
-        yield from when(
-            can_lock is False,
-            "LOCK_LIMIT",
-            f"{gib(weights)} of weights, {limit.name if limit else 'a limit'} does not allow it",
-            engine.lock_remedy or _lock_remedy(facts.system),
-        )
-    for state, code in ((LockState.ABSENT, "LOCK_NOT_HELD"), (LockState.PARTIAL, "LOCK_PARTIAL")):
-        yield from when(engine.lock is state, code, engine.lock_message, engine.lock_remedy)
     yield from when(
-        engine.is_mapped is False,
-        "WEIGHTS_COPIED",
-        "what leaves memory has to be written to swap first",
-        "Nothing, where the build copies by design (Metal, repacked weights); else drop --nommap from extra_args.",
+        None if swappiness is None else swappiness > USUAL_SWAPPINESS,
+        "SWAPPINESS_HIGH",
+        f"vm.swappiness is {swappiness}, {USUAL_SWAPPINESS} is usual: memory of an idle engine goes first",
+        f"sudo sysctl vm.swappiness={USUAL_SWAPPINESS}",
     )
 
 
@@ -129,8 +148,15 @@ def _of_warmth(facts: Facts) -> Iterator[Condition]:
         'It takes hold again by itself. warmth.priority = "model-first" would not let go.',
     )
     yield from when(memory.warmth_mode == "off", "WARMTH_OFF", 'warmth.mode = "off"', 'Set warmth.mode = "auto".')
+    for seconds, why in ((memory.paused_for_s, "emberd pause"), (memory.cool_for_s, "emberd cool, or cool_hours")):
+        yield from when(
+            bool(seconds), "WARMTH_PAUSED", f"for another {seconds or 0:.0f} s ({why})", "emberd resume"
+        )
     yield from when(
-        bool(memory.paused_for_s), "WARMTH_PAUSED", f"for another {memory.paused_for_s or 0:.0f} s", "emberd resume"
+        bool(memory.saves_power),
+        "WARMTH_STRETCHED",
+        memory.saves_power,
+        'warmth.on_battery = "same" makes no difference between battery and mains.',
     )
     share = memory.resident_share
     yield from when(
@@ -139,12 +165,6 @@ def _of_warmth(facts: Facts) -> Iterator[Condition]:
         f"{share or 0:.1%} of the weights are in memory",
         "emberd warm brings it back now; emberd status tells why it left.",
     )
-
-
-def _lock_remedy(system: str) -> str:
-    if system == "darwin":
-        return "Raise vm.user_wire_limit and vm.global_user_wire_limit with sudo sysctl; see docs/locking.md."
-    return "Raise LimitMEMLOCK of user@.service, or memlock in /etc/security/limits.d; see docs/locking.md."
 
 
 def gib(size_bytes: int) -> str:

@@ -1,67 +1,80 @@
-"""Conditions of the daemon, its files and its service manager; and the catalogue of all. Pure."""
+"""Conditions of the daemon and its service manager; and the catalogue of all. Pure."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emberd.core import health_memory, health_model
-from emberd.core.health import Condition, Kind, Severity, visible, when
+from emberd.core import health_engine, health_files, health_lock, health_memory, health_model
+from emberd.core.health import Condition, Kind, Severity, rank, visible, when
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from emberd.core.health_facts import Facts
+    from emberd.core.health_facts import Facts, ServiceHealth
 
 _E, _W, _N = Severity.ERROR, Severity.WARNING, Severity.NOTE
-LEAST_FREE_BYTES = 512 << 20
-"""The engine's log, its rotated copies and the history need some 100 MiB; below this a disk is as good as full."""
-HUGE_LOG_BYTES = 1 << 30
-_OTHERS_CAN_READ = 0o077
+_NOT_STARTED = ("SERVICE_FILE", "SERVICE_DISABLED", "SERVICE_PROGRAM_MISSING")
 
 KINDS: dict[str, Kind] = {
-    "SETTINGS_OPEN": Kind(_E, "Others can read the settings file, which holds a key"),
-    "SETTINGS_WRONG": Kind(_E, "The settings file is wrong", ("SETTINGS_OPEN",)),
-    "STATE_UNUSABLE": Kind(_E, "The state directory cannot be used", ("SETTINGS_WRONG", "DISK_FULL")),
-    "DISK_FULL": Kind(_E, "The disk is full"),
-    "PORT_TAKEN": Kind(_E, "Another program listens on emberd's port", ("SETTINGS_WRONG",)),
     "NOT_RUNNING": Kind(
         _E,
         "emberd is not running",
-        ("SETTINGS_WRONG", "STATE_UNUSABLE", "DISK_FULL", "PORT_TAKEN", "SERVICE_FILE", "SERVICE_DISABLED"),
+        (
+            "SETTINGS_OPEN",
+            "SETTINGS_WRONG",
+            "ENDPOINT_OPEN",
+            "ADDRESS_UNUSABLE",
+            "STATE_UNUSABLE",
+            "DISK_FULL",
+            "PORT_TAKEN",
+            "DAEMON_SILENT",
+            *_NOT_STARTED,
+        ),
     ),
-    "SERVICE_DISABLED": Kind(_E, "The service was switched off"),
+    "DAEMON_SILENT": Kind(_E, "emberd is there and does not answer"),
+    "SERVICE_DISABLED": Kind(_E, "The service is switched off"),
+    "SERVICE_PROGRAM_MISSING": Kind(_E, "The service's program does not exist"),
     "SERVICE_FILE": Kind(_E, "The service manager refuses emberd's service file"),
-    "SERVICE_STALE": Kind(_W, "The installed service file is not this version's"),
+    "SERVICE_STALE": Kind(_W, "The installed service file is not this version's", ("SERVICE_PROGRAM_MISSING",)),
     "SERVICE_MISSING": Kind(_N, "No service manager starts emberd"),
     "DAEMON_OLD": Kind(_W, "The running daemon is another version"),
     "THROTTLED": Kind(_W, "The system throttles emberd and its engine", ("SERVICE_STALE",)),
     "NO_LINGER": Kind(_W, "emberd ends when you log out"),
     "LOGS_NOT_KEPT": Kind(_W, "What emberd says is not kept"),
-    "LOG_HUGE": Kind(_W, "The engine's log is very large"),
-    "HISTORY_UNREADABLE": Kind(_W, "The history cannot be read", ("STATE_UNUSABLE", "DISK_FULL")),
     "PSUTIL_TOO_OLD": Kind(_W, "psutil is too old for this system"),
 }
 
-_CANNOT_START: dict[str, Kind] = {
-    # Last: whatever keeps emberd from starting is the cause.
+_CAUSES = {**health_files.KINDS, **health_model.KINDS, **health_engine.KINDS}
+_AFTER_ALL: dict[str, Kind] = {
+    # Whatever keeps emberd from starting is the cause.
     "WAITS": Kind(
         _E,
         "emberd waits, because it could not start",
-        tuple(code for code, kind in {**KINDS, **health_model.KINDS}.items() if kind.severity is _E),
+        tuple(code for code, kind in _CAUSES.items() if kind.severity is _E),
     ),
 }
-CATALOGUE: dict[str, Kind] = {**KINDS, **health_model.KINDS, **health_memory.KINDS, **_CANNOT_START}
+CATALOGUE: dict[str, Kind] = {
+    **health_files.KINDS,
+    **KINDS,
+    **_AFTER_ALL,
+    **health_model.KINDS,
+    **health_engine.KINDS,
+    **health_memory.KINDS,
+    **health_lock.KINDS,
+}
 
 
 def diagnose(facts: Facts) -> list[Condition]:
     """Return all conditions, the worst first; none is hidden."""
     every = [
+        *health_files.of_files(facts),
         *of_service(facts),
         *health_model.of_model(facts),
-        *health_model.of_engine(facts),
+        *health_engine.of_engine(facts),
         *health_memory.of_memory(facts),
+        *health_lock.of_lock(facts),
     ]
-    return sorted(every, key=lambda each: _rank(each.code))
+    return sorted(every, key=lambda each: rank(each.code, CATALOGUE))
 
 
 def causes(facts: Facts) -> list[Condition]:
@@ -69,86 +82,34 @@ def causes(facts: Facts) -> list[Condition]:
     return visible(diagnose(facts), CATALOGUE)
 
 
-def _rank(code: str) -> tuple[int, int]:
-    return list(Severity).index(CATALOGUE[code].severity), list(CATALOGUE).index(code)
-
-
 def of_service(facts: Facts) -> Iterator[Condition]:
-    """Yield what is wrong with the daemon, its files and its service."""
-    yield from _of_files(facts)
-    yield from _of_manager(facts)
+    """Yield what is wrong with the daemon and what starts it."""
+    yield from _of_daemon(facts.service)
+    yield from _of_manager(facts.service)
+    yield from _of_place(facts)
 
 
-def _of_files(facts: Facts) -> Iterator[Condition]:
-    service = facts.service
-    yield from when(
-        bool(service.settings_problem), "SETTINGS_WRONG", service.settings_problem, service.settings_remedy
-    )
-    mode = service.settings_mode
-    yield from when(
-        None if mode is None else bool(mode & _OTHERS_CAN_READ),
-        "SETTINGS_OPEN",
-        f"its mode is {mode or 0:04o}",
-        "chmod 600 the settings file, and choose a new key.",
-    )
-    yield from when(
-        bool(service.state_problem),
-        "STATE_UNUSABLE",
-        service.state_problem,
-        "Make it yours (chown, chmod 700), or set state.directory.",
-    )
-    free = service.state_free_bytes
-    yield from when(
-        None if free is None else free < LEAST_FREE_BYTES,
-        "DISK_FULL",
-        f"{(free or 0) >> 20} MiB free on the state directory's volume",
-        "Make room; macOS needs it for swap files as well.",
-    )
-    yield from when(
-        bool(service.history_problem),
-        "HISTORY_UNREADABLE",
-        service.history_problem,
-        "Move history.db away; emberd begins a new one.",
-    )
-    size = service.engine_log_bytes
-    yield from when(
-        None if size is None else size > HUGE_LOG_BYTES,
-        "LOG_HUGE",
-        f"engine.log has {(size or 0) / 1e9:.1f} GB",
-        "emberd restart rotates it; look at what the engine repeats.",
-    )
-    owner = service.port_owner
-    if owner is not None:
-        whom = owner.name if owner.pid is None else f"{owner.name} (pid {owner.pid})"
-        yield Condition("PORT_TAKEN", f"{whom} listens on {service.port}", "End it, or set endpoint.port.")
-
-
-def _of_manager(facts: Facts) -> Iterator[Condition]:
-    service, is_mac = facts.service, facts.system == "darwin"
+def _of_daemon(service: ServiceHealth) -> Iterator[Condition]:
+    said = f"; the last one ended so: {service.last_words}" if service.last_words else ""
     yield from when(
         service.is_running is False,
         "NOT_RUNNING",
-        "nothing answers the control socket",
+        f"nothing answers the control socket{said}",
         "emberd start, or emberd run to see what it says."
         if service.is_installed
         else "emberd install, or emberd run.",
+    )
+    yield from when(
+        bool(service.silence),
+        "DAEMON_SILENT",
+        service.silence,
+        "emberd restart --daemon. If that does not help, end it by kill -9; its engine will be taken over.",
     )
     yield from when(
         bool(service.waits_because),
         "WAITS",
         service.waits_because,
         "Mend the cause; it tries again by itself, or now: emberd restart.",
-    )
-    yield from when(
-        service.is_installed is False, "SERVICE_MISSING", "it was started by hand, or not at all", "emberd install"
-    )
-    yield from when(bool(service.stale), "SERVICE_STALE", service.stale, "emberd upgrade")
-    yield from when(bool(service.file_problem), "SERVICE_FILE", service.file_problem, service.file_remedy)
-    yield from when(
-        service.is_disabled,
-        "SERVICE_DISABLED",
-        "the service manager keeps it from starting",
-        "emberd install switches it on; on macOS look at System Settings, Login Items, as well.",
     )
     other = service.daemon_version
     yield from when(
@@ -157,6 +118,32 @@ def _of_manager(facts: Facts) -> Iterator[Condition]:
         f"the daemon is {other}, this program {service.version}",
         "emberd upgrade, or emberd restart --daemon; no connection is refused.",
     )
+
+
+def _of_manager(service: ServiceHealth) -> Iterator[Condition]:
+    yield from when(
+        service.is_installed is False, "SERVICE_MISSING", "it was started by hand, or not at all", "emberd install"
+    )
+    yield from when(
+        service.is_disabled,
+        "SERVICE_DISABLED",
+        "it was disabled by hand, or in System Settings under Login Items",
+        "emberd start",
+    )
+    yield from when(
+        bool(service.missing_program),
+        "SERVICE_PROGRAM_MISSING",
+        f"{service.missing_program} is gone: its Python was updated, or its environment moved",
+        "emberd install, with the emberd that you want to run.",
+    )
+    yield from when(bool(service.stale), "SERVICE_STALE", service.stale, "emberd upgrade")
+    yield from when(
+        bool(service.file_problem), "SERVICE_FILE", service.file_problem, "emberd install writes it again."
+    )
+
+
+def _of_place(facts: Facts) -> Iterator[Condition]:
+    service, is_mac = facts.service, facts.system == "darwin"
     yield from when(
         service.is_throttled,
         "THROTTLED",
@@ -173,11 +160,13 @@ def _of_manager(facts: Facts) -> Iterator[Condition]:
         service.logs_persist is False,
         "LOGS_NOT_KEPT",
         "the unified log keeps only part of it" if is_mac else "the journal is kept in memory only",
-        "See docs/logs.md." if is_mac else "sudo mkdir /var/log/journal && sudo systemctl restart systemd-journald",
+        'Set log.sink = "auto"; see docs/logs.md.'
+        if is_mac
+        else "sudo mkdir /var/log/journal && sudo systemctl restart systemd-journald",
     )
     yield from when(
-        bool(service.psutil_version),
+        bool(service.psutil_failure),
         "PSUTIL_TOO_OLD",
-        f"psutil {service.psutil_version} fails on this macOS",
+        f"psutil {service.psutil_version}: {service.psutil_failure}",
         "pip install --upgrade psutil in emberd's environment.",
     )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from emberd.engine.http import EngineHttp
     from emberd.engine.program import Asker
 
-_USUAL_NAMES = ("koboldcpp", "koboldcpp-mac-arm64", "koboldcpp-linux-x64", "koboldcpp-linux-x64-nocuda")
+USUAL_NAMES = ("koboldcpp", "koboldcpp-mac-arm64", "koboldcpp-linux-x64", "koboldcpp-linux-x64-nocuda")
 _SCRIPT = "koboldcpp.py"
 _HTTP_OK = 200
 _PRIVATE = re.compile(r"^(?:Namespace\(|Body Err:|Input:|Output:)|password='")
@@ -41,7 +41,7 @@ _PRIVATE = re.compile(r"^(?:Namespace\(|Body Err:|Input:|Output:)|password='")
 _WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bind")
 """1.104 then spins on the unbound socket for ever; 1.76 exits with 1, later builds with 0."""
 _PROTECTED_MODEL = "koboldcpp/protected-model"
-_CONTINUES_TURNS = (1, 104)
+CONTINUES_TURNS = (1, 104)
 _MOST_CONNECTIONS = 16
 """KoboldCPP has 24 threads, one connection each, no time-outs: eight are left for emberd's own questions."""
 _LIGHT_POSTS = (
@@ -215,7 +215,7 @@ class KoboldCpp:
     async def continues_turns(self, port: int, timeout_s: float) -> bool:
         """Tell whether `continue_assistant_turn` is known (1.104; not in 1.76)."""
         version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
-        return read_version(version) >= _CONTINUES_TURNS
+        return read_version(version) >= CONTINUES_TURNS
 
     async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
         """Tell whether a reply can be taken up; a chat needs an open turn."""
@@ -246,7 +246,7 @@ class KoboldCpp:
 
     def _command(self) -> tuple[Path, tuple[str, ...]]:
         """Return the program's file and the words that start it."""
-        found = find_program(self._settings.engine.path, _USUAL_NAMES, "KoboldCPP's binary, or its koboldcpp.py")
+        found = find_program(self._settings.engine.path, USUAL_NAMES, "KoboldCPP's binary, or its koboldcpp.py")
         program = found / _SCRIPT if found.is_dir() and (found / _SCRIPT).is_file() else found
         if program.suffix == ".py":
             return program, (os.path.expanduser(self._settings.engine.python) or sys.executable, str(program))  # noqa: PTH111  # may be a name on PATH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ def read_health(pid: int, calls: DarwinCalls, ps: str = "/bin/ps") -> HostHealth
         # The name does not exist on Intel (ENOENT): nothing is translated there.
         is_translated=translated == 1,
         is_throttled=None if priority is None else priority <= _THROTTLED_PRIORITY,
+        # uname(3) tells a translated program that this is x86_64.
+        machine="arm64" if calls.number("hw.optional.arm64") == 1 else os.uname().machine,
     )
 
 

@@ -35,7 +35,17 @@ def read_health(pid: int, proc: Path, root: Path = Path("/")) -> HostHealth:
         cgroup_limit_bytes=min(_limits(pid, proc, root / "sys/fs/cgroup"), default=None),
         lingers=(root / _LINGER / _user()).exists() if has_systemd else None,
         logs_persist=(root / _JOURNAL).is_dir() if has_systemd else None,
+        machine=os.uname().machine,
+        swappiness=_number(proc / "sys/vm/swappiness"),
     )
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
 
 
 def _user() -> str:
@@ -55,6 +65,7 @@ def _limits(pid: int, proc: Path, root: Path) -> Iterator[int]:
         number, controllers, path = line.split(":", 2)
         if number == "0":
             yield from _climb(root, path, "memory.max")
+            yield from _climb(root, path, "memory.high")  # beyond it the group is slowed down and reclaimed
         elif "memory" in controllers.split(","):
             yield from _climb(root / "memory", path, "memory.limit_in_bytes")
 

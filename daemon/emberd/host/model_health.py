@@ -24,6 +24,8 @@ _EXTERNAL = ("/Volumes/", "/media/", "/run/media/")
 _SF_DATALESS = 0x40000000
 """st_flags of a file whose content is elsewhere (xnu, bsd/sys/stat.h)."""
 _PROTECTED = ("Documents", "Desktop", "Downloads", "Library/Mobile Documents")
+_SYNCED = ("Library/Mobile Documents", "Library/CloudStorage", "Dropbox", "OneDrive", "Google Drive", "Nextcloud")
+"""Where the services put their folders by default; macOS has had Library/CloudStorage since 12.3."""
 _AGAIN = "Download it again."
 
 
@@ -101,6 +103,7 @@ def _where(path: Path, system: str, health: ModelHealth) -> ModelHealth:
         volume_of(path, _mounts()),
         None if flags is None else bool(flags & _SF_DATALESS),
         is_protected(path, Path.home()) if system == "darwin" else None,
+        is_synced(path, Path.home()),
     )
 
 
@@ -130,3 +133,16 @@ def volume_of(path: Path, mounts: Iterable[tuple[str, str]]) -> Volume | None:
 def is_protected(path: Path, home: Path) -> bool:
     """Tell whether macOS' privacy control guards the folder (TCC)."""
     return any(path.is_relative_to(home / folder) for folder in _PROTECTED)
+
+
+def is_synced(path: Path, home: Path) -> bool:
+    """Tell whether a cloud service keeps the folder in step, by the services' own names for it."""
+    return any(path.is_relative_to(home / folder) for folder in _SYNCED)
+
+
+def changed_after_start_s(path: Path, started_at: float) -> float | None:
+    """Return by how much a file was written after a time of the wall clock, None if it cannot be asked."""
+    try:
+        return path.stat().st_mtime - started_at
+    except OSError:
+        return None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import plistlib
 import shutil
 import stat
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from xml.parsers.expat import ExpatError
 
+from emberd.core import systemd_unit
 from emberd.core.errors import ServiceManagerFailed, StateUnusable
 from emberd.host.files import remove_leftovers, write_atomically
 
@@ -131,6 +135,17 @@ def file_problems(path: Path) -> tuple[str, ...]:
     if (mode := stat.S_IMODE(facts.st_mode)) != FILE_MODE:
         found.append(f"{path} has mode {mode:04o}, not {FILE_MODE:04o}")
     return tuple(found)
+
+
+def installed_program(paths: Sequence[Path]) -> Path | None:
+    """Return the program that an installed property list or unit starts, None if none tells it."""
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, ExpatError):
+            if path.suffix == ".plist":
+                return Path(plistlib.loads(path.read_bytes())["ProgramArguments"][0])
+            values = systemd_unit.assignments(path.read_text(encoding="utf-8"))
+            return Path(systemd_unit.words(values["Service.ExecStart"][0])[0])
+    return None
 
 
 def has_leftovers(path: Path) -> bool:

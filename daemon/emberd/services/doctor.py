@@ -7,68 +7,71 @@ the caller knows (its version, the service file) is added by the verb.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import hashlib
+import json
 import os
-import platform
 import re
 import shutil
-import socket
-import sqlite3
-import struct
+import tempfile
+import threading
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
-from emberd.core.errors import ConfigError, EmberdError, EngineNotUsable, StateUnusable
+from emberd.core.errors import ConfigError, EmberdError, EngineNotUsable
 from emberd.core.health_facts import (
     EngineHealth,
     EngineProblem,
     Facts,
+    HostHealth,
     MemoryHealth,
-    Program,
+    ModelHealth,
+    ModelProblem,
     ServiceHealth,
 )
 from emberd.core.health_service import diagnose
 from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache
 from emberd.core.lock import LockState
+from emberd.core.memory import PowerSource
 from emberd.engine.choose import choose_engine
 from emberd.engine.http import EngineHttp
 from emberd.engine.http import client as http_client
+from emberd.engine.koboldcpp import CONTINUES_TURNS, USUAL_NAMES, read_version
+from emberd.host import neighbours, own_health
 from emberd.host.model_facts import read_model_facts
-from emberd.host.model_health import examine_model
-from emberd.host.paths import prepare, state_paths
-from emberd.services.lock_meter import context_tokens
+from emberd.host.model_health import changed_after_start_s, examine_model
+from emberd.host.paths import StatePaths, log_file, state_paths
+from emberd.host.program_health import look_at_program
+from emberd.services.lock_meter import LockMeter, context_tokens
 from emberd.services.supervisor import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from emberd.core.ports import Host
+    from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings
-    from emberd.host.paths import StatePaths
 
 T = TypeVar("T")
 LIMIT_S = 20.0
 """A single question; the engine's --help may have to unpack itself first and is then unknown."""
-_SERVERS = re.compile(r"^(koboldcpp|ollama|llama-server|lm[ -]studio|lms|llamafile|mlx_lm)", re.IGNORECASE)
 _OFFLOADED = re.compile(r"offloaded (\d+)/\d+ layers to GPU")
-"""llama.cpp, src/llama-model.cpp."""
+"""llama.cpp, src/llama-model.cpp; a build that supports no GPU does not print it."""
+_VERSION = re.compile(r"Welcome to KoboldCpp - Version (\S+)")
+_LOADING = "llama_model_loader: loaded meta data"
+_LOADED = "load_tensors:"
+_NO_METAL = "failed to initialize Metal backend"
+"""KoboldCPP issues 744 and 964."""
 _LOG_TAIL_BYTES = 1 << 20
 _UNLOADING = ("--adminunloadtimeout", "--autoswapmode", "--sleep-idle-seconds")
 _LOCKING = frozenset({"--usemlock", "--mlock", "--load-mode"})
 """KoboldCPP's option and llama.cpp's, old and new."""
-_MACHINES = {0x3E: "x86_64", 0xB7: "aarch64"}
-"""ELF e_machine (elf.h)."""
-_MACH_O = {0x01000007: "x86_64", 0x0100000C: "arm64"}
-"""Mach-O cputype (<mach/machine.h>)."""
-_CONNECT_S = 1.0
-_MACOS_26, _FAILING_PSUTIL = 26, (7, 2, 2)
 
 
 async def examine(
-    host: Host, settings: Settings, status: Mapping[str, Any] | None, *, is_running: bool = False
+    host: Host, settings: Settings, status: Mapping[str, Any] | None, known: ServiceHealth | None = None
 ) -> dict[str, Any]:
     """Return every condition and what is not known, as plain values; symptoms stand beside their causes.
 
@@ -76,10 +79,19 @@ async def examine(
         host: this computer.
         settings: in force.
         status: what the daemon says of itself, None without one.
-        is_running: there is one all the same, which can say nothing of its engine: it waits.
+        known: what the caller has found out.
     """
-    facts = await Examination(host, settings, status, is_running=is_running or status is not None).facts()
-    return {"conditions": [asdict(each) for each in diagnose(facts)], "unknown": list(facts.unknown)}
+    facts = await Examination(host, settings, status).facts(known or ServiceHealth())
+    return {
+        "conditions": [asdict(each) for each in diagnose(facts)],
+        "unknown": list(facts.unknown),
+        "settings": digest(settings),
+    }
+
+
+def digest(settings: Settings) -> str:
+    """Return a text that differs between different settings of the same version."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
 class Examination:
@@ -89,259 +101,318 @@ class Examination:
         host: this computer.
         settings: in force.
         status: what the daemon says of itself, None without one.
-        is_running: there is one.
     """
 
-    def __init__(
-        self, host: Host, settings: Settings, status: Mapping[str, Any] | None, *, is_running: bool
-    ) -> None:
+    def __init__(self, host: Host, settings: Settings, status: Mapping[str, Any] | None) -> None:
         self._host = host
         self._settings = settings
-        self._status = status
-        self._is_running = is_running
+        self._status: Mapping[str, Any] = status or {}
         self._unknown: list[str] = []
         self._paths = state_paths(settings)
+        self._place = HostHealth()
+        self._log = ""
+        self._notices: dict[str, str] = {each["code"]: each["message"] for each in self._status.get("notices", ())}
 
-    async def facts(self) -> Facts:
+    async def facts(self, known: ServiceHealth) -> Facts:
         """Gather; bounded by a few LIMIT_S."""
-        model = await self._ask("model", lambda: examine_model(self._settings.model.path, self._host.name))
-        if model is None or (not self._settings.model.path and self._settings.engine.kcpps):
-            model = replace(Facts(self._host.name).model, path="named in engine.kcpps")
-        engine = await self._engine()
-        memory = await self._memory()
-        service = await self._service()
+        pid = self._status.get("pid") or os.getpid()
+        self._place = await self._ask("process", lambda: self._host.health(pid)) or HostHealth()
+        self._log = await self._ask("engine.log", lambda: _last_start(_tail(self._paths.output))) or ""
+        # An examination leaves nothing behind: where there is no state directory, a passing one is used.
+        with tempfile.TemporaryDirectory() as passing:
+            paths = self._paths if self._paths.directory.is_dir() else StatePaths(Path(passing))
+            async with http_client() as client:
+                adapter = choose_engine(self._settings, self._host, EngineHttp(client), paths)
+                model = await self._model(adapter)
+                engine = await self._engine(adapter, model)
+        memory = await self._memory(adapter, model)
+        service = await self._service(known)
         return Facts(self._host.name, model, engine, memory, service, tuple(self._unknown))
 
     async def _ask(self, what: str, question: Callable[[], T]) -> T | None:
-        """Return the answer of something that blocks; None if it fails or takes too long, which is noted."""
+        """Return the answer of something that blocks; None if it fails or takes too long, which is noted.
+
+        The thread is a daemon thread: one that hangs in the kernel would hold up the end of the program.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def tell(result: T | None, error: Exception | None) -> None:
+            if answer.done():
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(result)  # type: ignore[arg-type]  # of the question's type
+
+        def run() -> None:
+            result, failure = None, None
+            try:
+                result = question()
+            except Exception as error:  # noqa: BLE001  # told to who asks
+                failure = error
+            try:
+                loop.call_soon_threadsafe(tell, result, failure)
+            except RuntimeError:  # the loop is closed: nobody waits any longer
+                return
+
+        threading.Thread(target=run, name=f"doctor: {what}", daemon=True).start()
         try:
             async with asyncio.timeout(LIMIT_S):
-                return await asyncio.to_thread(question)
+                return await answer
         except TimeoutError:
             self._unknown.append(f"{what}: no answer within {LIMIT_S:g} s")
         except Exception as error:  # noqa: BLE001  # one unreadable thing must not hide the others
             self._unknown.append(f"{what}: {error}")
         return None
 
+    # --- the model ------------------------------------------------------------------------------------------
+
+    async def _model(self, adapter: Engine) -> ModelHealth:
+        path = adapter.model_path()
+        text = str(path) if path else self._settings.model.path
+        model = await self._ask("model", lambda: examine_model(text, self._host.name))
+        if model is None:
+            words = f"{text}: opening and reading it did not end within {LIMIT_S:g} s"
+            remedy = "Is its volume there? On macOS, move it out of Documents, Desktop and Downloads."
+            return ModelHealth(text, ModelProblem.SILENT, words, remedy)
+        engine = self._status.get("engine")
+        if engine and path and model.problem is None:
+            younger = await self._ask("model's time", lambda: changed_after_start_s(path, engine["started_at"]))
+            return replace(model, changed_after_start_s=younger)
+        return model
+
     # --- the engine -----------------------------------------------------------------------------------------
 
-    async def _engine(self) -> EngineHealth:
+    async def _engine(self, adapter: Engine, model: ModelHealth) -> EngineHealth:
         engine, status = self._settings.engine, self._status
-        health = await self._program()
+        health = await self._program(adapter, model)
         words = (*engine.extra_args, *(await self._ask("engine.kcpps", self._kcpps_words) or ()))
-        log = await self._ask("engine.log", lambda: _tail(self._paths.output)) or ""
-        offloaded = _OFFLOADED.findall(log)
-        health = replace(
-            health,
-            unloads_when_idle=next((word for word in words if word.partition("=")[0] in _UNLOADING), None),
-            wants_gpu=engine.gpu_layers > 0 or (engine.gpu_layers < 0 and self._host.name == "darwin"),
-            has_gpu=int(offloaded[-1]) > 0 if offloaded else None,
-            wants_lock=engine.lock != "never",
-        )
-        if status is None:
-            return health
-        lock = status["lock"] or {}
+        is_mac = self._host.name == "darwin"
+        lock, heartbeat = status.get("lock") or {}, status.get("metal_heartbeat") or {}
+        memory = (status.get("memory") or {}).get("engine") or {}
+        is_trying = status.get("state") == "BACKOFF" or (status.get("crashes_in_a_row") or 0) > 1
         return replace(
             health,
-            is_running=status["engine"] is not None,
-            has_failed=status["state"] == "FAILED",
-            last_words=status["reason"] or "",
+            lacks=(*health.lacks, *self._lost_features()),
+            unloads_when_idle=_unloading(words),
+            wants_gpu=engine.gpu_layers > 0 or (engine.gpu_layers < 0 and is_mac),
+            has_gpu=_has_gpu(self._log, is_mac=is_mac),
+            gpu_is_off=is_mac and engine.gpu_layers == 0,
+            wants_lock=engine.lock != "never",
+            is_running=status.get("engine") is not None if status else None,
+            is_mapped=_is_mapped(self._log),
+            has_failed=status.get("state") == "FAILED",
+            crashes=status.get("crashes_in_a_row") if is_trying else None,
+            last_words=status.get("reason") or status.get("last_exit") or "",
+            heartbeat_problem=heartbeat.get("message") or "",
+            heartbeat_remedy=heartbeat.get("remedy") or "",
+            swapped_bytes=memory.get("swapped_bytes"),
+            orphan_pid=None if status else await self._ask("engine.json", self._orphan_pid),
             lock=LockState(lock["state"]) if lock else None,
             lock_message=lock.get("message") or "",
             lock_remedy=lock.get("remedy") or "",
         )
 
-    async def _program(self) -> EngineHealth:
+    async def _program(self, adapter: Engine, model: ModelHealth) -> EngineHealth:
         """Return what is wrong with the program, from what can be seen to what it says itself."""
-        path = Path(self._settings.engine.path).expanduser()
-        if self._settings.engine.path and path.is_absolute():
-            seen = await self._ask("engine", lambda: look_at_program(path, self._host))
+        if path := self._program_path():
+            seen = await self._ask("engine", lambda: look_at_program(path, self._host, self._place.machine))
             if seen is not None and seen.problem is not None:
                 return seen
+        if model.problem is ModelProblem.SILENT:
+            return EngineHealth()  # the plan reads it too
+        wants_lock = self._settings.engine.lock != "never"
         try:
-            async with asyncio.timeout(LIMIT_S), http_client() as client:
-                adapter = choose_engine(self._settings, self._host, EngineHttp(client), self._paths)
-                plan = await adapter.plan(free_port(), will_lock=self._settings.engine.lock != "never")
+            async with asyncio.timeout(LIMIT_S):
+                plan = await adapter.plan(free_port(), will_lock=wants_lock)
         except TimeoutError:
             self._unknown.append(f"engine: its --help took more than {LIMIT_S:g} s")
-            return EngineHealth()
-        except EmberdError as error:
-            if isinstance(error, EngineNotUsable):
-                problem = EngineProblem.MISSING if "not found" in error.message else EngineProblem.REFUSES
-                return EngineHealth(problem, error.message, error.remedy)
-            if isinstance(error, ConfigError):
-                return EngineHealth(EngineProblem.REFUSES, error.message, error.remedy)
-            return EngineHealth()  # the model: told there
-        wants_lock = self._settings.engine.lock != "never"
-        lacks = () if not wants_lock or _LOCKING.intersection(plan.arguments) else ("--usemlock",)
-        return EngineHealth(lacks=lacks)
+        except EngineNotUsable as error:
+            problem = EngineProblem.MISSING if "not found" in error.message else EngineProblem.REFUSES
+            return EngineHealth(problem, error.message, error.remedy)
+        except ConfigError as error:
+            return EngineHealth(EngineProblem.REFUSES, error.message, error.remedy)
+        except EmberdError:
+            pass  # the model or the state directory: told there
+        else:
+            if wants_lock and not _LOCKING.intersection(plan.arguments):
+                return EngineHealth(lacks=("--usemlock: the model cannot be locked",))
+        return EngineHealth()
+
+    def _program_path(self) -> Path | None:
+        """Return the program that would be started, None if it is not found or is emberd's own."""
+        engine = self._settings.engine
+        if engine.kind == "embedded":
+            return None
+        named = os.path.expanduser(engine.path)  # noqa: PTH111  # may be a name on PATH
+        if os.sep in named or (named and Path(named).exists()):
+            return Path(named).absolute()
+        usual = USUAL_NAMES if engine.kind == "koboldcpp" else ("llama-server",)
+        found = next(filter(None, map(shutil.which, (named,) if named else usual)), None)
+        return Path(found) if found else None
+
+    def _lost_features(self) -> tuple[str, ...]:
+        """Return what the version in the engine's log cannot do for emberd."""
+        found = _VERSION.findall(self._log)
+        version = read_version(found[-1]) if found else ()
+        if not version or version >= CONTINUES_TURNS:
+            return ()
+        needed = ".".join(map(str, CONTINUES_TURNS))
+        return (
+            f"continue_assistant_turn ({found[-1]}, it came with {needed}): a chat's last reply is processed again",
+        )
 
     def _kcpps_words(self) -> tuple[str, ...]:
-        import json  # noqa: PLC0415
-
         if not self._settings.engine.kcpps:
             return ()
         tree = json.loads(Path(self._settings.engine.kcpps).expanduser().read_text())
-        return tuple(f"--{key}" for key, value in tree.items() if value and f"--{key}" in _UNLOADING)
+        return tuple(f"--{key}={value}" for key, value in tree.items() if f"--{key}" in _UNLOADING)
+
+    def _orphan_pid(self) -> int | None:
+        """Return the engine of the state file if it still runs; the file is read only, never set aside."""
+        try:
+            record = json.loads(self._paths.record.read_text())
+            pid, token = int(record["pid"]), record["start_token"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return pid if self._host.start_token(pid) == token and _is_alive(pid) else None
 
     # --- memory ---------------------------------------------------------------------------------------------
 
-    async def _memory(self) -> MemoryHealth:
-        status = self._status or {}
+    async def _memory(self, adapter: Engine, model: ModelHealth) -> MemoryHealth:
+        status = self._status
         warmth, residency = status.get("warmth") or {}, status.get("residency") or {}
         engine = status.get("engine") or {}
+        path = adapter.model_path() if model.problem is None else None
+        if not engine and path:
+            # Judged while there is no engine: afterwards its own memory is missing from what is available.
+            decision = await LockMeter(self._host).decide(self._settings, path)
+            self._notices |= {each.code: each.message for each in decision.reasons}
         own = {os.getpid(), engine.get("pid"), status.get("pid")}
         system = await self._ask("memory", self._host.system_memory)
-        limits = await self._ask("lock limits", lambda: self._host.lock_limits(None))
-        place = await self._ask("process", lambda: self._host.health(status.get("pid") or os.getpid()))
         return MemoryHealth(
             **({"system": system} if system else {}),
-            needed_bytes=await self._ask("model's needs", self._needed_bytes),
-            limits=limits,
+            needed_bytes=await self._ask("model's needs", lambda: self._needed_bytes(path)),
+            limits=await self._ask("lock limits", lambda: self._host.lock_limits(None)),
             gpu=await self._ask("GPU", self._host.gpu_limits),
-            cgroup_limit_bytes=place.cgroup_limit_bytes if place else None,
+            cgroup_limit_bytes=self._place.cgroup_limit_bytes,
             resident_share=residency.get("share"),
-            others=tuple(await self._ask("other programs", lambda: other_servers(own)) or ()),
+            others=tuple(await self._ask("other programs", lambda: neighbours.other_servers(own)) or ()),
             hold=warmth.get("hold"),
             warmth_mode=self._settings.warmth.mode,
             paused_for_s=warmth.get("paused_for_s"),
+            cool_for_s=warmth.get("cool_for_s"),
+            short="" if engine else self._notices.get("does_not_fit", ""),
+            choking=self._notices.get("lock_would_choke", ""),
+            swappiness=self._place.swappiness,
+            saves_power=await self._ask("power", self._saved_power) or "",
         )
 
-    def _needed_bytes(self) -> int | None:
-        if not self._settings.model.path:
+    def _needed_bytes(self, path: Path | None) -> int | None:
+        if path is None:
             return None
-        try:
-            facts = read_model_facts(Path(self._settings.model.path).expanduser())
-        except EmberdError:
-            return None  # told of the model
+        facts = read_model_facts(path)
         cache = estimate_kv_cache(facts.metadata, context_tokens(self._settings)).size_bytes or 0
         return facts.weights_bytes + cache + (estimate_compute_buffer(facts.vocabulary_tokens) or 0)
 
+    def _saved_power(self) -> str:
+        policy, power = self._settings.warmth.on_battery, self._host.power()
+        if policy == "same" or self._settings.warmth.mode == "off":
+            return ""
+        how = "nothing is warmed" if policy == "off" else "it is warmed six times less often"
+        if power.is_low_power:
+            return f"low power mode is on: {how}"
+        return f"on battery: {how}" if power.source is PowerSource.BATTERY else ""
+
     # --- the daemon -----------------------------------------------------------------------------------------
 
-    async def _service(self) -> ServiceHealth:
-        status, endpoint = self._status, self._settings.endpoint
-        place = await self._ask("process", lambda: self._host.health((status or {}).get("pid") or os.getpid()))
-        usage = await self._ask("disk", lambda: shutil.disk_usage(_existing(self._paths.directory)))
-        return ServiceHealth(
-            is_running=self._is_running,
-            daemon_version=status["version"] if status else "",
+    async def _service(self, known: ServiceHealth) -> ServiceHealth:
+        status, endpoint, paths = self._status, self._settings.endpoint, self._paths
+        owner, address_problem = None, ""
+        is_there = bool(known.silence or known.waits_because)
+        if not status and not is_there:
+            tried = await self._ask("port", lambda: neighbours.try_port(endpoint.host, endpoint.port))
+            owner, address_problem = tried or (None, "")
+        return replace(
+            known,
+            is_running=None if is_there else bool(status),
             port=endpoint.port,
-            port_owner=None
-            if self._is_running
-            else await self._ask("port", lambda: port_owner(endpoint.host, endpoint.port)),
-            state_problem=await self._ask("state directory", lambda: _state_problem(self._paths)) or "",
-            history_problem=await self._ask("history", lambda: _history_problem(self._paths.history)) or "",
-            state_free_bytes=usage.free if usage else None,
-            engine_log_bytes=await self._ask("engine.log", lambda: _size(self._paths.output)),
-            is_throttled=place.is_throttled if place else None,
-            is_translated=place.is_translated if place else None,
-            logs_persist=place.logs_persist if place else None,
-            lingers=place.lingers if place else None,
-            psutil_version=failing_psutil(platform.mac_ver()[0], psutil.version_info),
+            port_owner=owner,
+            address_problem=address_problem,
+            state_problem=await self._ask("state directory", lambda: own_health.state_problem(paths.directory))
+            or "",
+            history_problem=await self._ask("history", lambda: own_health.history_problem(paths.history)) or "",
+            rooms=await self._ask("disks", lambda: own_health.rooms(self._places())) or (),
+            engine_log_bytes=await self._ask("engine.log's size", lambda: _size(paths.output)),
+            clock_behind_s=await self._ask("clock", lambda: own_health.clock_behind_s(paths)),
+            most_open_files=await self._ask("open files", own_health.most_open_files),
+            is_throttled=self._place.is_throttled if status else None,
+            is_translated=self._place.is_translated,
+            logs_persist=_are_logs_kept(status.get("log"), self._place.logs_persist),
+            lingers=self._place.lingers,
+            psutil_failure=await self._ask("psutil", own_health.psutil_failure) or "",
+            psutil_version=psutil.__version__,
         )
 
-
-def failing_psutil(macos: str, version: tuple[int, ...]) -> str:
-    """Return psutil's version if it is known to fail on this macOS, empty if not, and on another system.
-
-    Args:
-        macos: as platform.mac_ver() says it, empty elsewhere.
-        version: psutil's; up to 7.2.2 it misreads host_statistics64 of macOS 26 (its issue 2725).
-    """
-    major = int(macos.partition(".")[0] or 0)
-    return ".".join(map(str, version)) if major >= _MACOS_26 and version <= _FAILING_PSUTIL else ""
-
-
-def look_at_program(path: Path, host: Host) -> EngineHealth:
-    """Judge an engine's file without starting it."""
-    if not path.exists():
-        return EngineHealth(EngineProblem.MISSING, f"{path} does not exist", "Set engine.path.")
-    if path.is_dir() or path.suffix == ".py":
-        return EngineHealth()
-    if not os.access(path, os.X_OK):
-        return EngineHealth(EngineProblem.NOT_EXECUTABLE, f"{path} is not executable", f"chmod +x {path}")
-    if host.quarantine(path):
-        words = (
-            f"{path} was downloaded and not approved: started in the background it would be killed without a word"
-        )
-        return EngineHealth(EngineProblem.QUARANTINED, words, f"xattr -d com.apple.quarantine {path}")
-    built_for, machine = machines_of(path), os.uname().machine
-    if built_for and machine not in built_for:
-        words = f"{path} is built for {' and '.join(sorted(built_for))}, this computer is {machine}"
-        return EngineHealth(EngineProblem.WRONG_ARCHITECTURE, words, "Download the build for this computer.")
-    return EngineHealth()
+    def _places(self) -> list[tuple[str, Path]]:
+        """Return what is written while emberd runs: to a full disk the log is lost first."""
+        places = [
+            ("the state directory and the engine's log", self._paths.directory),
+            ("the log", log_file(self._settings, self._host.name)),
+        ]
+        if self._host.name == "darwin":
+            places.append(("swap files", Path("/System/Volumes/VM")))  # of APFS' container, as the others
+        return places
 
 
-def machines_of(path: Path) -> frozenset[str]:
-    """Return the processors that a program is built for, in uname's words; none if it is no ELF and no Mach-O.
-
-    Layouts: elf(5); <mach-o/loader.h>, <mach-o/fat.h>.
-    """
-    with path.open("rb") as file:
-        head = file.read(4096)
-    found: set[str | None] = set()
-    if head[:4] == b"\x7fELF" and len(head) > 20:  # noqa: PLR2004  # e_machine's end
-        found = {_MACHINES.get(struct.unpack_from("<H", head, 18)[0])}
-    elif head[:4] == b"\xcf\xfa\xed\xfe":
-        found = {_MACH_O.get(struct.unpack_from("<I", head, 4)[0])}
-    elif head[:4] == b"\xca\xfe\xba\xbe":
-        count = min(struct.unpack_from(">I", head, 4)[0], 16)
-        found = {_MACH_O.get(struct.unpack_from(">I", head, 8 + 20 * number)[0]) for number in range(count)}
-    return frozenset(each for each in found if each)
+def _last_start(log: str) -> str:
+    """Return the part of the engine's log that tells of its last start, all of it if none is told of."""
+    before, _, after = log.rpartition(_LOADING)
+    version = _VERSION.findall(before)
+    return f"Welcome to KoboldCpp - Version {version[-1]}\n{after}" if version else after
 
 
-def other_servers(own: set[int | None]) -> list[Program]:
-    """Return other programs here that serve models, without `own` processes and their children."""
-    found = []
-    for process in psutil.process_iter(["pid", "ppid", "name", "cmdline", "memory_info"]):
-        facts = process.info
-        words = [Path(word).name for word in (facts["cmdline"] or [])[:2]] + [facts["name"] or ""]
-        name = next((word for word in words if _SERVERS.match(word)), None)
-        if name and facts["pid"] not in own and facts["ppid"] not in own:
-            memory = facts["memory_info"]
-            found.append(Program(name, facts["pid"], memory.rss if memory else None))
-    return found
+def _has_gpu(log: str, *, is_mac: bool) -> bool | None:
+    """Tell from the log of a start whether the GPU is used; None if nothing was loaded."""
+    offloaded = _OFFLOADED.findall(log)
+    if _NO_METAL in log:
+        return False
+    if offloaded:
+        return int(offloaded[-1]) > 0
+    return False if is_mac and _LOADED in log else None
 
 
-def port_owner(host: str, port: int) -> Program | None:
-    """Return who listens on a port; its name stays open where the system does not tell it."""
-    try:
-        with socket.create_connection((host, port), timeout=_CONNECT_S):
-            pass
-    except OSError:
+def _is_mapped(log: str) -> bool | None:
+    found = re.findall(r"\(mmap = (true|false)\)", log)
+    return found[-1] == "true" if found else None
+
+
+def _unloading(words: tuple[str, ...]) -> str | None:
+    """Return the option that lets an idle model go; one whose time is 0 is off."""
+    for word, following in pairwise((*words, "")):
+        name, _, value = word.partition("=")
+        if name in _UNLOADING and (value or following) not in {"0", "-1", "False", "None"}:
+            return name
+    return None
+
+
+def _are_logs_kept(sinks: list[str] | None, journal_persists: bool | None) -> bool | None:  # noqa: FBT001  # a fact
+    """Tell whether what is logged survives a restart of the computer; of macOS' log info messages do not."""
+    if sinks is None:
         return None
-    for process in psutil.process_iter(["pid", "name"]):
-        try:
-            connections = process.net_connections("tcp")
-        except psutil.Error:
-            continue
-        if any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in connections):
-            return Program(process.info["name"] or "a program", process.info["pid"])
-    return Program("a program of another user")
+    if "file" in sinks:
+        return True
+    if "journal" in sinks:
+        return journal_persists
+    return False if "unified" in sinks else None
 
 
-def _state_problem(paths: StatePaths) -> str:
+def _is_alive(pid: int) -> bool:
     try:
-        prepare(paths)
-    except StateUnusable as error:
-        return error.message
-    return "" if os.access(paths.directory, os.W_OK | os.X_OK) else f"{paths.directory} is not yours to write"
-
-
-def _history_problem(path: Path) -> str:
-    if not path.exists():
-        return ""
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=_CONNECT_S)) as database:
-            answer = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-    except sqlite3.Error as error:
-        return f"{path}: {error}"
-    return "" if answer == "ok" else f"{path}: {answer}"
-
-
-def _existing(path: Path) -> Path:
-    return next((each for each in (path, *path.parents) if each.exists()), Path("/"))
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _size(path: Path) -> int | None:
