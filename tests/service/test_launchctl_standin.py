@@ -94,12 +94,11 @@ def test_without_a_process_type_the_job_is_a_throttled_daemon(launchctl: Launchc
 def test_bootout_returns_before_the_job_is_gone_and_bootstrap_fails_meanwhile(launchctl: Launchctl, tmp_path: Path):
     ignoring = python("import signal; signal.signal(15, signal.SIG_IGN); print(1, flush=True); signal.pause()")
     out = tmp_path / "out"
-    path = launchctl.write_list(tmp_path, LABEL, *ignoring, RunAtLoad=True, StandardOutPath=str(out))
+    path = launchctl.write_list(tmp_path, LABEL, *ignoring, RunAtLoad=True, StandardOutPath=str(out), ExitTimeOut=0)
     launchctl.do("bootstrap", launchctl.gui, path)
     launchctl.wait(lambda: out.exists() and out.read_text(), "the job")
     pid = launchctl.pid(LABEL)
     assert pid is not None
-    began_s = time.monotonic()
     launchctl.do("bootout", f"{launchctl.gui}/{LABEL}")
     assert launchctl.value(LABEL, "state") == "SIGTERMed"
     again = launchctl.call("bootout", f"{launchctl.gui}/{LABEL}")
@@ -113,10 +112,26 @@ def test_bootout_returns_before_the_job_is_gone_and_bootstrap_fails_meanwhile(la
     early = launchctl.call("bootstrap", launchctl.gui, path)
     assert (early.returncode, early.stderr) == (37, "Bootstrap failed: 37: Operation already in progress\n")
     assert launchctl.call("kickstart", f"{launchctl.gui}/{LABEL}").returncode == 37
+    assert is_alive(pid), "an ExitTimeOut of 0 is for ever"
+    launchctl.do("kill", "KILL", f"{launchctl.gui}/{LABEL}")
     launchctl.wait_gone(LABEL)
-    assert time.monotonic() - began_s > 0.5  # ExitTimeOut of 5 s, ten times as fast
     assert not is_alive(pid)
     launchctl.do("bootstrap", launchctl.gui, path)
+
+
+def test_a_job_that_ignores_sigterm_is_killed_after_its_exit_timeout(launchctl: Launchctl, tmp_path: Path):
+    ignoring = python("import signal; signal.signal(15, signal.SIG_IGN); print(1, flush=True); signal.pause()")
+    out = tmp_path / "out"
+    path = launchctl.write_list(tmp_path, LABEL, *ignoring, RunAtLoad=True, StandardOutPath=str(out))
+    launchctl.do("bootstrap", launchctl.gui, path)
+    launchctl.wait(lambda: out.exists() and out.read_text(), "the job")
+    pid = launchctl.pid(LABEL)
+    assert pid is not None
+    began_s = time.monotonic()
+    launchctl.do("bootout", f"{launchctl.gui}/{LABEL}")
+    launchctl.wait(lambda: not is_alive(pid), "the end")
+    assert time.monotonic() - began_s > 0.5  # 5 s, ten times as fast
+    assert "sending SIGKILL" in launchctl.log()
 
 
 def test_what_is_not_loaded_has_codes_of_its_own(launchctl: Launchctl):
