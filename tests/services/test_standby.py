@@ -87,7 +87,8 @@ def test_the_third_failed_start_stays_and_tells_everybody_why(make_daemon: MakeD
         assert "late.gguf" in answer.json()["detail"]["msg"]
     assert "late.gguf" in ask(daemon, "/api/chat", "POST").json()["error"], "Ollama's dialect"
     said = daemon.verb("status")
-    assert (said.returncode, "late.gguf" in said.stdout, "emberd restart" in said.stdout) == (0, True, True)
+    words = "".join(said.stdout.split())  # a narrow terminal folds the lines anywhere
+    assert (said.returncode, "late.gguf" in words, "emberdrestart" in words) == (0, True, True)
     refused = daemon.verb("warm")
     assert (refused.returncode, "late.gguf" in refused.stderr) == (66, True)
     assert len(daemon.events("standby")) == 1
@@ -144,7 +145,7 @@ def test_a_file_that_is_no_toml_still_tells_where_emberd_is(make_daemon: MakeDae
     assert codes == [78, 78]
     assert "not valid TOML" in status["reason"]
     assert "not valid TOML" in ask(daemon, "/v1/models").text
-    assert "not valid TOML" in daemon.verb("status").stdout
+    assert "notvalidTOML" in "".join(daemon.verb("status").stdout.split())
     refused = daemon.verb("reload")
     assert (refused.returncode, "not valid TOML" in refused.stderr) == (78, True)
     daemon.config.write_text(good)
@@ -298,10 +299,7 @@ def test_a_service_managers_socket_is_kept_through_the_waiting_and_nobody_is_ref
             [
                 ACTIVATE,
                 f"--listen=127.0.0.1:{daemon.port}",
-                *(
-                    f"--setenv={name}={value}"
-                    for name, value in {**daemon.environment, "INVOCATION_ID": "1"}.items()
-                ),
+                *(f"--setenv={name}={value}" for name, value in environment.items()),
                 sys.executable,
                 *daemon.command("run")[1:],
             ],
