@@ -169,6 +169,27 @@ def test_a_port_that_becomes_free_is_taken(make_daemon: MakeDaemon):
     assert daemon.complete()
 
 
+def test_a_job_waits_for_the_emberd_that_was_started_by_hand_and_takes_over_behind_it(make_daemon: MakeDaemon):
+    by_hand = make_daemon()
+    by_hand.start()
+    engine = by_hand.wait_ready()["engine"]["pid"]
+    job = make_daemon()
+    job.state, job.environment = by_hand.state, {**by_hand.environment, **LAUNCHD}
+    job.settings["state.directory"] = str(by_hand.state.directory)
+    for _ in range(2):
+        job.start()
+        assert job.end() == 4
+    job.start()
+    assert "already running" in job.wait_event("standby")["reason"]
+    assert "already running" in ask(job, "/v1/models").text
+    assert by_hand.status()["engine"]["pid"] == engine, "its control socket is left to it"
+    by_hand.signal(signal.SIGTERM)
+    assert by_hand.end() == 0
+    assert job.child is not None
+    assert job.wait_ready()["pid"] == job.child.pid
+    assert job.complete()
+
+
 def test_emberd_restart_tries_again_and_says_what_is_still_wrong(make_daemon: MakeDaemon):
     daemon = make_daemon({"model.path": "/nowhere/model.gguf"})
     _, status = start_until_it_stays(daemon)
