@@ -19,7 +19,7 @@ from emberd.core.lifecycle import State
 from emberd.host import ThisHost, config_file
 from emberd.host.api_key import read_api_key
 from emberd.host.notify_socket import NotifySocket
-from emberd.host.paths import prepare, state_paths
+from emberd.host.paths import instance_name, log_file, prepare, state_paths
 
 if TYPE_CHECKING:
     import socket
@@ -147,12 +147,15 @@ class _Daemon:
         from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
         from emberd.services.turns import Turns  # noqa: PLC0415
 
-        log = self._log = logs.configure(self._settings.log)
+        self._configure_log(self._settings)
+        self._log = logs.logger("daemon")
         self._client = http.client()
         self._http = http.EngineHttp(self._client)
         engine = choose_engine(self._settings, self._host, self._http, self._paths)
         paths = Paths(self._paths.record, self._paths.output, self._paths.scratch)
-        supervisor = self._supervisor = Supervisor(self._settings, engine, self._host, paths, log)
+        supervisor = self._supervisor = Supervisor(
+            self._settings, engine, self._host, paths, logs.logger("supervisor")
+        )
         # A request takes two descriptors, the client's and the engine's.
         most_connections = (self._host.raise_open_files() - _OWN_FILES) // 2
         self._endpoint = Endpoint(most_connections=min(most_connections, MOST_CONNECTIONS))
@@ -161,15 +164,20 @@ class _Daemon:
             lambda: self._settings.endpoint.remember_kib * 1024, lambda: supervisor.engine.conversations
         )
         self._proxy = Proxy(
-            supervisor, lambda: self._settings.endpoint, lambda: self._rules, self._turns, self._knocks, log
+            supervisor,
+            lambda: self._settings.endpoint,
+            lambda: self._rules,
+            self._turns,
+            self._knocks,
+            logs.logger("endpoint"),
         )
-        self._memory = MemoryMeter(self._host, log, supervisor.sample)
-        self._accounts = Accounts(self._paths.history, log)
-        self._swap = SwapMeter(self._host, self._accounts, log, supervisor.sample)
-        self._residency = ResidencyMeter(self._host, log, supervisor.sample)
+        self._memory = MemoryMeter(self._host, logs.logger("memory"), supervisor.sample)
+        self._accounts = Accounts(self._paths.history, logs.logger("history"))
+        self._swap = SwapMeter(self._host, self._accounts, logs.logger("swap"), supervisor.sample)
+        self._residency = ResidencyMeter(self._host, logs.logger("residency"), supervisor.sample)
         self._keepwarm = KeepWarm(
             self._host,
-            log,
+            logs.logger("keepwarm"),
             lambda: self._settings,
             supervisor,
             self._residency.toucher,
@@ -177,22 +185,28 @@ class _Daemon:
             self._knocks,
             self._proxy.places,
             self._accounts,
-            Forecaster(self._host, log, supervisor.sample, self._turns, self._residency.status),
+            Forecaster(self._host, logs.logger("forecast"), supervisor.sample, self._turns, self._residency.status),
         )
-        self._sleep = SleepBlocker(self._host, log, lambda: self._settings, supervisor)
-        self._notifier = Notifier(NotifySocket(os.environ, os.getpid()), log)
+        self._sleep = SleepBlocker(self._host, logs.logger("daemon"), lambda: self._settings, supervisor)
+        self._notifier = Notifier(NotifySocket(os.environ, os.getpid()), logs.logger("daemon"))
+
+    def _configure_log(self, settings: Settings) -> None:
+        from emberd.services import logs  # noqa: PLC0415
+
+        logs.configure(settings.log, self._host, log_file(settings, self._host.name), instance_name(settings))
 
     async def run(self) -> int:
         """Build, serve, wait for a reason to stop, shut down."""
         from emberd.services.lean import import_lean  # noqa: PLC0415  # before anything that imports httpx
 
         import_lean()
+        from emberd.services import logs  # noqa: PLC0415
         from emberd.services.control import ControlServer  # noqa: PLC0415
         from emberd.services.proxy import make_app  # noqa: PLC0415
 
         self._build()
         app = make_app(self._proxy, lambda: self._supervisor.state.value, lambda: self._keepwarm.is_warm)
-        control = ControlServer(self._paths.control, self._verbs(), self._log)
+        control = ControlServer(self._paths.control, self._verbs(), logs.logger("control"))
         self._take_signals()
         await control.start()
         owner = asyncio.create_task(self._supervisor.run(), name="supervisor")
@@ -215,6 +229,7 @@ class _Daemon:
             endpoint=self._url,
             settings=str(self._config_path),
             state_directory=str(self._paths.directory),
+            log=logs.places(),
         )
         try:
             failed = await self._wait_for_end(owner, serving)
@@ -232,8 +247,12 @@ class _Daemon:
             await control.close()
             await self._client.aclose()
         if failed is not None:
+            if isinstance(failed, EmberdError):
+                self._log.error("emberd_failed", error=failed.message, remedy=failed.remedy)
+            logs.close()
             raise failed
         self._log.info("emberd_stopped")
+        logs.close()
         return 0
 
     # --- start ----------------------------------------------------------------------------------------------
@@ -319,7 +338,6 @@ class _Daemon:
     async def _reload(self) -> dict[str, Any]:
         """Read the settings again; what cannot change while running is named, wrong settings change nothing."""
         from emberd.engine.choose import choose_engine  # noqa: PLC0415
-        from emberd.services import logs  # noqa: PLC0415
 
         try:
             settings, _ = config_file.load(str(self._config_path) if self._had_config else None)
@@ -340,13 +358,15 @@ class _Daemon:
             raise
         self._settings = settings
         self._rules = _rules(settings, key)
-        self._log = logs.configure(settings.log)
+        self._configure_log(settings)
         if fixed:
             self._log.warning("reload_incomplete", keys=fixed, remedy="restart emberd to change these")
         self._log.info("reloaded", engine_restarts=restarts)
         return {"ok": True, "engine_restarts": restarts, "needs_emberd_restart": fixed}
 
     def _verbs(self) -> dict[str, Any]:
+        from emberd.services import logs  # noqa: PLC0415
+
         async def status() -> dict[str, Any]:
             return {
                 **self._status(),
@@ -358,7 +378,13 @@ class _Daemon:
                 "residency": await self._residency.status(),
                 "warmth": await self._keepwarm.status(),
                 "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
+                "log": logs.places(),
             }
+
+        async def doctor() -> dict[str, Any]:
+            from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
+
+            return await examine(self._host, self._settings, await status())
 
         async def stop() -> dict[str, Any]:
             self._stop.set()
@@ -388,6 +414,7 @@ class _Daemon:
 
         verbs: dict[str, Awaitable[dict[str, Any]]] | dict[str, Any] = {
             "status": status,
+            "doctor": doctor,
             "stop": stop,
             "restart": restart,
             "replace": replace,

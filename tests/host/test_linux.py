@@ -138,15 +138,21 @@ def made_up(folder: Path, *, stalls: str | None = None, meminfo: str = "MemTotal
     return LinuxHost(proc=folder)
 
 
-def test_stalls_make_pressure_although_memory_is_available(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("available_kib", "pressure"),
+    [pytest.param(900, Pressure.WARN, id="available"), pytest.param(80, Pressure.CRITICAL, id="short")],
+)
+def test_stalls_are_a_warning_and_critical_where_memory_is_short(
+    tmp_path: Path, available_kib: int, pressure: Pressure
+):
     host = made_up(
         tmp_path,
-        meminfo="MemTotal: 1000 kB\nMemAvailable: 900 kB\n",
+        meminfo=f"MemTotal: 1000 kB\nMemAvailable: {available_kib} kB\n",
         stalls="some avg10=34.10 avg60=9.00 avg300=2.00 total=77\nfull avg10=12.50 avg60=3.00 avg300=1.00",
     )
     seen = host.system_memory()
     assert (seen.stall_some_share, seen.stall_full_share) == (pytest.approx(0.341), pytest.approx(0.125))
-    assert seen.pressure is Pressure.CRITICAL
+    assert seen.pressure is pressure
 
 
 def test_a_kernel_without_stall_information_is_judged_by_available_memory(tmp_path: Path):

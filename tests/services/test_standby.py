@@ -89,6 +89,11 @@ def test_the_third_failed_start_stays_and_tells_everybody_why(make_daemon: MakeD
     said = daemon.verb("status")
     words = "".join(said.stdout.split())  # a narrow terminal folds the lines anywhere
     assert (said.returncode, "late.gguf" in words, "emberdrestart" in words) == (0, True, True)
+    examined = json.loads(daemon.verb("doctor", "--all", "--json").stdout)
+    codes_found = {each["code"] for each in examined["conditions"]}
+    assert examined["asked"] == "the daemon"
+    assert "MODEL_MISSING" in codes_found
+    assert not {"PORT_TAKEN", "NOT_RUNNING"} & codes_found
     refused = daemon.verb("warm")
     assert (refused.returncode, "late.gguf" in refused.stderr) == (66, True)
     assert len(daemon.events("standby")) == 1

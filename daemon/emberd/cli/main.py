@@ -14,6 +14,7 @@ from emberd.core.errors import EmberdError
 _VERBS = {
     "run": "Run the daemon in the foreground.",
     "status": "Show the engine's state.",
+    "doctor": "Tell what is wrong and what helps.",
     "stop": "Stop the daemon and its engine.",
     "restart": "Restart the engine and wait until it is ready.",
     "reload": "Read the settings again.",
@@ -22,6 +23,7 @@ _VERBS = {
     "resume": "Keep warm again.",
     "cool": "Let go of the model's memory for a while.",
     "forget": "Forget the last prompt and reply.",
+    "logs": "Show what emberd has logged.",
     "residency": "Show how much of a model is in memory.",
     "touch": "Bring a model into memory.",
     "demo": "Show the main job on a small model.",
@@ -83,8 +85,8 @@ def group(context: click.Context, config: str | None) -> None:
       emberd run              start; Ctrl-C stops
       emberd status           see how it is
 
-    Exit codes: 0 done; 1 other failure; 2 usage; 3 not running; 4 already running; 5 engine failed; 66 model;
-    69 port taken; 72 engine not usable; 73 state directory; 78 settings.
+    Exit codes: 0 done; 1 other failure; 2 usage; 3 not running; 4 already running; 5 engine failed; 6 doctor found
+    something; 66 model; 69 port taken; 72 engine not usable; 73 state directory; 78 settings.
     """
     context.obj = config
 

@@ -6,6 +6,7 @@ table, padding to the alignment, tensor data. Versions 2 and 3 are read alike; v
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -40,6 +41,28 @@ _MOST_ITEMS = 1 << 26
 _MOST_DIMENSIONS = 8
 _KEPT_ITEMS = 4096
 """Arrays of numbers up to this length are kept (heads by layer); longer ones are a vocabulary's scores."""
+_BLOCKS = {
+    0: (1, 4),
+    1: (1, 2),
+    2: (32, 18),
+    3: (32, 20),
+    6: (32, 22),
+    7: (32, 24),
+    8: (32, 34),
+    10: (256, 84),
+    11: (256, 110),
+    12: (256, 144),
+    13: (256, 176),
+    14: (256, 210),
+    20: (32, 18),
+    23: (256, 136),
+    30: (1, 2),
+    39: (32, 17),
+}
+"""Numbers and bytes in a block (ggml, ggml-common.h).
+
+F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, BF16, MXFP4; others are not measured.
+"""
 _VOCABULARY = "tokenizer.ggml.tokens"
 _BLOCK = re.compile(r"(?:\w+\.)*?blk\.\d+(?=\.)")
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -54,12 +77,14 @@ class GgufHeader:
         vocabulary_tokens: size of the vocabulary, None if the file holds none.
         tensors: name and offset of every tensor, in the order of the file; the offset counts from `data_offset`.
         data_offset: byte at which the tensors' data begins.
+        least_bytes: a whole file is at least so large; a tensor of unknown type counts as one byte.
     """
 
     metadata: Mapping[str, Any]
     vocabulary_tokens: int | None
     tensors: tuple[tuple[str, int], ...]
     data_offset: int
+    least_bytes: int = 0
 
     def spans(self, file_bytes: int) -> tuple[TensorSpan, ...]:
         """Return where each tensor lies in a file of this size, ordered by offset.
@@ -144,16 +169,23 @@ class _Reader:
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= _LONGEST_STRING_BYTES:
             raise self._wrong(f"its alignment is {alignment!r}")
-        return GgufHeader(metadata, vocabulary, table, -(-self._offset // alignment) * alignment)
+        begin = -(-self._offset // alignment) * alignment
+        ends = [offset + size for _, offset, size in table]
+        places = tuple((name, offset) for name, offset, _ in table)
+        return GgufHeader(metadata, vocabulary, places, begin, begin + max(ends, default=0))
 
-    def _tensor(self) -> tuple[str, int]:
-        """Read an entry of the table: name, number of dimensions, the dimensions, type, offset."""
+    def _tensor(self) -> tuple[str, int, int]:
+        """Read an entry of the table (name, number of dimensions, the dimensions, type, offset).
+
+        Return name, offset, and bytes.
+        """
         name = self._string().decode("utf-8", "replace")
         dimensions = self._number("I")
         if dimensions > _MOST_DIMENSIONS:
             raise self._wrong(f"a tensor has {dimensions} dimensions")
-        self._take(dimensions * 8 + 4)
-        return name, self._number("Q")
+        numbers = math.prod(self._number("Q") for _ in range(dimensions))
+        block, size = _BLOCKS.get(self._number("I"), (max(numbers, 1), 1))
+        return name, self._number("Q"), -(-numbers // block) * size
 
     def _value(self, kind: int) -> Any:
         if kind in _SCALARS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import socket
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from signal import Signals
 
     from emberd.core.generation import Generation
+    from emberd.core.health_facts import HostHealth
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
     from emberd.core.replay import Replay
@@ -125,6 +126,28 @@ class EventWatch(Protocol):
         ...
 
 
+class SystemLog(Protocol):
+    """The log that the system keeps."""
+
+    lost: int
+    """Events that it did not take; None of them is worth waiting or failing for."""
+    error: str
+    """Why, of the last one."""
+
+    @property
+    def name(self) -> str:
+        """`unified`, `journal` or `syslog`."""
+        ...
+
+    def write(self, event: Mapping[str, Any]) -> bool:
+        """Write an event, without waiting; tells whether it was taken. Raises nothing."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; idempotent."""
+        ...
+
+
 class Host(Protocol):
     """This computer: what differs between macOS and Linux."""
 
@@ -208,12 +231,32 @@ class Host(Protocol):
         """Return the kernel's counters of refused locks, None where there are none."""
         ...
 
+    def health(self, pid: int) -> HostHealth:
+        """Return what only this kind of system knows of itself and of a process. Can take some 10 ms."""
+        ...
+
     def quarantine(self, path: Path) -> str | None:
         """Return the quarantine mark of a downloaded file, None if it has none."""
         ...
 
     def engine_environment(self, metal_keep_alive_s: int) -> Mapping[str, str]:
         """Return the variables that this system's engine builds want."""
+        ...
+
+    def system_log(self) -> SystemLog | None:
+        """Return the log that this system keeps, None if there is none."""
+        ...
+
+    def log_program(self) -> str | None:
+        """Return the program that reads that log back, None if it is missing."""
+        ...
+
+    def stderr_is_journal(self) -> bool:
+        """Tell whether standard error leads into the journal of systemd."""
+        ...
+
+    def stderr_is_launchds(self) -> bool:
+        """Tell whether launchd keeps what standard error gets, in a file that nobody rotates."""
         ...
 
     def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:

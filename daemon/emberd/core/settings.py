@@ -23,6 +23,7 @@ LockPolicy = Literal["auto", "always", "never"]
 WarmthMode = Literal["auto", "off"]
 OnBattery = Literal["stretch", "off", "same"]
 Priority = Literal["auto", "machine-first", "model-first"]
+LogSink = Literal["auto", "system", "file", "stderr"]
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -236,11 +237,40 @@ class LogSettings:
     """What emberd writes about itself."""
 
     level: LogLevel = setting("info", "Least important level that is written.")
-    format: LogFormat = setting("auto", "console, json, or auto (console on a terminal, else json).")
-    engine_file_mib: int = setting(
-        8, "Size at which the engine's log file is rotated.", unit="MiB", low=1, high=4096
+    sink: LogSink = setting(
+        "auto",
+        "Where it goes: system (the unified log of macOS, the journal of systemd, else syslog), file, stderr, or "
+        "auto (macOS: system, file; Linux: the journal if systemd connects emberd to it, else stderr and file).",
     )
-    engine_files: int = setting(3, "Rotated files that are kept beside the current one.", low=0, high=100)
+    format: LogFormat = setting(
+        "auto", "On standard error: console, json, or auto (console on a terminal, else json)."
+    )
+    file: str = setting(
+        "",
+        "The log file. Empty: ~/Library/Logs/emberd/emberd.log on macOS; else, or if state.directory is set, "
+        "emberd.log in the state directory.",
+    )
+    file_mib: int = setting(4, "Size at which the log file is rotated.", unit="MiB", low=1, high=4096)
+    files: int = setting(3, "Rotated log files that are kept beside the current one.", low=0, high=100)
+    events_per_minute: int = setting(
+        120,
+        "How often an event of one name may be logged; the others are counted, and the count is logged. "
+        "0: any number.",
+        low=0,
+        high=1_000_000,
+    )
+    engine_lines_per_minute: int = setting(
+        1200,
+        "The same for what the engine prints; engine.log has all of it. 0: any number.",
+        low=0,
+        high=1_000_000,
+    )
+    engine_file_mib: int = setting(
+        8, "Size at which engine.log, where the engine prints, is rotated.", unit="MiB", low=1, high=4096
+    )
+    engine_files: int = setting(
+        3, "Rotated files of engine.log that are kept beside the current one.", low=0, high=100
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from emberd.core.residency import Paging
 from emberd.host import darwin_memory
 from emberd.host.activation import from_launchd
 from emberd.host.darwin_calls import DarwinCalls
+from emberd.host.darwin_health import read_health
 from emberd.host.darwin_power import read_power
 from emberd.host.posix import PosixHost, ReadableWatch
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from emberd.core.health_facts import HostHealth
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
+    from emberd.core.ports import SystemLog
 
 _kqueue: Any = select
 """typeshed knows kqueue on macOS only."""
@@ -31,6 +34,7 @@ _QUARANTINE = "com.apple.quarantine"
 _PMSET = "/usr/bin/pmset"
 _CAFFEINATE = "caffeinate"
 """In /usr/bin, which is on launchd's PATH."""
+_LOG = "/usr/bin/log"
 _PMSET_TIMEOUT_S = 5.0
 """It answers within some 10 ms; a hanging one must not hold up anything."""
 
@@ -41,6 +45,7 @@ class DarwinHost(PosixHost):
     Args:
         calls: the C library; a stand-in in tests.
         pmset: path of pmset(1).
+        log: path of log(1); a stand-in in tests.
     """
 
     name = "darwin"
@@ -51,9 +56,38 @@ class DarwinHost(PosixHost):
         touches_twice=True,
     )
 
-    def __init__(self, calls: DarwinCalls | None = None, pmset: str = _PMSET) -> None:
+    def __init__(self, calls: DarwinCalls | None = None, pmset: str = _PMSET, log: str = _LOG) -> None:
         self._calls = DarwinCalls() if calls is None else calls
         self._pmset = pmset
+        self._log = log
+
+    def system_log(self) -> SystemLog | None:
+        """Return the unified log, by pyoslog; without it syslog(3), whose lines get there without a subsystem."""
+        from emberd.host.logsink_oslog import load_os_log  # noqa: PLC0415  # each only where it is used
+
+        unified = load_os_log()
+        if unified is not None:
+            return unified
+        from emberd.host.logsink_syslog import SyslogSink  # noqa: PLC0415
+
+        return SyslogSink()
+
+    def log_program(self) -> str | None:
+        """Return log(1), which every macOS has."""
+        return self._log
+
+    def stderr_is_launchds(self) -> bool:
+        """Tell whether this process is a job of launchd: its child, with the label in XPC_SERVICE_NAME.
+
+        In a terminal the variable is "0", or the terminal's own `application.` and so on.
+        """
+        label = os.environ.get("XPC_SERVICE_NAME", "")
+        return (
+            os.getppid() == 1
+            and label not in {"", "0"}
+            and not label.startswith("application.")
+            and not os.isatty(2)
+        )
 
     def given_sockets(self) -> list[socket.socket]:
         """Return the sockets of the environment, else launchd's.
@@ -199,6 +233,10 @@ class DarwinHost(PosixHost):
         over_user = self._calls.number("vm.add_wire_count_over_user_limit")
         over_global = self._calls.number("vm.add_wire_count_over_global_limit")
         return None if over_user is None or over_global is None else WireRefusals(over_user, over_global)
+
+    def health(self, pid: int) -> HostHealth:
+        """Return whether Rosetta and the scheduler stand in the way."""
+        return read_health(pid, self._calls)
 
     def quarantine(self, path: Path) -> str | None:
         """Return the value of com.apple.quarantine, None if the file has none or cannot be asked (getxattr(2))."""

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.residency import Paging
-from emberd.host import linux_memory
+from emberd.host import linux_memory, logsink_journal
+from emberd.host.linux_health import read_health
 from emberd.host.linux_power import read_power
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from emberd.core.health_facts import HostHealth
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
+    from emberd.core.ports import SystemLog
 
 _linux_os: Any = os
 """typeshed knows pidfd_open on Linux only."""
@@ -33,6 +37,7 @@ _PR_SET_DUMPABLE = 4
 """<linux/prctl.h>; a program that is executed afterwards can be dumped again (prctl(2))."""
 _CAP_IPC_LOCK = 14
 """<linux/capability.h>"""
+_SYSLOG_SOCKET = Path("/dev/log")
 _MEMLOCK_LINE = "Max locked memory"
 
 
@@ -42,6 +47,7 @@ class LinuxHost(PosixHost):
     Args:
         proc: root of the proc file system; another folder in tests.
         sys: root of the sys file system.
+        journal: journald's socket.
     """
 
     name = "linux"
@@ -52,9 +58,30 @@ class LinuxHost(PosixHost):
         touches_twice=False,
     )
 
-    def __init__(self, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> None:
+    def __init__(
+        self, proc: Path = Path("/proc"), sys: Path = Path("/sys"), journal: str = logsink_journal.SOCKET
+    ) -> None:
         self._proc = proc
         self._sys = sys
+        self._journal = journal
+
+    def system_log(self) -> SystemLog | None:
+        """Return the journal, else syslog, else None: a container has neither."""
+        if Path(self._journal).is_socket():
+            return logsink_journal.JournalSink(self._journal)
+        if _SYSLOG_SOCKET.is_socket():
+            from emberd.host.logsink_syslog import SyslogSink  # noqa: PLC0415  # where there is no systemd
+
+            return SyslogSink()
+        return None
+
+    def log_program(self) -> str | None:
+        """Return journalctl, None where it is missing."""
+        return shutil.which("journalctl")
+
+    def stderr_is_journal(self) -> bool:
+        """Compare standard error with $JOURNAL_STREAM (systemd.exec(5))."""
+        return logsink_journal.is_connected(2, os.environ.get("JOURNAL_STREAM", ""))
 
     def forbid_core_dumps(self) -> None:
         """Set the limit, and PR_SET_DUMPABLE too: a core_pattern that is a pipe ignores the limit (core(5))."""
@@ -160,6 +187,10 @@ class LinuxHost(PosixHost):
                 soft = line.removeprefix(_MEMLOCK_LINE).split()[0]
                 return -1 if soft == "unlimited" else int(soft)
         return None
+
+    def health(self, pid: int) -> HostHealth:
+        """Return what systemd and the cgroups say."""
+        return read_health(pid, self._proc)
 
     def quarantine(self, path: Path) -> str | None:  # noqa: ARG002  # the Host protocol
         """Return None: Linux has no quarantine."""

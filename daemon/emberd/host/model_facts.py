@@ -45,11 +45,16 @@ def read_spans(path: Path) -> tuple[TensorSpan, ...]:
     Raises:
         ModelError: the file is missing, unreadable or no GGUF.
     """
-    header, file_bytes = _read(path)
+    header, file_bytes = read_header_of(path)
     return header.spans(file_bytes)
 
 
-def _read(path: Path) -> tuple[GgufHeader, int]:
+def read_header_of(path: Path) -> tuple[GgufHeader, int]:
+    """Return the header of one file, and the file's size in bytes.
+
+    Raises:
+        ModelError: the file is missing, unreadable or no GGUF.
+    """
     try:
         with path.open("rb", buffering=_BUFFER_BYTES) as file:
             _turn_off_read_ahead(file.fileno())
@@ -80,7 +85,7 @@ def read_model_facts(path: Path) -> ModelFacts:
     weights = 0
     first = None
     for name in split_names(path.name):
-        header, file_bytes = _read(path.with_name(name))
+        header, file_bytes = read_header_of(path.with_name(name))
         weights += max(file_bytes - header.data_offset, 0)
         first = first or header
     if first is None:

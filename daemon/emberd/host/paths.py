@@ -102,3 +102,25 @@ def prepare(paths: StatePaths) -> None:
     make_private_folder(paths.directory)
     if paths.control.parent != paths.directory:
         make_private_folder(paths.control.parent)
+
+
+def log_file(settings: Settings, system: str) -> Path:
+    """Return emberd's own log file; each state directory has another.
+
+    Args:
+        settings: where a person wants it.
+        system: name of the host.
+    """
+    if settings.log.file:
+        return Path(settings.log.file).expanduser().absolute()
+    if system == "darwin" and not settings.state.directory:
+        return Path("~/Library/Logs/emberd/emberd.log").expanduser()
+    return state_paths(settings).directory / "emberd.log"
+
+
+def instance_name(settings: Settings) -> str:
+    """Return the name that tells this emberd from others in the same log; empty for the default state directory."""
+    if not settings.state.directory:
+        return ""
+    directory = state_paths(settings).directory
+    return f"{directory.name}-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:6]}"

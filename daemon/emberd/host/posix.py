@@ -96,6 +96,14 @@ class PosixHost:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         return wanted
 
+    def stderr_is_journal(self) -> bool:
+        """Tell whether standard error leads into the journal of systemd; elsewhere there is none."""
+        return False
+
+    def stderr_is_launchds(self) -> bool:
+        """Tell whether launchd keeps what standard error gets; elsewhere there is none."""
+        return False
+
     def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:
         """Return the TCP ports that these processes listen on, None if it cannot be told."""
         ports: set[int] = set()

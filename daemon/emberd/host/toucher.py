@@ -266,7 +266,12 @@ class Toucher:
     ) -> dict[str, Any]:
         self._number += 1
         number = self._number
-        self._say({"id": number, **command})
+        try:
+            self._say({"id": number, **command})
+        except ToucherLost:
+            # Its end can be heard of before a word was said to it; then there is a cause to tell.
+            await self._raise_death()
+            raise
         while True:
             answer = await self._hear()
             if answer["id"] != number:
@@ -283,6 +288,13 @@ class Toucher:
         if process is None or process.stdin is None or process.stdin.is_closing():
             raise ToucherLost("the toucher is not running")
         process.stdin.write(json.dumps(command).encode() + b"\n")
+
+    async def _raise_death(self) -> None:
+        """Raise ToucherLost with the cause, if the process has one within STOP_LIMIT_S."""
+        if self._process is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_LIMIT_S):
+                    raise ToucherLost(_death(await self._process.wait()))
 
     async def _hear(self) -> dict[str, Any]:
         process = self._process

@@ -74,6 +74,9 @@ class ControlServer:
                 await writer.drain()
         except (TimeoutError, ConnectionError, ValueError):
             pass
+        except asyncio.CancelledError:
+            # The daemon ends. Passed on, Python 3.11 reports it as an exception of its own (asyncio/streams.py).
+            pass
         finally:
             writer.close()
 

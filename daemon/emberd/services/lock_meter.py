@@ -72,7 +72,7 @@ class LockMeter:
             PreflightFacts(
                 limits=self._host.lock_limits(None),
                 weights_bytes=self._weights_bytes,
-                kv_bytes=estimate_kv_cache(facts.metadata, _context_tokens(settings)).size_bytes if facts else None,
+                kv_bytes=estimate_kv_cache(facts.metadata, context_tokens(settings)).size_bytes if facts else None,
                 compute_bytes=estimate_compute_buffer(facts.vocabulary_tokens) if facts else None,
                 ram_bytes=memory.total_bytes,
                 available_bytes=memory.available_bytes,
@@ -159,7 +159,7 @@ def _policy(settings: Settings) -> LockPolicy:
     return "always" if settings.engine.lock == "auto" and is_wished else settings.engine.lock
 
 
-def _context_tokens(settings: Settings) -> int:
+def context_tokens(settings: Settings) -> int:
     """Return the context that the engine will have, 0 for the model's own."""
     words = settings.engine.extra_args
     for word, value in pairwise(words):

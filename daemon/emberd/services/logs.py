@@ -1,43 +1,191 @@
-"""Structured logs: an event name and fields; a console for people, JSON lines for everything else."""
+"""Structured logs: an event name and fields, on their way to standard error, the system's log and a file.
+
+What is decided stands in core: `log_sinks` (where), `log_lines` (in which form), `log_rate` (how often).
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, TextIO, cast
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from emberd.core import log_lines
+from emberd.core.errors import EmberdError
+from emberd.core.log_rate import RateLimit
+from emberd.core.log_sinks import Sinks, Situation, choose_sinks
+from emberd.host.log_file import RotatingFile
+
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Mapping, MutableMapping
+    from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.ports import Host, SystemLog
     from emberd.core.settings import LogSettings
 
-
 _EVENT_WIDTH = 20
+_TELL_S = 10.0
+"""After a flood it takes so long until it is told what was left out, if nothing else is logged before."""
+_TRACEBACK_FRAMES = 30
 
 
-class _Sink:
+class _StandardError:
     """Standard error, except that a full disk or a terminal that went away loses lines, not the daemon."""
 
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
+    lost = 0
+    error = ""
 
-    def flush(self) -> None:
+    def __init__(self, log_format: str) -> None:
+        self._is_console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+        self._render = structlog.dev.ConsoleRenderer(
+            colors=self._is_console and sys.stderr.isatty(),
+            pad_event_to=_EVENT_WIDTH,
+            sort_keys=False,
+            exception_formatter=structlog.dev.plain_traceback,
+        )
+
+    def write(self, event: Mapping[str, Any]) -> bool:
+        if self._is_console:
+            shown = {name: value for name, value in event.items() if name not in {"category", "instance"}}
+            text = self._render(None, "", {**shown, "timestamp": time.strftime("%H:%M:%S")})
+        else:
+            text = log_lines.json_line(event)
         with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
+        return True
+
+    def close(self) -> None:
+        """Leave it open: it is not ours."""
+
+
+class _FileSink:
+    """The rotating file, as lines of JSON."""
+
+    def __init__(self, file: RotatingFile) -> None:
+        self._file = file
+
+    @property
+    def lost(self) -> int:
+        return self._file.lost
+
+    @property
+    def error(self) -> str:
+        return self._file.error
+
+    def write(self, event: Mapping[str, Any]) -> bool:
+        return self._file.write(log_lines.json_line(event))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Places:
+    """Hands each event to every sink, from whatever thread, and says in each sink what it lost."""
+
+    def __init__(self, instance: str) -> None:
+        self.sinks: dict[str, _StandardError | _FileSink | SystemLog] = {}
+        self._instance = instance
+        self._told: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def write(self, event: MutableMapping[str, Any]) -> None:
+        if self._instance:
+            event["instance"] = self._instance
+        with self._lock:
+            for name, sink in self.sinks.items():
+                if not sink.write(event) or sink.lost == self._told.get(name, 0):
+                    continue
+                missing = sink.lost - self._told.get(name, 0)
+                self._told[name] = sink.lost
+                sink.write(
+                    {
+                        "event": "log_lines_lost",
+                        "category": "log",
+                        "level": "warning",
+                        "timestamp": event["timestamp"],
+                        "count": missing,
+                        "reason": sink.error,
+                        **({"instance": self._instance} if self._instance else {}),
+                    }
+                )
+
+    debug = info = warning = error = critical = exception = msg = write
+
+    def close(self) -> None:
+        with self._lock:
+            for sink in self.sinks.values():
+                sink.close()
+            self.sinks = {}
+
+
+class _Limit:
+    """The first processor: what comes too often goes no further."""
+
+    def __init__(self, settings: LogSettings) -> None:
+        self._rate = RateLimit(settings.events_per_minute, {"engine_line": settings.engine_lines_per_minute})
+        self._lock = threading.Lock()
+        self._is_telling = False
+        try:
+            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            self._loop = None
+
+    def __call__(self, _: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        name = event["event"]
+        if name == "log_lines_suppressed":
+            return event
+        with self._lock:
+            is_allowed = self._rate.allows(name, event.get("category", "daemon"), time.monotonic())
+        if is_allowed:
+            return event
+        if not self._is_telling and self._loop is not None:
+            self._is_telling = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the daemon ends
+                self._loop.call_soon_threadsafe(self._loop.call_later, _TELL_S, self._tell_later)
+        raise structlog.DropEvent
+
+    def _tell_later(self) -> None:
+        self._is_telling = False
+        self.tell()
+        if self._rate.has_suppressed and self._loop is not None and _now.limit is self:
+            self._is_telling = True
+            self._loop.call_later(_TELL_S, self._tell_later)
+
+    def tell(self, *, all_of_it: bool = False) -> None:
+        """Log what was left out, as far as it is time to."""
+        with self._lock:
+            told = self._rate.told(time.monotonic(), all_of_it=all_of_it)
+        for each in told:
+            logger(each.category).warning(
+                "log_lines_suppressed", of=each.event, count=each.count, seconds=round(each.seconds, 1)
+            )
+
+
+class _Now:
+    """What the last `configure` made."""
+
+    places: _Places | None = None
+    limit: _Limit | None = None
+
+
+_now = _Now()
 
 
 class _ForwardToStructlog(logging.Handler):
     """Carries what libraries say through the standard logging module, from WARNING on."""
 
-    def __init__(self, log: FilteringBoundLogger) -> None:
+    def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._log = log
+        self._log = logger("library")
 
     def emit(self, record: logging.LogRecord) -> None:
         report = self._log.error if record.levelno >= logging.ERROR else self._log.warning
@@ -49,40 +197,101 @@ class _ForwardToStructlog(logging.Handler):
         )
 
 
-def _with_category(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def logger(category: str) -> FilteringBoundLogger:
+    """Return the logger of a service; it follows every later `configure`."""
+    log: FilteringBoundLogger = structlog.get_logger(category=category)
+    return log
+
+
+def configure(settings: LogSettings, host: Host, file: Path, instance: str) -> Sinks:
+    """Set up logging; called again, it takes over new settings. Returns where the log goes.
+
+    Args:
+        settings: what a person wants.
+        host: has the system's log.
+        file: the log file, if one is written.
+        instance: the name of this emberd in a log that it shares with others, empty for the usual one.
+    """
+    close()
+    system = host.system_log() if settings.sink in {"auto", "system"} else None
+    sinks = choose_sinks(
+        settings.sink,
+        Situation(
+            host.name,
+            stderr_is_terminal=sys.stderr.isatty(),
+            stderr_is_journal=host.stderr_is_journal(),
+            stderr_is_launchds=host.stderr_is_launchds(),
+            has_system_log=system is not None,
+        ),
+    )
+    places = _now.places = _Places(instance)
+    if sinks.stderr:
+        places.sinks["stderr"] = _StandardError(settings.format)
+    if sinks.system and system is not None:
+        places.sinks[system.name] = system
+    elif system is not None:
+        system.close()
+    if sinks.file:
+        places.sinks["file"] = _FileSink(RotatingFile(file, settings.file_mib << 20, settings.files))
+    limit = _now.limit = _Limit(settings)
+    structlog.configure(
+        processors=[
+            limit,
+            structlog.processors.add_log_level,
+            _complete,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _hand_over,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.level.upper())),
+        logger_factory=lambda *_: places,
+        cache_logger_on_first_use=False,
+    )
+    logging.getLogger().handlers = [_ForwardToStructlog()]
+    return sinks
+
+
+def places() -> list[str]:
+    """Return the names of the sinks in use: stderr, file, unified, journal, syslog."""
+    return list(_now.places.sinks) if _now.places is not None else []
+
+
+def close() -> None:
+    """Say what was left out, and let go of the sinks."""
+    if _now.limit is not None:
+        _now.limit.tell(all_of_it=True)
+    if _now.places is not None:
+        _now.places.close()
+
+
+def _complete(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     event.setdefault("category", "daemon")
+    found = event.pop("exc_info", None)
+    if found is True:
+        found = sys.exc_info()
+    error = found[1] if isinstance(found, tuple) else found
+    if isinstance(error, BaseException):
+        event["exception"] = _traceback_of(error)
+    log_lines.withhold(event)
     return event
 
 
-def configure(settings: LogSettings) -> FilteringBoundLogger:
-    """Set up logging to standard error and return the logger; called again, it takes over new settings."""
-    is_console = settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
-    shared: list[Any] = [structlog.processors.add_log_level]
-    if is_console:
-        # Plain tracebacks: the rich ones show local variables, which may hold a prompt.
-        renderer: list[Any] = [
-            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(),
-                pad_event_to=_EVENT_WIDTH,
-                sort_keys=False,
-                exception_formatter=structlog.dev.plain_traceback,
-            ),
-        ]
-    else:
-        renderer = [
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            _with_category,
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ]
-    structlog.configure(
-        processors=[*shared, *renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Sink())),
-        cache_logger_on_first_use=False,
-    )
-    log: FilteringBoundLogger = structlog.get_logger()
-    root = logging.getLogger()
-    root.handlers = [_ForwardToStructlog(log)]
-    return log
+def _hand_over(_: object, __: str, event: MutableMapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (event,), {}
+
+
+def _traceback_of(error: BaseException) -> str:
+    """Return a traceback without what may quote a request.
+
+    `invalid literal for int()` quotes what it met, and what a client sent is none of the log's business: messages
+    are kept of emberd's own errors and the system's only. Lines of code remain, without the values of variables.
+    """
+    parts: list[str] = []
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        message = f": {each}" if isinstance(each, EmberdError | OSError) else ""
+        frames = "".join(traceback.format_tb(each.__traceback__, -_TRACEBACK_FRAMES))
+        parts.append(f"Traceback (most recent call last):\n{frames}{type(each).__qualname__}{message}")
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+    return "\n\nwhich was caused by\n\n".join(parts)

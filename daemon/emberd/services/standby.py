@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from emberd import __version__
 from emberd.core import access
 from emberd.core.errors import AlreadyRunning, EmberdError, NotReady, PortTaken
-from emberd.host import config_file
+from emberd.host import ThisHost, config_file
 from emberd.host.notify_socket import NotifySocket
-from emberd.host.paths import prepare, state_paths
+from emberd.host.paths import instance_name, log_file, prepare, state_paths
 from emberd.services.lean import import_lean
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ class Standby:
         from emberd.services.notifier import Notifier  # noqa: PLC0415
 
         self._outcome = asyncio.get_running_loop().create_future()
-        self._log = logs.configure(self._loaded.settings.log)
+        settings, host = self._loaded.settings, ThisHost()
+        logs.configure(settings.log, host, log_file(settings, host.name), instance_name(settings))
+        self._log = logs.logger("daemon")
         self._take_signals()
         self._listen()
         control = await self._make_control()
@@ -137,6 +139,7 @@ class Standby:
             if control is not None:
                 await control.close()
         self._log.info("standby_ended", why=outcome.value)
+        logs.close()
         return outcome
 
     # --- what it holds --------------------------------------------------------------------------------------
@@ -262,6 +265,14 @@ class Standby:
         async def status() -> dict[str, Any]:
             return self._status()
 
+        async def doctor() -> dict[str, Any]:
+            from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
+
+            found = await examine(ThisHost(), self._loaded.settings, None)
+            # Asked without a status, it takes this process for a stranger.
+            mine = {"NOT_RUNNING", "PORT_TAKEN"} if self._claims.listeners else {"NOT_RUNNING"}
+            return {**found, "conditions": [each for each in found["conditions"] if each["code"] not in mine]}
+
         async def stop() -> dict[str, Any]:
             self._end(Outcome.STOPPED)
             return {"ok": True, "pid": os.getpid()}
@@ -287,7 +298,14 @@ class Standby:
 
         return collections.defaultdict(
             lambda: refuse,
-            {"status": status, "stop": stop, "restart": restart, "replace": replace, "reload": reload},
+            {
+                "status": status,
+                "doctor": doctor,
+                "stop": stop,
+                "restart": restart,
+                "replace": replace,
+                "reload": reload,
+            },
         )
 
     def _status(self) -> dict[str, Any]:

@@ -46,6 +46,8 @@ _RELEASE_LIMIT_S = 10.0
 _RELEASE_POLL_S = 0.05
 _REPORT_LIMIT_S = 1.0
 _TAIL_IN_MESSAGE = 8
+_FOLLOW_REST_S = 0.02
+"""Between two looks: an engine that prints line by line wakes emberd fifty times a second, not ten thousand."""
 _FOLLOW_POLL_S = 1.0
 _HAS_ENDED = "it has ended"
 _IS_A_STRANGER = "its pid belongs to another process now"
@@ -647,6 +649,7 @@ class Supervisor:
         try:
             while True:
                 self._read_output()
+                await asyncio.sleep(_FOLLOW_REST_S)
                 await (watch.wait() if watch is not None else asyncio.sleep(_FOLLOW_POLL_S))
         finally:
             if watch is not None:

@@ -1,0 +1,214 @@
+"""What one event of the log looks like in each place where logs are kept.
+
+An event is a mapping: `event` (a constant name of the code), `level`, `category`, `timestamp`, and its fields.
+Facts: os_log(3), os_log(5) and log(1) of macOS; syslog(3); sd_journal_print(3), systemd.journal-fields(7) and
+https://systemd.io/JOURNAL_NATIVE_PROTOCOL/ of systemd.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, MutableMapping
+
+SUBSYSTEM = "io.github.emberd"
+"""Of macOS' unified log."""
+IDENTIFIER = "emberd"
+"""SYSLOG_IDENTIFIER of the journal, and the name that syslog writes."""
+CATEGORIES = (
+    "daemon",
+    "supervisor",
+    "engine",
+    "keepwarm",
+    "forecast",
+    "endpoint",
+    "memory",
+    "residency",
+    "swap",
+    "history",
+    "control",
+    "library",
+    "log",
+)
+"""Which service speaks; `engine` is what the engine prints, `library` what other people's modules say."""
+LEVELS = ("debug", "info", "warning", "error", "critical")
+"""From the least important on."""
+LONGEST_LINE_BYTES = 1000
+"""os_log cuts a message at 1,024 bytes, its own description of the arguments included (os_log(3))."""
+LONGEST_FIELD_BYTES = 16 * 1024
+"""Of one field in the journal: a traceback fits, and an event stays one datagram."""
+USUAL_INSTANCE = "default"
+"""Of the emberd with the default state directory, in the journal: journalctl cannot ask for a missing field."""
+CUT_MARK = "…"
+WITHHELD = "(withheld)"
+PRIVATE_FIELDS = frozenset(
+    {
+        "api_key",
+        "authorization",
+        "body",
+        "chat",
+        "completion",
+        "content",
+        "conversation",
+        "cookie",
+        "headers",
+        "history",
+        "input",
+        "key",
+        "memory",
+        "messages",
+        "output",
+        "password",
+        "payload",
+        "prompt",
+        "query",
+        "reply",
+        "request",
+        "response",
+        "results",
+        "secret",
+        "text",
+        "token",
+        "turn",
+    }
+)
+"""Names under which what a person said, or a secret, might be logged by mistake: their values are withheld."""
+_ROUTINE = frozenset({"engine_line", "engine_loading", "keepwarm", "keepwarm_dwelt"})
+"""Events of level info that come often and tell nothing later: macOS keeps them in memory only."""
+_HEAD = ("timestamp", "level", "category", "event", "instance")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_BARE = re.compile(r"[^\s\"={}\[\]\\]+")
+_FIELD_NAME = re.compile(r"[^A-Z0-9]+")
+_LONGEST_NAME = 64
+"""Of a field of the journal (systemd, src/libsystemd/sd-journal/journal-file.c: journal_field_valid)."""
+
+
+class OsLogType(IntEnum):
+    """os_log_type_t (<os/log.h>): default, error, fault persist; info stays in memory; debug is off (os_log(5))."""
+
+    DEFAULT = 0x00
+    INFO = 0x01
+    DEBUG = 0x02
+    ERROR = 0x10
+    FAULT = 0x11
+
+
+class Priority(IntEnum):
+    """Of syslog(3)."""
+
+    CRITICAL = 2
+    ERROR = 3
+    WARNING = 4
+    INFO = 6
+    DEBUG = 7
+
+
+def os_log_type(level: str, event: str) -> OsLogType:
+    """Return the type under which macOS keeps an event: what tells of the engine's life later is persisted."""
+    if level == "info":
+        return OsLogType.INFO if event in _ROUTINE else OsLogType.DEFAULT
+    return {
+        "debug": OsLogType.DEBUG,
+        "warning": OsLogType.DEFAULT,
+        "critical": OsLogType.FAULT,
+    }.get(level, OsLogType.ERROR)
+
+
+def priority(level: str) -> Priority:
+    """Return the syslog priority of a level; of an unknown one, that of an error."""
+    return Priority[level.upper()] if level in LEVELS else Priority.ERROR
+
+
+def withhold(event: MutableMapping[str, Any]) -> None:
+    """Replace in place the values of fields whose names say that they are nobody's business.
+
+    emberd logs no such field; a test reads every call. This is for the one that will be written some day.
+    """
+    for name in event:
+        if name in PRIVATE_FIELDS:
+            event[name] = WITHHELD
+
+
+def line(event: Mapping[str, Any], limit_bytes: int = LONGEST_LINE_BYTES) -> str:
+    """Return an event as one line, `level name field=value ...`, without control characters, of at most that size.
+
+    The level is in the line: os_log has no warning. A field that is None is left out. `instance` comes first,
+    so that it is never cut off.
+    """
+    words = [str(event.get("level", "info")), str(event["event"])]
+    if event.get("instance"):
+        words.append(f"instance={_value(event['instance'])}")
+    words += [
+        f"{name}={_value(value)}" for name, value in event.items() if name not in _HEAD and value not in (None, "")
+    ]
+    return cut(_CONTROL.sub(" ", " ".join(words)), limit_bytes)
+
+
+def syslog_line(event: Mapping[str, Any]) -> str:
+    """Return an event for syslog(3), which knows no categories: the category stands before the line."""
+    head = f"{event.get('category', 'daemon')}: "
+    return head + line(event, LONGEST_LINE_BYTES - len(head.encode()))
+
+
+def _value(value: Any) -> str:
+    """Return a value as a word: bare if it is one, else as JSON."""
+    if isinstance(value, str):
+        return (
+            value
+            if _BARE.fullmatch(value) and not _CONTROL.search(value)
+            else json.dumps(value, ensure_ascii=False)
+        )
+    return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
+
+
+def cut(text: str, limit_bytes: int) -> str:
+    """Return `text` within so many bytes of UTF-8, cut between characters, with a mark if it was cut."""
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= limit_bytes:
+        return text
+    return encoded[: max(limit_bytes - len(CUT_MARK.encode()), 0)].decode("utf-8", "ignore") + CUT_MARK
+
+
+def json_line(event: Mapping[str, Any]) -> str:
+    """Return an event as a line of JSON, what has no JSON form as its text."""
+    return json.dumps(event, default=str)
+
+
+def journal_fields(event: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield the fields of a journal entry: those that journalctl knows, then EMBERD_ and each field of the event.
+
+    What begins with an underscore is journald's own and would be dropped.
+    """
+    level = str(event.get("level", "info"))
+    yield "MESSAGE", line(event, LONGEST_FIELD_BYTES)
+    yield "PRIORITY", str(int(priority(level)))
+    yield "SYSLOG_IDENTIFIER", IDENTIFIER
+    yield "EMBERD_INSTANCE", str(event.get("instance") or USUAL_INSTANCE)
+    for name, value in event.items():
+        if name not in {"timestamp", "instance"} and value is not None:
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            yield journal_name(name), cut(text.replace("\0", ""), LONGEST_FIELD_BYTES)
+
+
+def journal_name(name: str) -> str:
+    """Return the journal's name of a field: capitals, digits and underscores, at most 64."""
+    return f"EMBERD_{_FIELD_NAME.sub('_', name.upper()).strip('_')}"[:_LONGEST_NAME]
+
+
+def journal_datagram(fields: Iterable[tuple[str, str]]) -> bytes:
+    r"""Return the native protocol's form of an entry.
+
+    `NAME=value\n`; a value with a line end as `NAME\n`, its length as 64 bits, little endian, the value, `\n`.
+    """
+    parts = []
+    for name, text in fields:
+        value = text.encode("utf-8", "replace")
+        if b"\n" in value:
+            parts.append(name.encode() + b"\n" + len(value).to_bytes(8, "little") + value + b"\n")
+        else:
+            parts.append(name.encode() + b"=" + value + b"\n")
+    return b"".join(parts)

@@ -1,0 +1,178 @@
+"""Every condition that emberd doctor knows, provoked by facts; tests/services/test_doctor.py does it for real."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emberd.core.health import Condition, Severity, visible
+from emberd.core.health_facts import (
+    EngineHealth,
+    EngineProblem,
+    Facts,
+    MemoryHealth,
+    ModelHealth,
+    ModelProblem,
+    Program,
+    ServiceHealth,
+    Volume,
+)
+from emberd.core.health_service import CATALOGUE, causes, diagnose
+from emberd.core.lock import LockState
+from emberd.core.lock_limits import LockLimits
+from emberd.core.memory import GpuLimits, Pressure, SystemMemory
+
+GIB = 1 << 30
+PAGE = Path(__file__).parent.parent.parent / "docs/doctor.md"
+
+
+def model(**facts: Any) -> Facts:
+    return Facts("darwin", model=ModelHealth("/models/model.gguf", **facts))
+
+
+def engine(**facts: Any) -> Facts:
+    return Facts("linux", engine=EngineHealth(**facts))
+
+
+def memory(**facts: Any) -> Facts:
+    return Facts("linux", memory=MemoryHealth(**facts))
+
+
+def service(**facts: Any) -> Facts:
+    return Facts("linux", service=ServiceHealth(**facts))
+
+
+def needs(gib: int, **facts: Any) -> MemoryHealth:
+    return MemoryHealth(needed_bytes=gib * GIB, **facts)
+
+
+SMALL_LIMIT = replace(
+    Facts(
+        "linux", memory=MemoryHealth(limits=LockLimits("linux", memlock_bytes=8 << 20, can_ignore_memlock=False))
+    ),
+    model=ModelHealth("/models/model.gguf", weights_bytes=GIB),
+)
+PROVOKED: dict[str, Facts] = {
+    "SETTINGS_OPEN": service(settings_mode=0o644),
+    "SETTINGS_WRONG": service(settings_problem="endpoint.prot is not a setting"),
+    "STATE_UNUSABLE": service(state_problem="cannot make /var/lib/x"),
+    "DISK_FULL": service(state_free_bytes=1 << 20),
+    "PORT_TAKEN": service(port=5001, port_owner=Program("koboldcpp", 42)),
+    "NOT_RUNNING": service(is_running=False),
+    "SERVICE_FILE": service(file_problem="others may write it", file_remedy="chmod 644"),
+    "SERVICE_STALE": service(stale="ProgramArguments differ"),
+    "SERVICE_MISSING": service(is_installed=False),
+    "DAEMON_OLD": service(version="0.2.0", daemon_version="0.1.0"),
+    "THROTTLED": service(is_throttled=True),
+    "NO_LINGER": service(lingers=False),
+    "LOGS_NOT_KEPT": service(logs_persist=False),
+    "LOG_HUGE": service(engine_log_bytes=2 * GIB),
+    "HISTORY_UNREADABLE": service(history_problem="file is not a database"),
+    "PSUTIL_TOO_OLD": service(psutil_version="7.2.2"),
+    "PYTHON_TRANSLATED": service(is_translated=True),
+    "ENGINE_MISSING": engine(problem=EngineProblem.MISSING, message="so it is"),
+    "ENGINE_NOT_EXECUTABLE": engine(problem=EngineProblem.NOT_EXECUTABLE, message="so it is"),
+    "ENGINE_QUARANTINED": engine(problem=EngineProblem.QUARANTINED, message="so it is"),
+    "ENGINE_WRONG_ARCHITECTURE": engine(problem=EngineProblem.WRONG_ARCHITECTURE, message="so it is"),
+    "ENGINE_REFUSES": engine(problem=EngineProblem.REFUSES, message="so it is"),
+    "ENGINE_FAILED": engine(has_failed=True, last_words="ended by SIGSEGV"),
+    "ENGINE_TOO_OLD": engine(lacks=("--usemlock",)),
+    "ENGINE_LOST_GPU": engine(wants_gpu=True, has_gpu=False),
+    "ENGINE_UNLOADS_WHEN_IDLE": engine(unloads_when_idle="--adminunloadtimeout"),
+    **{
+        f"MODEL_{problem.name}": model(problem=problem, message="so it is", remedy="do this")
+        for problem in ModelProblem
+    },
+    "MODEL_DATALESS": model(is_dataless=True),
+    "MODEL_ON_NETWORK_VOLUME": model(volume=Volume.NETWORK),
+    "MODEL_ON_EXTERNAL_VOLUME": model(volume=Volume.EXTERNAL),
+    "MODEL_IN_PROTECTED_FOLDER": model(is_in_protected_folder=True),
+    "RAM_TOO_SMALL": Facts("linux", memory=needs(80, system=SystemMemory(total_bytes=64 * GIB))),
+    "CGROUP_TOO_SMALL": Facts("linux", memory=needs(8, cgroup_limit_bytes=4 * GIB)),
+    "GPU_LIMIT_TOO_SMALL": replace(
+        engine(wants_gpu=True), memory=needs(40, gpu=GpuLimits(wired_limit_bytes=24 * GIB))
+    ),
+    "PRESSURE_CRITICAL": memory(system=SystemMemory(pressure=Pressure.CRITICAL)),
+    "SWAP_NEARLY_FULL": memory(system=SystemMemory(swap_total_bytes=100, swap_used_bytes=95)),
+    "OTHER_MODEL_SERVER": memory(others=(Program("ollama", 7, 3 * GIB),)),
+    "LOCK_LIMIT": SMALL_LIMIT,
+    "LOCK_NOT_HELD": engine(lock=LockState.ABSENT, lock_message="nothing is locked"),
+    "LOCK_PARTIAL": engine(lock=LockState.PARTIAL, lock_message="a half is locked"),
+    "WEIGHTS_COPIED": engine(is_mapped=False),
+    "LET_GO": memory(hold="no_warming"),
+    "WARMTH_OFF": memory(warmth_mode="off"),
+    "WARMTH_PAUSED": memory(paused_for_s=60.0),
+    "MODEL_COLD": memory(resident_share=0.5),
+}
+"""The smallest facts that make each condition, and no other one."""
+
+
+@pytest.mark.parametrize("code", CATALOGUE)
+def test_each_condition_is_provoked_by_its_own_facts_alone(code: str):
+    found = diagnose(PROVOKED[code])
+    assert [each.code for each in found] == [code]
+    assert found[0].evidence
+
+
+def test_nothing_is_provoked_that_the_catalogue_does_not_have():
+    assert set(PROVOKED) == set(CATALOGUE)
+
+
+@pytest.mark.parametrize("system", ["darwin", "linux"])
+def test_what_is_not_known_is_no_condition(system: str):
+    assert diagnose(Facts(system)) == []
+
+
+def test_a_healthy_computer_has_no_condition():
+    healthy = Facts(
+        "linux",
+        ModelHealth("/models/model.gguf", weights_bytes=GIB, volume=Volume.INTERNAL, is_dataless=False),
+        EngineHealth(has_gpu=True, wants_gpu=True, is_mapped=True, has_failed=False, lock=LockState.HELD),
+        needs(
+            2,
+            system=SystemMemory(64 * GIB, pressure=Pressure.NORMAL, swap_total_bytes=100, swap_used_bytes=10),
+            limits=LockLimits("linux", memlock_bytes=8 << 20, can_ignore_memlock=False),  # it is held all the same
+            cgroup_limit_bytes=32 * GIB,
+            resident_share=1.0,
+            hold="all",
+            warmth_mode="auto",
+        ),
+        ServiceHealth(is_running=True, version="1", daemon_version="1", lingers=True, state_free_bytes=GIB),
+    )
+    assert diagnose(healthy) == []
+
+
+@pytest.mark.parametrize("code", CATALOGUE)
+def test_each_cause_that_hides_a_condition_exists_and_is_not_hidden_by_it(code: str):
+    for cause in CATALOGUE[code].hidden_by:
+        assert cause in CATALOGUE
+        assert code not in CATALOGUE[cause].hidden_by
+
+
+def test_a_symptom_is_not_shown_beside_its_cause():
+    facts = replace(
+        Facts("linux", memory=needs(80, system=SystemMemory(total_bytes=GIB), resident_share=0.1)),
+        engine=EngineHealth(lock=LockState.ABSENT, has_failed=True),
+    )
+    assert {each.code for each in causes(facts)} == {"ENGINE_FAILED", "RAM_TOO_SMALL"}
+    assert {each.code for each in diagnose(facts)} >= {"MODEL_COLD", "LOCK_NOT_HELD"}
+
+
+def test_the_worst_is_shown_first():
+    found = [Condition(code, "seen") for code in ("WARMTH_OFF", "MODEL_COLD", "NOT_RUNNING", "THROTTLED")]
+    severities = [CATALOGUE[each.code].severity for each in visible(found, CATALOGUE)]
+    assert severities == sorted(severities, key=list(Severity).index)
+
+
+def test_each_condition_has_its_section_in_the_documentation_and_no_section_is_left_over():
+    sections = re.findall(r"^### (\w+)$", PAGE.read_text(), flags=re.MULTILINE)
+    assert sorted(sections) == sorted(CATALOGUE)
+    assert Condition("MODEL_COLD", "seen").page == "docs/doctor.md#model_cold"
+
+
+def test_a_remedy_names_a_command_where_there_is_one():
+    assert diagnose(PROVOKED["WARMTH_PAUSED"])[0].remedy == "emberd resume"
