@@ -377,6 +377,6 @@ def test_an_emberd_that_waits_is_seen_through_to_the_cause(make_daemon: Any):
     daemon.wait_for(lambda status: status["state"] == "STANDBY")
     _, content = doctor(daemon)
     _, everything = doctor(daemon, "--all")
-    assert "MODEL_MISSING" in codes(content)
+    assert (content["asked"], "MODEL_MISSING" in codes(content)) == ("the daemon", True)
     assert "WAITS" in codes(everything)
     assert not {"WAITS", "NOT_RUNNING", "PORT_TAKEN"} & set(codes(content))

@@ -87,8 +87,13 @@ def test_the_third_failed_start_stays_and_tells_everybody_why(make_daemon: MakeD
         assert "late.gguf" in answer.json()["detail"]["msg"]
     assert "late.gguf" in ask(daemon, "/api/chat", "POST").json()["error"], "Ollama's dialect"
     said = daemon.verb("status")
-    words = "".join(said.stdout.split())  # the path is folded where the terminal ends
+    words = "".join(said.stdout.split())  # a narrow terminal folds the lines anywhere
     assert (said.returncode, "late.gguf" in words, "emberdrestart" in words) == (0, True, True)
+    examined = json.loads(daemon.verb("doctor", "--all", "--json").stdout)
+    codes_found = {each["code"] for each in examined["conditions"]}
+    assert examined["asked"] == "the daemon"
+    assert "MODEL_MISSING" in codes_found
+    assert not {"PORT_TAKEN", "NOT_RUNNING"} & codes_found
     refused = daemon.verb("warm")
     assert (refused.returncode, "late.gguf" in refused.stderr) == (66, True)
     assert len(daemon.events("standby")) == 1
@@ -145,7 +150,7 @@ def test_a_file_that_is_no_toml_still_tells_where_emberd_is(make_daemon: MakeDae
     assert codes == [78, 78]
     assert "not valid TOML" in status["reason"]
     assert "not valid TOML" in ask(daemon, "/v1/models").text
-    assert "not valid TOML" in daemon.verb("status").stdout
+    assert "notvalidTOML" in "".join(daemon.verb("status").stdout.split())
     refused = daemon.verb("reload")
     assert (refused.returncode, "not valid TOML" in refused.stderr) == (78, True)
     daemon.config.write_text(good)
@@ -167,6 +172,27 @@ def test_a_port_that_becomes_free_is_taken(make_daemon: MakeDaemon):
     taker.close()
     daemon.wait_ready()
     assert daemon.complete()
+
+
+def test_a_job_waits_for_the_emberd_that_was_started_by_hand_and_takes_over_behind_it(make_daemon: MakeDaemon):
+    by_hand = make_daemon()
+    by_hand.start()
+    engine = by_hand.wait_ready()["engine"]["pid"]
+    job = make_daemon()
+    job.state, job.environment = by_hand.state, {**by_hand.environment, **LAUNCHD}
+    job.settings["state.directory"] = str(by_hand.state.directory)
+    for _ in range(2):
+        job.start()
+        assert job.end() == 4
+    job.start()
+    assert "already running" in job.wait_event("standby")["reason"]
+    assert "already running" in ask(job, "/v1/models").text
+    assert by_hand.status()["engine"]["pid"] == engine, "its control socket is left to it"
+    by_hand.signal(signal.SIGTERM)
+    assert by_hand.end() == 0
+    assert job.child is not None
+    assert job.wait_ready()["pid"] == job.child.pid
+    assert job.complete()
 
 
 def test_emberd_restart_tries_again_and_says_what_is_still_wrong(make_daemon: MakeDaemon):
@@ -293,15 +319,13 @@ def test_a_service_managers_socket_is_kept_through_the_waiting_and_nobody_is_ref
         starts.begin()
         starts.failed("no model")
     daemon.port = free_port()  # of the socket, not of the settings
+    environment = {**daemon.environment, "INVOCATION_ID": "1"}
     with daemon.log.open("ab") as log:
         daemon.child = subprocess.Popen(
             [
                 ACTIVATE,
                 f"--listen=127.0.0.1:{daemon.port}",
-                *(
-                    f"--setenv={name}={value}"
-                    for name, value in {**daemon.environment, "INVOCATION_ID": "1"}.items()
-                ),
+                *(f"--setenv={name}={value}" for name, value in environment.items()),
                 sys.executable,
                 *daemon.command("run")[1:],
             ],

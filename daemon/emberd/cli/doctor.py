@@ -78,9 +78,6 @@ def _examine(
     try:
         status = ask_daemon(config, "status")
         known = replace(known, version=__version__, daemon_version=status["version"], last_words="")
-        if status["state"] == "STANDBY":  # it has no engine that it could speak of
-            known, status = replace(known, waits_because=status["reason"]), None
-            raise NotRunning(known.waits_because)  # noqa: TRY301  # as good as none
         answer: dict[str, Any] = ask_daemon(config, "doctor", _LIMIT_S)
     except NotRunning:
         pass

@@ -69,11 +69,16 @@ def _await_new_start(config: str | None, began_s: float, limit_s: float) -> None
         except EmberdError as caught:
             error = caught
             continue
-        if status["state"] not in {"STANDBY", "STOPPED", "STARTING"}:
-            return
-        seen_s = time.monotonic()
         if status["state"] == "STANDBY" and status["uptime_s"] < time.monotonic() - began_s:
             raise EngineFailed(f"emberd still cannot start: {status['reason']}", status["remedy"])
+        if status["state"] in {"FAILED", "STOPPED"}:  # on its way to waiting again, as a rule
+            error = EngineFailed(
+                status["reason"] or "the engine is stopped", "Mend the cause, then `emberd restart`."
+            )
+            continue
+        if status["state"] not in {"STANDBY", "STARTING"}:
+            return
+        seen_s = time.monotonic()
     raise EngineFailed(error.message, error.remedy)
 
 

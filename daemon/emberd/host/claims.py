@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import TYPE_CHECKING
 
 from emberd.host.activation import execute_with, were_bound_by_emberd
@@ -10,7 +11,6 @@ from emberd.host.instance import hold_lock
 from emberd.host.listener import bind
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Sequence
     from pathlib import Path
 
@@ -64,11 +64,10 @@ class Claims:
             PortTaken: another program listens there.
             ConfigError: the address is not of this computer, or the port needs privileges.
         """
-        if self.listeners and not (self.are_own and self.listeners[0].getsockname()[1] != port):
+        if self.listeners and not (self.are_own and self._stands_elsewhere(host, port)):
             return
-        listeners = [bind(host, port, is_brief=is_brief)]
         self._close_listeners()
-        self.listeners, self.are_own = listeners, True
+        self.listeners, self.are_own = [bind(host, port, is_brief=is_brief)], True
 
     def replace_process(self, command: Sequence[str] = ()) -> None:
         """Become a new emberd on the same sockets; the lock is free for it.
@@ -86,6 +85,10 @@ class Claims:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _stands_elsewhere(self, host: str, port: int) -> bool:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4]
+        return tuple(self.listeners[0].getsockname()[:2]) != tuple(address[:2])
 
     def _close_listeners(self) -> None:
         for listener in self.listeners:

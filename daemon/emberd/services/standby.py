@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from emberd import __version__
 from emberd.core import access
-from emberd.core.errors import EmberdError, NotReady, PortTaken
+from emberd.core.errors import AlreadyRunning, EmberdError, NotReady, PortTaken
 from emberd.host import ThisHost, config_file
 from emberd.host.notify_socket import NotifySocket
 from emberd.host.paths import prepare, state_paths
@@ -40,8 +40,8 @@ _LOOK_S = 0.5
 """How often files are looked at. A kernel watch needs a file that is there and is not replaced; editors replace."""
 _SETTLED_LOOKS = 2
 """Looks without a further change before a changed file counts: a model may still be copied."""
-_PORT_S = 5.0
-"""How often a taken port is tried."""
+_TAKEN_S = 5.0
+"""How often a taken port or state directory is tried."""
 _RETRY_AFTER_S = 60
 _LAST_ANSWERS_S = 2.0
 _BODY_BYTES = 8 * 1024 * 1024
@@ -122,6 +122,7 @@ class Standby:
             serving,
             asyncio.create_task(self._watch_files()),
             asyncio.create_task(self._watch_time()),
+            asyncio.create_task(self._watch_lock()),
             asyncio.create_task(notifier.feed_watchdog(self._prove)),
         ]
         notifier.ready()
@@ -139,6 +140,7 @@ class Standby:
             if control is not None:
                 await control.close()
         self._log.info("standby_ended", why=outcome.value)
+        logs.close()
         return outcome
 
     # --- what it holds --------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ class Standby:
     async def _serve(self) -> None:
         """Serve the sockets; a port that was taken is tried again, for its being free may be what is waited for."""
         while not self._claims.listeners:
-            await asyncio.sleep(_PORT_S)
+            await asyncio.sleep(_TAKEN_S)
             self._listen()
             if self._claims.listeners and isinstance(self._why.error, PortTaken):
                 self._end(Outcome.DUE)
@@ -195,6 +197,15 @@ class Standby:
     async def _watch_time(self) -> None:
         await asyncio.sleep(self._why.wait_s)
         self._end(Outcome.DUE)
+
+    async def _watch_lock(self) -> None:
+        """See the other emberd of the state directory end, if that is what is waited for."""
+        while isinstance(self._why.error, AlreadyRunning):
+            await asyncio.sleep(_TAKEN_S)
+            with contextlib.suppress(EmberdError):
+                self._claims.take_lock(state_paths(self._loaded.settings).lock)
+                self._end(Outcome.DUE)
+                return
 
     async def _watch_files(self) -> None:
         """See the settings file change, or what it names: that is a person who mends something."""
@@ -255,6 +266,13 @@ class Standby:
         async def status() -> dict[str, Any]:
             return self._status()
 
+        async def doctor() -> dict[str, Any]:
+            from emberd.core.health_facts import ServiceHealth  # noqa: PLC0415  # asked for once in a while
+            from emberd.services.doctor import examine  # noqa: PLC0415  # same
+
+            waits = ServiceHealth(waits_because=self._why.error.message)
+            return await examine(ThisHost(), self._loaded.settings, None, waits)
+
         async def stop() -> dict[str, Any]:
             self._end(Outcome.STOPPED)
             return {"ok": True, "pid": os.getpid()}
@@ -281,7 +299,14 @@ class Standby:
 
         return collections.defaultdict(
             lambda: refuse,
-            {"status": status, "stop": stop, "restart": restart, "replace": replace, "reload": reload},
+            {
+                "status": status,
+                "doctor": doctor,
+                "stop": stop,
+                "restart": restart,
+                "replace": replace,
+                "reload": reload,
+            },
         )
 
     def _status(self) -> dict[str, Any]:
