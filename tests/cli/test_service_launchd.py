@@ -204,6 +204,8 @@ def test_upgrade_from_another_environment_takes_its_python(home: LaunchdHome, tm
     here = Path(home.daemon.command()[0])
     environment.symlink_to(here.parent.parent)
     python = str(environment / "bin" / here.name)
+    # Else koboldcpp.py is run by emberd's own Python, and a new one is a change of the engine's command line.
+    home.daemon.write_settings(engine__python=str(here))
     assert home.run("install", python=python).returncode == 0
     before = home.daemon.wait_ready()
     assert psutil.Process(before["pid"]).cmdline()[0] == python
