@@ -138,7 +138,7 @@ def test_extras_are_those_of_the_project():
 
 
 def test_pips_report_is_read_and_what_it_cannot_tell_is_an_error():
-    url = "https://registry.example/psutil-7.2.2-cp36-abi3-macosx_11_0_arm64.whl"
+    url = "https://wheels.example/psutil-7.2.2-cp36-abi3-macosx_11_0_arm64.whl"
     report = {"install": [{"metadata": {"name": "psutil"}, "download_info": {"url": url}}]}
     assert wheels.answer(0, json.dumps(report), "") == {"psutil": "psutil-7.2.2-cp36-abi3-macosx_11_0_arm64.whl"}
     missing = "ERROR: No matching distribution found for pyoslog"
