@@ -687,6 +687,7 @@ class Supervisor:
                 async with asyncio.timeout(pause_s):
                     await self._look_now.wait()
             pause_s = min(pause_s * 1.5, _SLOWEST_PROBE_S)
+        self._read_output()  # what it said of its memory while it loaded: the verdict and the record rest on it
         self._judge_lock(is_asked=record.will_lock)
         self.post(lifecycle.BecameReady())
         await self._probe_liveness(record)
