@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import httpx
@@ -347,3 +348,19 @@ def test_a_stop_ends_the_engine_that_a_killed_emberd_has_left(make_service: Make
     assert answer["ended_engine"] == engine
     assert not is_alive(engine)
     assert not service.state.record.exists()
+
+
+def test_an_upgrade_that_brings_another_python_keeps_the_engine_too(make_service: MakeService):
+    service = make_service()
+    environment = service.folder / "older"
+    here = Path(service.command()[0])
+    environment.symlink_to(here.parent.parent)
+    words = [str(environment / "bin" / here.name), *service.command("install", "--manager", "launchd")[1:]]
+    subprocess.run(words, env={**service.environment}, check=True, capture_output=True, timeout=WAIT_S)
+    engine = service.engine_pid()
+    answer = json.loads(service.do("upgrade", "--json"))
+    assert answer["stale"] == ["ProgramArguments"]
+    assert answer["daemon"]["engine_pid"] == engine
+    assert service.complete(), "a restart of the engine would have begun by now"
+    assert service.engine_pid() == engine
+    assert len(service.events("engine_started")) == 1

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import socket
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -816,8 +817,11 @@ class Supervisor:
 
 
 def _plan_digest(plan: LaunchPlan) -> str:
-    """Digest what an engine was started with, its port aside."""
+    """Digest what an engine was started with, its port and emberd's own Python aside.
+
+    An upgrade may bring another Python; that alone is no reason to load the model again.
+    """
     environment = [f"{name}={value}" for name, value in sorted(plan.environment.items())]
     files = [f"{name}={text}" for name, text in sorted(plan.files.items())]
-    words = [word for word in plan.arguments if word != str(plan.port)]
+    words = [word for word in plan.arguments if word not in {str(plan.port), sys.executable}]
     return records.digest([*words, *environment, *files])
