@@ -225,6 +225,7 @@ class ServiceHealth:
         are_settings_newer: the file says something else than what the daemon runs with.
         is_running: a daemon answers.
         silence: how a daemon that is there fails to answer.
+        daemon_pid: who holds the state directory's lock, None if nobody does.
         last_words: what an installed daemon said when it ended, or how it did.
         version: of this program.
         daemon_version: of the daemon that answers.
@@ -259,6 +260,7 @@ class ServiceHealth:
     are_settings_newer: bool | None = None
     is_running: bool | None = None
     silence: str = ""
+    daemon_pid: int | None = None
     last_words: str = ""
     version: str = ""
     daemon_version: str = ""

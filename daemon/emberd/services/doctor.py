@@ -125,7 +125,7 @@ class Examination:
                 adapter = choose_engine(self._settings, self._host, EngineHttp(client), paths)
                 model = await self._model(adapter)
                 engine = await self._engine(adapter, model)
-        memory = await self._memory(adapter, model)
+        memory = await self._memory(adapter, model, engine.orphan_pid)
         service = await self._service(known)
         return Facts(self._host.name, model, engine, memory, service, tuple(self._unknown))
 
@@ -280,7 +280,7 @@ class Examination:
 
     # --- memory ---------------------------------------------------------------------------------------------
 
-    async def _memory(self, adapter: Engine, model: ModelHealth) -> MemoryHealth:
+    async def _memory(self, adapter: Engine, model: ModelHealth, orphan_pid: int | None) -> MemoryHealth:
         status = self._status
         warmth, residency = status.get("warmth") or {}, status.get("residency") or {}
         engine = status.get("engine") or {}
@@ -289,7 +289,7 @@ class Examination:
             # Judged while there is no engine: afterwards its own memory is missing from what is available.
             decision = await LockMeter(self._host).decide(self._settings, path)
             self._notices |= {each.code: each.message for each in decision.reasons}
-        own = {os.getpid(), engine.get("pid"), status.get("pid")}
+        own = {os.getpid(), engine.get("pid"), status.get("pid"), orphan_pid}
         system = await self._ask("memory", self._host.system_memory)
         return MemoryHealth(
             **({"system": system} if system else {}),
