@@ -1,4 +1,4 @@
-"""emberd doctor as a person runs it, where what it tells is really so; tests/core/test_health.py has every condition."""
+"""emberd doctor as a person runs it, where what it tells is really so; core/test_health.py has every condition."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import socket
 import subprocess
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
-from daemon_process import Daemon
 from emberd.cli.doctor import FOUND
 from emberd.core.health_service import CATALOGUE
 from service_home import LaunchdHome
@@ -24,6 +22,9 @@ from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from daemon_process import Daemon
 
 GIB = 1 << 30
 LABEL = "io.github.emberd"
@@ -87,9 +88,9 @@ def test_a_keys_own_file_that_others_can_read_is_named(daemon: Daemon):
 
 
 def test_an_endpoint_that_others_reach_without_a_key_is_told(daemon: Daemon):
-    daemon.write_settings(endpoint__host="0.0.0.0")  # noqa: S104  # refused by emberd
+    daemon.write_settings(endpoint__host="0.0.0.0")  # refused by emberd
     found = examine(daemon)
-    assert "0.0.0.0" in found["ENDPOINT_OPEN"]["evidence"]  # noqa: S104  # same
+    assert "0.0.0.0" in found["ENDPOINT_OPEN"]["evidence"]  # same
     assert "NOT_RUNNING" not in found
 
 
@@ -496,15 +497,16 @@ def test_json_has_a_shape_that_stays(daemon: Daemon):
     assert isinstance(content["hidden"], int)
 
 
-def test_what_could_not_be_told_is_counted_and_named_when_asked(daemon: Daemon):
-    daemon.environment["PATH"] = str(daemon.folder)  # no launchctl, no systemctl
-    short, long = daemon.verb("doctor").stdout, daemon.verb("doctor", "--verbose").stdout
+def test_what_could_not_be_told_is_counted_and_named_when_asked(home: LaunchdHome):
+    home.done("install")
+    short, long = (home.run("doctor", *words, PATH=str(home.folder)).stdout for words in ((), ("--verbose",)))
     assert "questions stay open (--verbose names them)" in short
-    assert "not known: service: " in long
+    assert "not known: service: launchctl was not found on PATH" in long
+    assert short.startswith("asked: the daemon\n")
 
 
 def test_the_exit_code_tells_whether_there_is_something_to_mend(make_daemon: Callable[..., Daemon]):
-    """Notes do not count: keeping warm is switched off in these tests. What this computer itself has is judged too."""
+    """Notes do not count: keeping warm is switched off in these tests. This computer is judged too."""
     daemon = make_daemon()
     daemon.start()
     daemon.wait_ready()

@@ -60,7 +60,7 @@ SMALL_LIMIT = replace(
 PROVOKED: dict[str, Facts] = {
     "SETTINGS_OPEN": service(open_secret="/home/me/key", open_secret_mode=0o644),
     "SETTINGS_NOT_IN_FORCE": service(are_settings_newer=True, settings_path="/home/me/config.toml"),
-    "ENDPOINT_OPEN": service(open_address="0.0.0.0"),  # noqa: S104  # what is told
+    "ENDPOINT_OPEN": service(open_address="0.0.0.0"),  # what is told
     "ADDRESS_UNUSABLE": service(address_problem="cannot listen on 192.0.2.1"),
     "CLOCK_BEHIND": service(clock_behind_s=7200.0),
     "FEW_OPEN_FILES": service(most_open_files=128),
@@ -190,6 +190,12 @@ def two_models(resident_gib: int, total_gib: int) -> Facts:
 
 def test_two_models_that_fit_together_are_told_one_by_one():
     assert [each.code for each in causes(two_models(4, 16))] == ["OTHER_MODEL_SERVER"] * 2
+
+
+def test_the_processes_of_one_server_are_told_together():
+    others = (Program("ollama", 7, GIB), Program("ollama", 8, 2 * GIB))
+    [found] = diagnose(Facts("linux", memory=MemoryHealth(others=others)))
+    assert found.evidence == "ollama (pid 7, 8), 3.0 GiB resident"
 
 
 def test_two_models_that_do_not_fit_together_are_one_condition_that_names_them_all():

@@ -124,6 +124,7 @@ def _of_service(
         replace(
             known,
             is_installed=found.is_installed,
+            is_loaded=found.is_loaded,
             is_disabled=found.is_disabled,
             is_throttled=found.is_throttled,
             stale=f"it differs in {keys}" if keys else "",

@@ -239,6 +239,7 @@ class ServiceHealth:
         clock_behind_s: by how much the clock is behind the youngest file of emberd.
         most_open_files: hard limit of open files.
         is_installed: a service manager starts emberd.
+        is_loaded: the service manager knows the job, and holds its socket.
         is_disabled: somebody has switched the service off.
         missing_program: the service's program, where it does not exist.
         stale: what of the installed service file differs from what this version would write.
@@ -274,6 +275,7 @@ class ServiceHealth:
     clock_behind_s: float | None = None
     most_open_files: int | None = None
     is_installed: bool | None = None
+    is_loaded: bool | None = None
     is_disabled: bool | None = None
     missing_program: str = ""
     stale: str = ""

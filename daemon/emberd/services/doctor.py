@@ -7,6 +7,7 @@ the caller knows (its version, the service file) is added by the verb.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -49,7 +50,7 @@ from emberd.services.lock_meter import LockMeter, context_tokens
 from emberd.services.supervisor import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings
@@ -118,9 +119,7 @@ class Examination:
         pid = self._status.get("pid") or os.getpid()
         self._place = await self._ask("process", lambda: self._host.health(pid)) or HostHealth()
         self._log = await self._ask("engine.log", lambda: _last_start(_tail(self._paths.output))) or ""
-        # An examination leaves nothing behind: where there is no state directory, a passing one is used.
-        with tempfile.TemporaryDirectory() as passing:
-            paths = self._paths if self._paths.directory.is_dir() else StatePaths(Path(passing))
+        with self._scratch() as paths:
             async with http_client() as client:
                 adapter = choose_engine(self._settings, self._host, EngineHttp(client), paths)
                 model = await self._model(adapter)
@@ -128,6 +127,15 @@ class Examination:
         memory = await self._memory(adapter, model, engine.orphan_pid)
         service = await self._service(known)
         return Facts(self._host.name, model, engine, memory, service, tuple(self._unknown))
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[StatePaths]:
+        """Yield the state directory, or a passing one where there is none: an examination leaves nothing behind."""
+        if self._paths.directory.is_dir():
+            yield self._paths
+            return
+        with tempfile.TemporaryDirectory() as passing:
+            yield StatePaths(Path(passing))
 
     async def _ask(self, what: str, question: Callable[[], T]) -> T | None:
         """Return the answer of something that blocks; None if it fails or takes too long, which is noted.
@@ -333,6 +341,8 @@ class Examination:
         if not status and not known.silence:
             tried = await self._ask("port", lambda: neighbours.try_port(endpoint.host, endpoint.port))
             owner, address_problem = tried or (None, "")
+            if known.is_loaded and owner is not None and owner.pid is None:
+                owner = None  # launchd itself: root's, so that its name is not told
         return replace(
             known,
             is_running=bool(status) if not known.silence else None,
