@@ -11,12 +11,10 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import threading
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +30,15 @@ from emberd.core.health_facts import (
     ModelHealth,
     ModelProblem,
     ServiceHealth,
+)
+from emberd.core.health_log import (
+    UNLOADING,
+    are_logs_kept,
+    has_gpu,
+    is_mapped,
+    last_start,
+    printed_version,
+    unloading,
 )
 from emberd.core.health_service import diagnose
 from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache
@@ -58,15 +65,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LIMIT_S = 20.0
 """A single question; the engine's --help may have to unpack itself first and is then unknown."""
-_OFFLOADED = re.compile(r"offloaded (\d+)/\d+ layers to GPU")
-"""llama.cpp, src/llama-model.cpp; a build that supports no GPU does not print it."""
-_VERSION = re.compile(r"Welcome to KoboldCpp - Version (\S+)")
-_LOADING = "llama_model_loader: loaded meta data"
-_LOADED = "load_tensors:"
-_NO_METAL = "failed to initialize Metal backend"
-"""KoboldCPP issues 744 and 964."""
 _LOG_TAIL_BYTES = 1 << 20
-_UNLOADING = ("--adminunloadtimeout", "--autoswapmode", "--sleep-idle-seconds")
 _LOCKING = frozenset({"--usemlock", "--mlock", "--load-mode"})
 """KoboldCPP's option and llama.cpp's, old and new."""
 
@@ -118,7 +117,7 @@ class Examination:
         """Gather; bounded by a few LIMIT_S."""
         pid = self._status.get("pid") or os.getpid()
         self._place = await self._ask("process", lambda: self._host.health(pid)) or HostHealth()
-        self._log = await self._ask("engine.log", lambda: _last_start(_tail(self._paths.output))) or ""
+        self._log = await self._ask("engine.log", lambda: last_start(_tail(self._paths.output))) or ""
         with self._scratch() as paths:
             async with http_client() as client:
                 adapter = choose_engine(self._settings, self._host, EngineHttp(client), paths)
@@ -203,13 +202,13 @@ class Examination:
         return replace(
             health,
             lacks=(*health.lacks, *self._lost_features()),
-            unloads_when_idle=_unloading(words),
+            unloads_when_idle=unloading(words),
             wants_gpu=engine.gpu_layers > 0 or (engine.gpu_layers < 0 and is_mac),
-            has_gpu=_has_gpu(self._log, is_mac=is_mac),
+            has_gpu=has_gpu(self._log, is_mac=is_mac),
             gpu_is_off=is_mac and engine.gpu_layers == 0,
             wants_lock=engine.lock != "never",
             is_running=status.get("engine") is not None if status else None,
-            is_mapped=_is_mapped(self._log),
+            is_mapped=is_mapped(self._log),
             has_failed=status.get("state") == "FAILED",
             crashes=status.get("crashes_in_a_row") if is_trying else None,
             last_words=status.get("reason") or status.get("last_exit") or "",
@@ -262,20 +261,20 @@ class Examination:
 
     def _lost_features(self) -> tuple[str, ...]:
         """Return what the version in the engine's log cannot do for emberd."""
-        found = _VERSION.findall(self._log)
-        version = read_version(found[-1]) if found else ()
+        found = printed_version(self._log)
+        version = read_version(found)
         if not version or version >= CONTINUES_TURNS:
             return ()
         needed = ".".join(map(str, CONTINUES_TURNS))
         return (
-            f"continue_assistant_turn ({found[-1]}, it came with {needed}): a chat's last reply is processed again",
+            f"continue_assistant_turn ({found}, it came with {needed}): a chat's last reply is processed again",
         )
 
     def _kcpps_words(self) -> tuple[str, ...]:
         if not self._settings.engine.kcpps:
             return ()
         tree = json.loads(Path(self._settings.engine.kcpps).expanduser().read_text())
-        return tuple(f"--{key}={value}" for key, value in tree.items() if f"--{key}" in _UNLOADING)
+        return tuple(f"--{key}={value}" for key, value in tree.items() if f"--{key}" in UNLOADING)
 
     def _orphan_pid(self) -> int | None:
         """Return the engine of the state file if it still runs; the file is read only, never set aside."""
@@ -358,7 +357,7 @@ class Examination:
             most_open_files=await self._ask("open files", own_health.most_open_files),
             is_throttled=self._place.is_throttled if status else None,
             is_translated=self._place.is_translated,
-            logs_persist=_are_logs_kept(status.get("log"), self._place.logs_persist),
+            logs_persist=are_logs_kept(status.get("log"), self._place.logs_persist),
             lingers=self._place.lingers,
             psutil_failure=await self._ask("psutil", own_health.psutil_failure) or "",
             psutil_version=psutil.__version__,
@@ -373,48 +372,6 @@ class Examination:
         if self._host.name == "darwin":
             places.append(("swap files", Path("/System/Volumes/VM")))  # of APFS' container, as the others
         return places
-
-
-def _last_start(log: str) -> str:
-    """Return the part of the engine's log that tells of its last start, all of it if none is told of."""
-    before, _, after = log.rpartition(_LOADING)
-    version = _VERSION.findall(before)
-    return f"Welcome to KoboldCpp - Version {version[-1]}\n{after}" if version else after
-
-
-def _has_gpu(log: str, *, is_mac: bool) -> bool | None:
-    """Tell from the log of a start whether the GPU is used; None if nothing was loaded."""
-    offloaded = _OFFLOADED.findall(log)
-    if _NO_METAL in log:
-        return False
-    if offloaded:
-        return int(offloaded[-1]) > 0
-    return False if is_mac and _LOADED in log else None
-
-
-def _is_mapped(log: str) -> bool | None:
-    found = re.findall(r"\(mmap = (true|false)\)", log)
-    return found[-1] == "true" if found else None
-
-
-def _unloading(words: tuple[str, ...]) -> str | None:
-    """Return the option that lets an idle model go; one whose time is 0 is off."""
-    for word, following in pairwise((*words, "")):
-        name, _, value = word.partition("=")
-        if name in _UNLOADING and (value or following) not in {"0", "-1", "False", "None"}:
-            return name
-    return None
-
-
-def _are_logs_kept(sinks: list[str] | None, journal_persists: bool | None) -> bool | None:  # noqa: FBT001  # a fact
-    """Tell whether what is logged survives a restart of the computer; of macOS' log info messages do not."""
-    if sinks is None:
-        return None
-    if "file" in sinks:
-        return True
-    if "journal" in sinks:
-        return journal_persists
-    return False if "unified" in sinks else None
 
 
 def _is_alive(pid: int) -> bool:
