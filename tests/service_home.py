@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daemon_process import Daemon
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from daemon_process import Daemon
+
 LAUNCHCTL = Path(__file__).parent / "launchctl_standin" / "launchctl"
+UNSHARE, SYSTEMCTL = shutil.which("unshare") or "", shutil.which("systemctl") or ""
 SYSTEMD = Path("/lib/systemd/systemd")
 LIMIT_S = 90.0
 _CLEAN = ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "DBUS_SESSION_BUS_ADDRESS", "SSH_TTY", "SSH_CONNECTION", "SUDO_USER")
@@ -44,6 +45,7 @@ class Home:
         daemon = self._make_daemon({key.replace("__", ".", 1): value for key, value in settings.items()})
         daemon.environment.update(self.environment)
         daemon.write_settings()
+        daemon.log.touch()
         return daemon
 
     def run(
@@ -138,7 +140,7 @@ class SystemdHome(Home):
         clean = {name: value for name, value in os.environ.items() if name not in _CLEAN}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                ["unshare", "--mount", "--propagation", "private", "sh", "-c", _START_SYSTEMD],
+                [UNSHARE, "--mount", "--propagation", "private", "sh", "-c", _START_SYSTEMD],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -161,7 +163,7 @@ class SystemdHome(Home):
     def systemctl(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Ask this manager."""
         return subprocess.run(
-            ["systemctl", "--user", *words],
+            [SYSTEMCTL, "--user", *words],
             capture_output=True,
             text=True,
             timeout=LIMIT_S,
@@ -181,4 +183,4 @@ class SystemdHome(Home):
 
 def can_run_systemd() -> bool:
     """Tell whether a user manager can be tried here: as root, with unshare(1)."""
-    return os.geteuid() == 0 and SYSTEMD.exists() and bool(shutil.which("unshare") and shutil.which("systemctl"))
+    return os.geteuid() == 0 and SYSTEMD.exists() and bool(UNSHARE and SYSTEMCTL)

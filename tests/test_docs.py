@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -75,6 +76,55 @@ def test_relative_links_lead_somewhere(page: Path):
         if not is_there or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+def build_site(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site as scripts/docs does."""
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-E",
+        "-c",
+        source / "docs",
+        source,
+        target,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_site_is_built_without_a_warning_and_loads_nothing_of_another_server(tmp_path: Path):
+    built = build_site(ROOT, tmp_path)
+    assert (built.returncode, built.stderr) == (0, "")
+    pages = {page.stem for page in (tmp_path / "docs").glob("*.html")}
+    assert pages == {page.stem for page in DOCS.glob("*.md")}
+    loads = re.compile(
+        r"""<(?:link|script|img|iframe)\b[^>]*?(?:href|src)=["']?(?:https?:)?//|@import|url\(["']?(?:https?:)?//"""
+    )
+    for page in [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.css")]:
+        assert not loads.search(page.read_text(encoding="utf-8")), page
+    first = (tmp_path / "docs" / "index.html").read_text(encoding="utf-8")
+    for page in pages - {"index"}:
+        assert f'href="{page}.html"' in first, f"{page} is not in the table of contents"
+
+
+def test_each_dead_link_fails_the_site(tmp_path: Path):
+    (tmp_path / "launchd").mkdir()
+    for name in ("pyproject.toml", "CONTRIBUTING.md", "CHANGELOG.md", "launchd/README.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copytree(DOCS, tmp_path / "docs")
+    links = ("settings.md#no-anchor", "no-page.md", "../daemon/no-file.py")
+    with (tmp_path / "docs" / "memory.md").open("a", encoding="utf-8") as page:
+        page.write("".join(f"\n[a]({link})\n" for link in links))
+    built = build_site(tmp_path, tmp_path / "site")
+    assert built.returncode == 1
+    for link in links:
+        assert re.search(rf"memory\.md:\d+: WARNING:.*{re.escape(link.partition('#')[2] or link)}", built.stderr), (
+            link
+        )
 
 
 def test_every_exit_code_is_documented():

@@ -17,15 +17,13 @@ from emberd.core.access import AccessRules
 from emberd.core.errors import EmberdError, EngineFailed
 from emberd.core.lifecycle import State
 from emberd.host import ThisHost, config_file
-from emberd.host.activation import execute_with
 from emberd.host.api_key import read_api_key
-from emberd.host.instance import hold_lock
-from emberd.host.listener import bind
-from emberd.host.paths import instance_name, log_file, prepare, state_paths
+from emberd.host.notify_socket import NotifySocket
+from emberd.host.paths import prepare, state_paths
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
     from pathlib import Path
 
     import httpx
@@ -33,14 +31,18 @@ if TYPE_CHECKING:
 
     from emberd.core.settings import Settings
     from emberd.engine.http import EngineHttp
+    from emberd.host.claims import Claims
     from emberd.host.paths import StatePaths
+    from emberd.host.starts import Starts
     from emberd.services.accounts import Accounts
     from emberd.services.endpoint import Endpoint
     from emberd.services.keepwarm import KeepWarm
     from emberd.services.knocks import Knocks
     from emberd.services.memory_meter import MemoryMeter
+    from emberd.services.notifier import Notifier
     from emberd.services.proxy import Proxy
     from emberd.services.residency_meter import ResidencyMeter
+    from emberd.services.sleep_blocker import SleepBlocker
     from emberd.services.supervisor import Supervisor
     from emberd.services.swap_meter import SwapMeter
     from emberd.services.turns import Turns
@@ -49,31 +51,34 @@ _OWN_FILES = 64
 """Open files besides connections: about 20 when idle."""
 _LAST_ANSWERS_S = 2.0
 """After the engine is gone, what is still open are refusals on their way out."""
+_BESIDES_S = 15.0
+"""What a stop takes besides its drain and the engine's end: a kill, the last answers, the accounts."""
 
 
-def run(settings: Settings, config_path: Path) -> int:
+def run(settings: Settings, config_path: Path, claims: Claims, starts: Starts) -> int:
     """Run the daemon in the foreground until it is told to stop; returns the exit code.
 
+    Args:
+        settings: the settings.
+        config_path: where they come from.
+        claims: takes the lock and the sockets; its maker lets go of them.
+        starts: hears how this run goes.
+
     Raises:
-        EmberdError: it cannot start; nothing was left behind.
+        EmberdError: it cannot start; nothing but the claims was left behind.
     """
     key = read_api_key(settings, config_path)
     paths = state_paths(settings)
     prepare(paths)
-    lock = hold_lock(paths.lock)
-    host = ThisHost()
-    listeners = host.given_sockets() or [bind(settings.endpoint.host, settings.endpoint.port)]
+    claims.take_lock(paths.lock)
+    claims.listen(settings.endpoint.host, settings.endpoint.port)
     # From here on clients wait in the backlog; what is slow to import comes after.
-    daemon = _Daemon(settings, config_path, paths, listeners, key, host)
-    try:
-        code = asyncio.run(daemon.run())
-        if daemon.is_to_be_replaced:
-            execute_with(listeners, daemon.successor)
-        return code
-    finally:
-        for listener in listeners:
-            listener.close()
-        os.close(lock)
+    daemon = _Daemon(settings, config_path, paths, claims.listeners, key, ThisHost(), starts.ready)
+    code = asyncio.run(daemon.run())
+    if daemon.is_to_be_replaced:
+        starts.ended()
+        claims.replace_process(daemon.successor)
+    return code
 
 
 class _Daemon:
@@ -87,6 +92,7 @@ class _Daemon:
         listeners: Sequence[socket.socket],
         key: str,
         computer: ThisHost,
+        tell_ready: Callable[[], None],
     ) -> None:
         self._rules = _rules(settings, key)
         self._first = self._settings = settings
@@ -97,6 +103,7 @@ class _Daemon:
         host, port = listeners[0].getsockname()[:2]
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._host = computer
+        self._tell_ready = tell_ready
         computer.forbid_core_dumps()
         self.is_to_be_replaced = False
         """After its end this process is to become a new emberd on the same sockets."""
@@ -120,6 +127,8 @@ class _Daemon:
         self._swap: SwapMeter
         self._residency: ResidencyMeter
         self._keepwarm: KeepWarm
+        self._sleep: SleepBlocker
+        self._notifier: Notifier
 
     def _build(self) -> None:
         """Make the services, and tell each of the others what it needs of them."""
@@ -132,13 +141,15 @@ class _Daemon:
         from emberd.services.keepwarm import KeepWarm  # noqa: PLC0415
         from emberd.services.knocks import Knocks  # noqa: PLC0415
         from emberd.services.memory_meter import MemoryMeter  # noqa: PLC0415
+        from emberd.services.notifier import Notifier  # noqa: PLC0415
         from emberd.services.proxy import Proxy  # noqa: PLC0415
         from emberd.services.residency_meter import ResidencyMeter  # noqa: PLC0415
+        from emberd.services.sleep_blocker import SleepBlocker  # noqa: PLC0415
         from emberd.services.supervisor import Paths, Supervisor  # noqa: PLC0415
         from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
         from emberd.services.turns import Turns  # noqa: PLC0415
 
-        self._configure_log(self._settings)
+        logs.configure_for(self._settings, self._host)
         self._log = logs.logger("daemon")
         self._client = http.client()
         self._http = http.EngineHttp(self._client)
@@ -178,11 +189,8 @@ class _Daemon:
             self._accounts,
             Forecaster(self._host, logs.logger("forecast"), supervisor.sample, self._turns, self._residency.status),
         )
-
-    def _configure_log(self, settings: Settings) -> None:
-        from emberd.services import logs  # noqa: PLC0415
-
-        logs.configure(settings.log, self._host, log_file(settings, self._host.name), instance_name(settings))
+        self._sleep = SleepBlocker(self._host, logs.logger("power"), lambda: self._settings, supervisor)
+        self._notifier = Notifier(NotifySocket(os.environ, os.getpid()), self._log)
 
     async def run(self) -> int:
         """Build, serve, wait for a reason to stop, shut down."""
@@ -207,8 +215,10 @@ class _Daemon:
                 ("swap", self._swap),
                 ("residency", self._residency),
                 ("keepwarm", self._keepwarm),
+                ("sleep", self._sleep),
             )
         ]
+        tasks += [asyncio.create_task(work) for work in self._reports()]
         self._log.info(
             "emberd_started",
             version=__version__,
@@ -223,7 +233,7 @@ class _Daemon:
             if self.is_to_be_replaced:
                 await self._make_room()
             elif not owner.done():  # else nobody is left to stop the engine; the next emberd adopts it
-                await self._shut_down()
+                await self._shut_down(is_failed=failed is not None)
         finally:
             for task in tasks:
                 task.cancel()
@@ -274,6 +284,28 @@ class _Daemon:
             return error if isinstance(error, Exception) else EngineFailed(f"{task.get_name()} ended by itself")
         return None
 
+    def _reports(self) -> Iterator[Coroutine[Any, Any, None]]:
+        """Yield what tells others how this run goes."""
+
+        async def tell_accepting() -> None:
+            await self._endpoint.accepting.wait()
+            self._notifier.ready()
+
+        async def tell_of_use() -> None:
+            await self._supervisor.wait_for(State.READY)
+            self._tell_ready()
+
+        yield tell_accepting()
+        yield tell_of_use()
+        yield self._notifier.follow(self._line, self._supervisor.wait_for_change)
+        yield self._notifier.feed_watchdog(self._supervisor.prove_alive)
+
+    def _line(self) -> str:
+        """Say in one line how the engine is; of the reason the first line, without the engine's output."""
+        status = self._supervisor.status()
+        reason = str(status["reason"] or "").partition("\n")[0]
+        return f"engine {status['state']}" + (f": {reason}" if reason else f", {self._url}")
+
     # --- while it runs --------------------------------------------------------------------------------------
 
     def _take_signals(self) -> None:
@@ -303,6 +335,7 @@ class _Daemon:
     async def _reload(self) -> dict[str, Any]:
         """Read the settings again; what cannot change while running is named, wrong settings change nothing."""
         from emberd.engine.choose import choose_engine  # noqa: PLC0415
+        from emberd.services import logs  # noqa: PLC0415
 
         try:
             settings, _ = config_file.load(str(self._config_path) if self._had_config else None)
@@ -323,7 +356,7 @@ class _Daemon:
             raise
         self._settings = settings
         self._rules = _rules(settings, key)
-        self._configure_log(settings)
+        logs.configure_for(settings, self._host)
         if fixed:
             self._log.warning("reload_incomplete", keys=fixed, remedy="restart emberd to change these")
         self._log.info("reloaded", engine_restarts=restarts)
@@ -359,8 +392,8 @@ class _Daemon:
             return {"ok": True, "had_turn": self._turns.forget()}
 
         verbs: dict[str, Awaitable[dict[str, Any]]] | dict[str, Any] = {
-            "status": self._whole_status,
-            "doctor": self._examine,
+            "status": self._status,
+            "doctor": self._doctor,
             "stop": stop,
             "restart": restart,
             "replace": replace,
@@ -374,27 +407,9 @@ class _Daemon:
         }
         return verbs
 
-    async def _whole_status(self) -> dict[str, Any]:
+    async def _status(self) -> dict[str, Any]:
         from emberd.services import logs  # noqa: PLC0415
 
-        return {
-            **self._status(),
-            **self._proxy.status(),
-            "seconds_since_knock": self._knocks.seconds_since,
-            "remembers_turn": self._turns.last is not None,
-            "memory": await self._memory.status(),
-            "residency": await self._residency.status(),
-            "warmth": await self._keepwarm.status(),
-            "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
-            "log": logs.places(),
-        }
-
-    async def _examine(self) -> dict[str, Any]:
-        from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
-
-        return await examine(self._host, self._settings, await self._whole_status())
-
-    def _status(self) -> dict[str, Any]:
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -403,7 +418,21 @@ class _Daemon:
             "model": self._settings.model.path,
             "settings_file": str(self._config_path),
             **self._supervisor.status(),
+            **self._proxy.status(),
+            "seconds_since_knock": self._knocks.seconds_since,
+            "remembers_turn": self._turns.last is not None,
+            "memory": await self._memory.status(),
+            "prevents_sleep": self._sleep.is_held,
+            "residency": await self._residency.status(),
+            "warmth": await self._keepwarm.status(),
+            "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
+            "log": logs.places(),
         }
+
+    async def _doctor(self) -> dict[str, Any]:
+        from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
+
+        return await examine(self._host, self._settings, await self._status())
 
     # --- stop -----------------------------------------------------------------------------------------------
 
@@ -411,13 +440,20 @@ class _Daemon:
         """Let running requests end; the engine goes on, and new connections wait in the backlog."""
         in_flight = self._supervisor.status()["requests_in_flight"]
         self._log.info("emberd_replacing_itself", requests_in_flight=in_flight)
+        self._notifier.replacing()
         await self._endpoint.stop(self._settings.lifecycle.drain_timeout_s)
 
-    async def _shut_down(self) -> None:
-        """Drain and stop the engine under its own bounds, then the endpoint."""
+    async def _shut_down(self, *, is_failed: bool) -> None:
+        """Drain and stop the engine under its own bounds, then the endpoint.
+
+        After a failure the sockets stay open: emberd may be about to say on them what is wrong.
+        """
+        timing = self._settings.lifecycle
+        if not is_failed:
+            self._notifier.stopping(timing.drain_timeout_s + timing.stop_timeout_s + _BESIDES_S)
         self._log.info("emberd_stopping", requests_in_flight=self._supervisor.status()["requests_in_flight"])
         await self._supervisor.shut_down()
-        for listener in self._listeners:
+        for listener in () if is_failed else self._listeners:
             listener.close()  # nobody will accept any more; a service manager has a descriptor of its own
         await self._endpoint.stop(_LAST_ANSWERS_S)
 

@@ -86,11 +86,14 @@ def test_stop_stops_the_socket_too_and_start_brings_both_back(home: SystemdHome)
 
 def test_on_demand_the_first_connection_starts_it(home: SystemdHome):
     assert home.done("install", "--on-demand")["daemon"] is None
-    assert [home.show(unit, "UnitFileState") for unit in UNITS] == ["disabled", "enabled"]
+    assert [home.show(unit, "UnitFileState") for unit in UNITS] == ["static", "enabled"]
     assert home.show("emberd.service", "ActiveState") == "inactive"
     assert home.daemon.complete().strip()
     assert home.done("install")["changed"] is False
     assert home.done("install", "--at-login")["changed"] is True
+    assert home.show("emberd.service", "UnitFileState") == "enabled"
+    assert home.done("install", "--on-demand")["changed"] is True
+    assert [home.show(unit, "UnitFileState") for unit in UNITS] == ["static", "enabled"]
 
 
 def test_a_new_port_is_listened_on_after_the_next_install(home: SystemdHome):

@@ -69,6 +69,7 @@ PROVOKED: dict[str, Facts] = {
     "DISK_FULL": service(rooms=(Room("the log", "/var/log", 1 << 20), Room("the state", "/", GIB))),
     "PORT_TAKEN": service(port=5001, port_owner=Program("koboldcpp", 42)),
     "NOT_RUNNING": service(is_running=False),
+    "WAITS": service(waits_because="the model is missing"),
     "DAEMON_SILENT": service(silence="emberd does not answer"),
     "SERVICE_DISABLED": service(is_disabled=True),
     "SERVICE_PROGRAM_MISSING": service(missing_program="/opt/emberd/bin/python3"),

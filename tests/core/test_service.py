@@ -117,7 +117,9 @@ def test_what_is_not_printed_is_unknown():
 
 def test_a_switch_in_the_overrides_is_read_in_both_spellings():
     for word in ("disabled", "true"):
-        assert is_disabled(f'disabled services = {{\n\t"io.github.emberd" => {word}\n}}', "io.github.emberd") is True
+        assert (
+            is_disabled(f'disabled services = {{\n\t"io.github.emberd" => {word}\n}}', "io.github.emberd") is True
+        )
     assert is_disabled('\t"io.github.emberd" => enabled', "io.github.emberd") is False
     assert is_disabled('\t"io.github.emberd.small" => disabled', "io.github.emberd") is None
 

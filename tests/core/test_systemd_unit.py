@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from emberd.core.service import WantedService, stop_limit_s
 from emberd.core.settings import Settings
-from emberd.core.systemd_unit import assignments, differences, fill_service, fill_socket, read_show, variable, words
+from emberd.core.systemd_unit import (
+    assignments,
+    differences,
+    fill_service,
+    fill_socket,
+    read_show,
+    starts_at_login,
+    variable,
+    words,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 SERVICE = (ROOT / "systemd" / "emberd.service").read_text(encoding="utf-8")
@@ -49,6 +58,13 @@ def test_filling_in_keeps_the_comments_and_sets_the_rest():
     assert assignments(fill_socket(SOCKET, replace(WANTED, host="::1")))["Socket.ListenStream"] == ("[::1]:5002",)
 
 
+def test_a_service_on_demand_cannot_be_enabled():
+    text = fill_service(SERVICE, replace(WANTED, starts_at_login=False))
+    assert not starts_at_login(text)
+    assert starts_at_login(SERVICE)
+    assert differences(text, fill_service(SERVICE, WANTED)) == ("Install.WantedBy",)
+
+
 def test_an_instance_has_units_of_its_own_that_belong_together():
     values = assignments(fill_service(SERVICE, replace(WANTED, label="io.github.emberd.small")))
     assert values["Unit.Requires"] == values["Unit.After"] == ("emberd-small.socket",)
@@ -64,7 +80,14 @@ def test_the_templates_say_the_defaults():
     assert values["Service.KillMode"] == ("process",)
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp", "Zs")) | st.just(" "), min_size=1), min_size=1))
+@given(
+    st.lists(
+        st.text(
+            st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp", "Zs")) | st.just(" "), min_size=1
+        ),
+        min_size=1,
+    )
+)
 def test_a_command_line_is_read_back_as_it_was(program: list[str]):
     text = fill_service(SERVICE, replace(WANTED, program=tuple(program)))
     assert words(assignments(text)["Service.ExecStart"][0]) == program

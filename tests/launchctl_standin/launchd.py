@@ -280,24 +280,21 @@ class Launchd:
         """Return a list that may be loaded, else why it may not."""
         try:
             status = Path(path).stat()
-            content = Path(path).read_bytes()
+            if not stat.S_ISREG(status.st_mode):
+                return None, "is no file"
+            plist = plistlib.loads(Path(path).read_bytes())
         except OSError as error:
             return None, str(error.strerror)
-        if not stat.S_ISREG(status.st_mode):
-            return None, "is no file"
-        if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:
-            return None, f"bad ownership or permissions: owner {status.st_uid}, mode {status.st_mode & 0o7777:o}"
-        try:
-            plist = plistlib.loads(content)
         except Exception as error:  # noqa: BLE001  # plistlib raises what its parsers raise
             return None, f"no property list: {error}"
         wrong = schema.errors(plist)
-        if wrong:
-            return None, "; ".join(wrong)
-        sessions = plist.get("LimitLoadToSessionType", schema.DEFAULT_SESSION_TYPE)
-        if _SESSION[kind] not in (sessions if isinstance(sessions, list) else [sessions]):
-            return None, f"LimitLoadToSessionType {sessions} is not for {kind}/"
-        return plist, ""
+        if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:
+            wrong.append(f"bad ownership or permissions: owner {status.st_uid}, mode {status.st_mode & 0o7777:o}")
+        if not wrong:
+            sessions = plist.get("LimitLoadToSessionType", schema.DEFAULT_SESSION_TYPE)
+            if _SESSION[kind] not in (sessions if isinstance(sessions, list) else [sessions]):
+                wrong.append(f"LimitLoadToSessionType {sessions} is not for {kind}/")
+        return (None, "; ".join(wrong)) if wrong else (plist, "")
 
     def do_bootout(self, domain: str, label: str) -> Answer:
         """Begin to remove a job; it is gone later. The label may be the path of its list."""

@@ -117,7 +117,7 @@ def table(keys: Mapping[str, Check]) -> Check:
 def octal(value: Any, where: str) -> list[str]:
     """A umask: an integer, or a string that is read in octal."""
     if isinstance(value, str):
-        is_mask = value != "" and set(value) <= set("01234567") and int(value, 8) <= 0o777  # noqa: PLR2004
+        is_mask = value != "" and set(value) <= set("01234567") and int(value, 8) <= 0o777
         return [] if is_mask else [f"{where}: must be an octal number up to 0777"]
     return whole(value, where)
 

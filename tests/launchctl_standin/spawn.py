@@ -1,7 +1,7 @@
 """Starts a job's process as launchd would, and opens its sockets.
 
-What macOS has and this system has not: launch_activate_socket(3). The job is given its sockets as systemd gives them,
-by sd_listen_fds(3), each under its key of `Sockets`.
+What macOS has and this system has not: launch_activate_socket(3). The job is given its sockets as systemd gives
+them, by sd_listen_fds(3), each under its key of `Sockets`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _become(job: Mapping[str, Any], sockets: Sequence[tuple[str, socket.socket]]
         os.dup2(each, target, inheritable=True)
     os.closerange(top, 4096)
     arguments = job.get("ProgramArguments") or [job["Program"]]
-    os.execve(job.get("Program", arguments[0]), arguments, environment)
+    os.execve(job.get("Program", arguments[0]), arguments, environment)  # noqa: S606  # launchd uses no shell
 
 
 def _above(descriptor: int, floor: int) -> int:
@@ -118,10 +118,12 @@ def _above(descriptor: int, floor: int) -> int:
 
 
 def _standard_files(job: Mapping[str, Any]) -> list[int]:
-    opened = [os.open(job.get("StandardInPath", os.devnull), os.O_RDONLY)]
-    for key in ("StandardOutPath", "StandardErrorPath"):
-        opened.append(os.open(job.get(key, os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
-    return opened
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    return [
+        os.open(job.get("StandardInPath", os.devnull), os.O_RDONLY),
+        os.open(job.get("StandardOutPath", os.devnull), flags, 0o666),
+        os.open(job.get("StandardErrorPath", os.devnull), flags, 0o666),
+    ]
 
 
 def _limit(job: Mapping[str, Any]) -> None:

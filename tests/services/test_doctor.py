@@ -436,3 +436,20 @@ def test_an_engine_that_dies_again_and_again_has_failed_with_its_last_words(make
     daemon.wait_for(lambda status: status["state"] == "FAILED")
     _, content = doctor(daemon)
     assert "ENGINE_FAILED" in codes(content)
+
+
+def test_an_emberd_that_waits_is_seen_through_to_the_cause(make_daemon: Any):
+    """Under a service manager emberd stays up after a burst of failures; what keeps it down is shown, not that."""
+    daemon = make_daemon({"model.path": "/nowhere/model.gguf"})
+    daemon.environment["INVOCATION_ID"] = "1"
+    daemon.write_settings()
+    for _ in range(2):
+        daemon.start()
+        assert daemon.end() != 0
+    daemon.start()
+    daemon.wait_for(lambda status: status["state"] == "STANDBY")
+    _, content = doctor(daemon)
+    _, everything = doctor(daemon, "--all")
+    assert (content["asked"], "MODEL_MISSING" in codes(content)) == ("the daemon", True)
+    assert "WAITS" in codes(everything)
+    assert not {"WAITS", "NOT_RUNNING", "PORT_TAKEN"} & set(codes(content))

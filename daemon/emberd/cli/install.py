@@ -36,9 +36,8 @@ def command(
 ) -> None:
     """Run emberd as a service: a LaunchAgent on macOS, a systemd user service on Linux.
 
-    launchd or systemd holds the endpoint's port from then on, starts emberd at every login and after a
-    crash. Run again, it changes nothing, or what the settings or a new version have changed, or mends an install that
-    was interrupted.
+    launchd or systemd holds the endpoint's port from then on, starts emberd at every login and after a crash. Run
+    again, it changes nothing, or what the settings or a new version have changed, or mends an interrupted install.
 
     A second emberd needs its own settings (endpoint.port, state.directory) and name:
     emberd --config small.toml install --label small

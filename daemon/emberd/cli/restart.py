@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, show
+from emberd.cli.talk import as_json, ask_daemon, load_of_daemon, show
 from emberd.core.errors import EmberdError, EngineFailed
-from emberd.host import config_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,12 +29,15 @@ def command(config: str | None, is_json: bool, is_daemon: bool) -> None:  # noqa
     With --daemon emberd replaces itself: running requests end first, new connections wait, none is refused, and the
     engine is taken over without loading the model again.
     """
-    settings, _ = config_file.load(config)
+    settings = load_of_daemon(config).settings
     if is_daemon:
         show(replace_daemon(config, settings.lifecycle.drain_timeout_s), is_json, _print_replaced)
         return
     began_s = time.monotonic()
-    starts = ask_daemon(config, "restart")["starts"]
+    asked = ask_daemon(config, "restart")
+    if asked.get("standby"):
+        _await_new_start(config, began_s, settings.lifecycle.load_timeout_s)
+    starts = asked["starts"]
     timing = settings.lifecycle
     status = wait_until_ready(
         config,
@@ -50,6 +52,34 @@ def command(config: str | None, is_json: bool, is_daemon: bool) -> None:  # noqa
         is_json,
         lambda _: click.echo(f"ready (pid {pid}, {seconds:.1f} s)"),
     )
+
+
+def _await_new_start(config: str | None, began_s: float, limit_s: float) -> None:
+    """Wait until the emberd that follows one that waited, because it could not start, has started an engine.
+
+    Raises:
+        EngineFailed: it waits again, or did not come back in time.
+    """
+    error = EmberdError("emberd did not come back", "See its log; then: emberd run.")
+    seen_s = began_s
+    while time.monotonic() < min(seen_s + _START_LIMIT_S, began_s + limit_s):
+        time.sleep(_ASK_AGAIN_S)
+        try:
+            status = ask_daemon(config, "status")
+        except EmberdError as caught:
+            error = caught
+            continue
+        if status["state"] == "STANDBY" and status["uptime_s"] < time.monotonic() - began_s:
+            raise EngineFailed(f"emberd still cannot start: {status['reason']}", status["remedy"])
+        if status["state"] in {"FAILED", "STOPPED"}:  # on its way to waiting again, as a rule
+            error = EngineFailed(
+                status["reason"] or "the engine is stopped", "Mend the cause, then `emberd restart`."
+            )
+            continue
+        if status["state"] not in {"STANDBY", "STARTING"}:
+            return
+        seen_s = time.monotonic()
+    raise EngineFailed(error.message, error.remedy)
 
 
 def replace_daemon(config: str | None, drain_timeout_s: float, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -94,7 +124,7 @@ def wait_until_ready(config: str | None, starts: int, limit_s: float, *, is_quie
         is_new = status["starts"] > starts
         if is_new and status["state"] == "READY":
             return status
-        if status["state"] == "FAILED":
+        if status["state"] in {"FAILED", "STANDBY"}:
             raise EngineFailed(status["reason"], "Mend the cause, then `emberd restart`.")
         loading = status["loading"] or {}
         saying = " ".join(filter(None, (status["state"], loading.get("phase"), loading.get("detail"))))

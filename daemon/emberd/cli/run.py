@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from emberd.host import config_file
+from emberd.services import guard
 
 
 @click.command("run")
@@ -20,8 +20,10 @@ def command(config: str | None) -> int:
     Signals: SIGTERM, SIGINT (Ctrl-C)  finish running requests, stop the engine, exit 0
              the same again            do not wait for running requests
              SIGHUP                    read the settings again
+
+    Started by launchd or systemd, emberd does not fail for ever: after three failed starts within five minutes it
+    stays up, tells everybody why, and tries again when a file changes, when it is asked to, or after some minutes.
     """
     from emberd import app  # noqa: PLC0415  # the daemon's modules are for the daemon only
 
-    settings, path = config_file.load(config)
-    return app.run(settings, path)
+    return guard.run(config, app.run)

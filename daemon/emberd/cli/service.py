@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from emberd.cli.talk import ask_daemon
-from emberd.core.errors import AlreadyRunning, ConfigError, EmberdError, NotRunning, ServiceManagerFailed
+from emberd.core.errors import (
+    AlreadyRunning,
+    ConfigError,
+    EmberdError,
+    EngineFailed,
+    NotRunning,
+    ServiceManagerFailed,
+)
 from emberd.core.service import DEFAULT_LABEL, WantedService, full_label, stop_limit_s
 from emberd.host import ThisHost, api_key, config_file
 
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
 ManagerName = Literal["auto", "launchd", "systemd"]
 _ANSWER_LIMIT_S = 30.0
 """A new emberd answers within a second; a computer that swaps takes longer."""
+_UNDECIDED = {"STOPPED", "STARTING", "FAILED"}
+_DECIDED_LIMIT_S = 5.0
 _ASK_AGAIN_S = 0.1
 _PASSED_ON = ("XDG_STATE_HOME",)
 """Variables that decide where emberd's files are: the daemon must see what its owner's shell sees."""
@@ -180,7 +189,8 @@ def check_no_other(
         PortTaken: another program listens on the port.
     """
     path = config_file.locate(config)[0]
-    if found.is_installed and wanted.label not in manager.labels(path):
+    program = manager.program(wanted.label)
+    if program and str(path) not in program:
         raise ConfigError(
             f"{wanted.label} is installed with other settings",
             "Name this one: --label NAME. Or remove that one first: emberd uninstall --label " + wanted.label,
@@ -205,25 +215,50 @@ def daemon_status(config: str | None) -> dict[str, Any] | None:
         return None
 
 
+def end_leftover_engine(settings: Settings) -> int | None:
+    """End the engine of an emberd that was killed, and return its pid; None if there is none."""
+    import asyncio  # noqa: PLC0415  # rarely needed
+
+    from emberd.engine.leftover import end_leftover  # noqa: PLC0415  # same
+    from emberd.host.paths import state_paths  # noqa: PLC0415  # same
+
+    return asyncio.run(end_leftover(state_paths(settings), ThisHost(), settings.lifecycle.stop_timeout_s))
+
+
 def wait_for_daemon(config: str | None, manager: ServiceManager, label: str) -> dict[str, Any]:
     """Return the status of the daemon as soon as it answers.
 
     Raises:
         ServiceManagerFailed: it has ended or does not answer in time, with what it said if it did.
+        EngineFailed: it runs, and has given up on the engine.
     """
-    deadline_s = time.monotonic() + _ANSWER_LIMIT_S
+    began_s = time.monotonic()
     found = manager.status(label)
-    while time.monotonic() < deadline_s and found.is_running:
-        with contextlib.suppress(EmberdError):
-            return ask_daemon(config, "status")
+    while time.monotonic() < began_s + _ANSWER_LIMIT_S and found.is_running:
+        if (status := _answer(config)) is not None:
+            # An engine that can never start ends emberd too, just after it has begun to answer.
+            is_decided = status["state"] not in _UNDECIDED or time.monotonic() > began_s + _DECIDED_LIMIT_S
+            if is_decided and status["state"] == "FAILED":
+                raise EngineFailed(status["reason"], "The service stays. Mend the cause, then: emberd restart.")
+            if is_decided:
+                return status
         time.sleep(_ASK_AGAIN_S)
         found = manager.status(label)
     said = manager.last_words(label)
-    how = " and runs, but does not answer" if found.is_running else f", but it ended ({found.last_exit or 'unknown'})"
+    how = (
+        " and runs, but does not answer" if found.is_running else f", but it ended ({found.last_exit or 'unknown'})"
+    )
     raise ServiceManagerFailed(
         f"{label} was started{how}" + (f": {said}" if said else ""),
         f"See more: {where_it_says(manager, label)}. Then: emberd start.",
     )
+
+
+def _answer(config: str | None) -> dict[str, Any] | None:
+    """Return the daemon's status, None if it does not answer (yet)."""
+    with contextlib.suppress(EmberdError):
+        return ask_daemon(config, "status")
+    return None
 
 
 def where_it_says(manager: ServiceManager, label: str) -> str:

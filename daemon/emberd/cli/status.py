@@ -31,7 +31,7 @@ def print_status(status: dict[str, Any]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value, style in _rows(status):
+    for name, value, style in (_standby_rows if status["state"] == "STANDBY" else _rows)(status):
         table.add_row(name, Text(value, style=style))
     Console(highlight=False).print(table)
 
@@ -61,6 +61,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows.append(("warmth", _warmth_words(status["warmth"]), ""))
     rows += _forecast_rows(status["warmth"])
     rows += _memory_rows(status["memory"])
+    rows += [("sleep", "prevented while on mains (power.prevent_sleep)", "")] * status["prevents_sleep"]
     heartbeat = status["metal_heartbeat"]
     if heartbeat:
         words = (heartbeat["state"], heartbeat["message"], heartbeat["remedy"])
@@ -73,6 +74,20 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows += [("notice", f"{notice['message']} ({notice['code']})", "yellow") for notice in status["notices"]]
     rows.append(("emberd", f"{status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}", "dim"))
     return rows
+
+
+def _standby_rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Say why there is no engine: emberd itself cannot start, and waits."""
+    rows = [
+        ("emberd", f"has waited for {duration(status['state_for_s'])}: it cannot start", "red"),
+        ("", status["reason"], "red"),
+        ("", status["remedy"], ""),
+        ("next try", f"in {duration(status['next_start_in_s'])}, when a file changes, or: emberd restart", ""),
+        ("endpoint", f"{status['endpoint']}, answers 503" if status["endpoint"] else "not held", ""),
+        ("settings", status["settings_file"], ""),
+        ("version", f"{status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}", "dim"),
+    ]
+    return [row for row in rows if row[1]]
 
 
 def _warmth_words(warmth: dict[str, Any]) -> str:

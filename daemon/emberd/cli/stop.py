@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emberd.cli import service
-from emberd.cli.talk import as_json, ask_daemon, show
-from emberd.core.errors import EngineFailed
+from emberd.cli.talk import as_json, ask_daemon, load_of_daemon, show
+from emberd.core.errors import EngineFailed, NotRunning
 from emberd.core.service import stop_limit_s
-from emberd.host import ThisHost, config_file
+from emberd.host import ThisHost
 
 if TYPE_CHECKING:
     from emberd.core.ports import ServiceManager
+    from emberd.core.settings import Settings
 
 
 @click.command("stop")
@@ -41,7 +42,7 @@ def command(
     An installed service is unloaded, or the next connection would start it again. It comes back with the next
     login, or with `emberd start`.
     """
-    settings, _ = config_file.load(config)
+    settings = load_of_daemon(config).settings
     limit_s = stop_limit_s(settings.lifecycle)
     manager = service.find_manager(manager_name)
     label = service.find_label(manager, config, label)
@@ -50,8 +51,13 @@ def command(
     if not is_until_asked and manager.installed_login(label) is not None:
         content = _stop_service(manager, config, label, limit_s, is_json=is_json)
     if content is None:
-        content = {"pid": _stop_daemon(config, limit_s), "label": None}
-    content = {"stopped": True, **content, "seconds": round(time.monotonic() - began_s, 3)}
+        content = _stop_daemon(config, settings, limit_s)
+    content = {
+        "stopped": True,
+        "ended_engine": service.end_leftover_engine(settings),
+        **content,
+        "seconds": round(time.monotonic() - began_s, 3),
+    }
     show(content, is_json, _print)
 
 
@@ -68,8 +74,15 @@ def _stop_service(
     return None if is_by_hand else {"pid": found.pid, "label": label}
 
 
-def _stop_daemon(config: str | None, limit_s: int) -> int:
-    pid: int = ask_daemon(config, "stop")["pid"]
+def _stop_daemon(config: str | None, settings: Settings, limit_s: int) -> dict[str, Any]:
+    """End an emberd that was started by hand, or the engine that is all that is left of one."""
+    try:
+        pid: int = ask_daemon(config, "stop")["pid"]
+    except NotRunning:
+        engine = service.end_leftover_engine(settings)
+        if engine is None:
+            raise
+        return {"pid": None, "label": None, "ended_engine": engine}
     try:
         asyncio.run(_ended(pid, limit_s))
     except TimeoutError:
@@ -77,12 +90,14 @@ def _stop_daemon(config: str | None, limit_s: int) -> int:
             f"emberd (pid {pid}) has not ended within {limit_s} s",
             "Look at its log; `emberd status` may answer.",
         ) from None
-    return pid
+    return {"pid": pid, "label": None}
 
 
 def _print(content: dict[str, Any]) -> None:
     pid = f"pid {content['pid']}, " if content["pid"] else ""
     click.echo(f"stopped ({pid}{content['seconds']:.1f} s)")
+    if content["ended_engine"]:
+        click.echo(f"its engine had been left behind, and is stopped too (pid {content['ended_engine']})")
     if content["label"]:
         click.echo("it comes back with the next login, or with: emberd start")
 

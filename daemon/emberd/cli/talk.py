@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from emberd.core.errors import NotRunning
 from emberd.host import config_file
 from emberd.host.paths import state_paths
 from emberd.services.control import ASK_LIMIT_S, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from emberd.host.config_file import Loaded
 
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON instead of text.")
 
@@ -23,10 +26,27 @@ def ask_daemon(config: str | None, verb: str, timeout_s: float = ASK_LIMIT_S, **
 
     Raises:
         NotRunning: there is none.
-        ConfigError: the settings are wrong.
+        ConfigError: there is none, and the settings are wrong; or they do not tell where it is.
     """
-    settings, _ = config_file.load(config)
-    return ask(state_paths(settings).control, verb, timeout_s, **arguments)
+    loaded = load_of_daemon(config)
+    try:
+        return ask(state_paths(loaded.settings).control, verb, timeout_s, **arguments)
+    except NotRunning:
+        if loaded.error is not None:
+            raise loaded.error from None
+        raise
+
+
+def load_of_daemon(config: str | None) -> Loaded:
+    """Return the settings to find the daemon by: it runs on, or waits, although they have become wrong.
+
+    Raises:
+        ConfigError: they do not even tell where it is.
+    """
+    loaded = config_file.load_what_is_right(config)
+    if loaded.error is not None and not loaded.tells_place:
+        raise loaded.error
+    return loaded
 
 
 def seconds_of(text: str) -> float:

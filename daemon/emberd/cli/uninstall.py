@@ -25,11 +25,18 @@ def command(config: str | None, label: str | None, manager_name: service.Manager
     manager = service.find_manager(manager_name)
     label = service.find_label(manager, config, label)
     was_there = manager.uninstall(label, stop_limit_s(settings.lifecycle), service.teller(is_quiet=is_json))
+    engine = service.end_leftover_engine(settings)
     kept = [str(each) for each in (path, state_paths(settings).directory) if each.exists()]
-    show({"uninstalled": was_there, "label": label, "manager": manager.name, "kept": kept}, is_json, _print)
+    show(
+        {"uninstalled": was_there, "label": label, "manager": manager.name, "ended_engine": engine, "kept": kept},
+        is_json,
+        _print,
+    )
 
 
 def _print(content: dict[str, Any]) -> None:
+    if content["ended_engine"]:
+        click.echo(f"ended an engine that was left behind (pid {content['ended_engine']})")
     if not content["uninstalled"]:
         click.echo(f"{content['label']} is not installed; nothing to do")
         return

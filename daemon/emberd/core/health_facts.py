@@ -224,6 +224,7 @@ class ServiceHealth:
         open_address: the endpoint's address, where others can reach it and no key is asked for.
         are_settings_newer: the file says something else than what the daemon runs with.
         is_running: a daemon answers.
+        waits_because: it answers that it cannot start, with the reason.
         silence: how a daemon that is there fails to answer.
         daemon_pid: who holds the state directory's lock, None if nobody does.
         last_words: what an installed daemon said when it ended, or how it did.
@@ -260,6 +261,7 @@ class ServiceHealth:
     open_address: str = ""
     are_settings_newer: bool | None = None
     is_running: bool | None = None
+    waits_because: str = ""
     silence: str = ""
     daemon_pid: int | None = None
     last_words: str = ""

@@ -44,9 +44,19 @@ KINDS: dict[str, Kind] = {
     "PSUTIL_TOO_OLD": Kind(_W, "psutil is too old for this system"),
 }
 
+_CAUSES = {**health_files.KINDS, **health_model.KINDS, **health_engine.KINDS}
+_AFTER_ALL: dict[str, Kind] = {
+    # Whatever keeps emberd from starting is the cause.
+    "WAITS": Kind(
+        _E,
+        "emberd waits, because it could not start",
+        tuple(code for code, kind in _CAUSES.items() if kind.severity is _E),
+    ),
+}
 CATALOGUE: dict[str, Kind] = {
     **health_files.KINDS,
     **KINDS,
+    **_AFTER_ALL,
     **health_model.KINDS,
     **health_engine.KINDS,
     **health_memory.KINDS,
@@ -95,6 +105,12 @@ def _of_daemon(service: ServiceHealth) -> Iterator[Condition]:
         "DAEMON_SILENT",
         service.silence,
         f"kill -CONT {who} if it is stopped; else kill -9 {who}: the next emberd takes over its engine.",
+    )
+    yield from when(
+        bool(service.waits_because),
+        "WAITS",
+        service.waits_because,
+        "Mend the cause; it tries again by itself, or now: emberd restart.",
     )
     other = service.daemon_version
     yield from when(

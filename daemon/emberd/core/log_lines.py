@@ -27,6 +27,7 @@ CATEGORIES = (
     "forecast",
     "endpoint",
     "memory",
+    "power",
     "residency",
     "swap",
     "history",

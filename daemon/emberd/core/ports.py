@@ -213,6 +213,13 @@ class Host(Protocol):
         """Read where power comes from. Can take some 10 ms: not for every tick."""
         ...
 
+    def sleep_blockers(self) -> Sequence[tuple[str, ...]]:
+        """Return command lines that keep the computer from sleeping while they run, the best first.
+
+        Each ends with this process, or when its standard input is closed.
+        """
+        ...
+
     def gpu_limits(self) -> GpuLimits | None:
         """Return what the GPU may hold wired, None where the system has no such limits."""
         ...
@@ -284,6 +291,10 @@ class ServiceManager(Protocol):
 
     def last_words(self, label: str) -> str:
         """Return the last error that an emberd of this label printed when it could not start, empty if unknown."""
+        ...
+
+    def program(self, label: str) -> tuple[str, ...]:
+        """Return the command line of the installed service, empty if there is none or it cannot be read."""
         ...
 
     def labels(self, config: Path) -> tuple[str, ...]:

@@ -90,6 +90,7 @@ class ServiceStatus:
         state: the manager's word, None if it is not loaded.
         domain: launchd's domain in which it is loaded.
         stale: keys that differ between what is installed and what this version would install.
+        is_broken: they are there and cannot be read, so that nobody knows whose they are.
         problems: what is wrong with the files, in words: owner, mode, content.
         is_throttled: the process type slows the job and the engine down; None if unknown.
         is_disabled: somebody switched it off; None if unknown.
@@ -106,6 +107,7 @@ class ServiceStatus:
     state: str | None = None
     domain: str | None = None
     stale: tuple[str, ...] = ()
+    is_broken: bool = False
     problems: tuple[str, ...] = ()
     is_throttled: bool | None = None
     is_disabled: bool | None = None

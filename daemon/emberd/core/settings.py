@@ -288,6 +288,17 @@ class MachineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class PowerSettings:
+    """What emberd does about the computer's sleep."""
+
+    prevent_sleep: bool = setting(
+        False,
+        "Keep the computer from going to sleep by itself while the model is ready; only on mains, and not in low "
+        "power mode.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class StateSettings:
     """Where emberd keeps what it must remember."""
 
@@ -307,6 +318,7 @@ class Settings:
     warmth: WarmthSettings = field(default_factory=WarmthSettings)
     log: LogSettings = field(default_factory=LogSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)
+    power: PowerSettings = field(default_factory=PowerSettings)
     state: StateSettings = field(default_factory=StateSettings)
 
 
@@ -391,6 +403,27 @@ def read(tree: Mapping[str, Any], source: str) -> Settings:
     Raises:
         ConfigError: naming every wrong key at once, each with what was expected.
     """
+    settings, problems = _read_tables(tree)
+    if problems:
+        raise ConfigError(
+            f"{source}: " + "; ".join(problems),
+            "`emberd config show` lists every setting with its range; `emberd config check` tries a file.",
+        )
+    _check_together(settings, source)
+    return settings
+
+
+def read_what_is_right(tree: Mapping[str, Any]) -> Settings:
+    """Return what can be used of a settings file that is wrong: where emberd is, if not what it should do.
+
+    Args:
+        tree: what could be parsed of the file.
+    """
+    return _read_tables(tree)[0]
+
+
+def _read_tables(tree: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """Return the settings, with the default for what is wrong, and what is wrong."""
     known = {declaration.key: declaration for declaration in declarations()}
     tables = {declaration.table for declaration in known.values()}
     problems: list[str] = []
@@ -412,19 +445,13 @@ def read(tree: Mapping[str, Any], source: str) -> Settings:
                 values[table][name] = _checked(known[key], value)
             except ValueError as wrong:
                 problems.append(f"{key}: {wrong}")
-    if problems:
-        raise ConfigError(
-            f"{source}: " + "; ".join(problems),
-            "`emberd config show` lists every setting with its range; `emberd config check` tries a file.",
-        )
     settings = Settings(
         **{
             entry.name: dataclasses.replace(getattr(Settings(), entry.name), **values[entry.name])
             for entry in dataclasses.fields(Settings)
         }
     )
-    _check_together(settings, source)
-    return settings
+    return settings, problems
 
 
 def _nearest(word: str, known: set[str]) -> str:

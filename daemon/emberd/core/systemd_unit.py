@@ -21,7 +21,10 @@ _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 
 
 def fill_service(template: str, wanted: WantedService) -> str:
-    """Return the service unit with program, times, label and environment of `wanted`; comments stay."""
+    """Return the service unit with program, times, label and environment of `wanted`; comments stay.
+
+    One that starts on demand has no WantedBy.
+    """
     socket = f"{unit_name(wanted.label)}.socket"
     environment = {**wanted.environment, LABEL_VARIABLE: wanted.label}
     values = {
@@ -32,7 +35,16 @@ def fill_service(template: str, wanted: WantedService) -> str:
         "Environment": " ".join(_quoted(f"{name}={value}") for name, value in sorted(environment.items())),
         "TimeoutStopSec": str(wanted.stop_limit_s),
     }
-    return _filled(template, values)
+    text = _filled(template, values)
+    if wanted.starts_at_login:
+        return text
+    # Without it the unit cannot be enabled by mistake; the socket starts it.
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("WantedBy="))
+
+
+def starts_at_login(text: str) -> bool:
+    """Tell whether a service unit is made to start at login."""
+    return "Install.WantedBy" in assignments(text)
 
 
 def fill_socket(template: str, wanted: WantedService) -> str:

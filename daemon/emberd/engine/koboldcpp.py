@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from emberd.engine.http import NOTHING_LISTENS
 from emberd.engine.koboldcpp_flags import Wishes, compose
 from emberd.engine.koboldcpp_help import PROBE_ARGUMENT, read_help, read_probe
 from emberd.engine.koboldcpp_kcpps import model_of_file
+from emberd.engine.process import STOP_SIGNALS
 from emberd.engine.program import check_executable, find_program
 from emberd.host.files import make_private_folder
 from emberd.host.model_file import check_model
@@ -77,7 +77,7 @@ class KoboldCpp:
     """
 
     name = "koboldcpp"
-    stop_signals = (signal.SIGINT, signal.SIGTERM)
+    stop_signals = STOP_SIGNALS
     """SIGINT is right in every mode; SIGTERM to the parent alone would orphan the worker of --admin."""
 
     def __init__(

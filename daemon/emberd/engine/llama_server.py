@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from emberd.core.errors import ConfigError, EngineNotUsable
 from emberd.core.types import Activity, LaunchPlan, Notice, Readiness
 from emberd.engine import llama_log
 from emberd.engine.http import NOTHING_LISTENS
+from emberd.engine.process import STOP_SIGNALS
 from emberd.engine.program import check_executable, find_program
 from emberd.host.model_file import check_model
 
@@ -57,7 +57,7 @@ class LlamaServer:
     """
 
     name = "llama-server"
-    stop_signals = (signal.SIGINT, signal.SIGTERM)
+    stop_signals = STOP_SIGNALS
 
     def __init__(self, settings: Settings, host: Host, http: EngineHttp) -> None:
         self._settings = settings

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from emberd.core.errors import EngineNotUsable
+from emberd.host import notify_socket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 KILL_WAIT_S = 5.0
 """How long the kernel may take to bury a killed process; tens of GB of locked memory are freed in this time."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What the engines obey, in turn; the first is what they handle best."""
 FIRST_SIGNAL_S = 3.0
 """How long a signal that is not the last may take. KoboldCPP obeys SIGINT in 0.1 s when idle, but in a streamed
 generation only at its end."""
@@ -194,10 +197,11 @@ def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
         EngineNotUsable: the program cannot be started.
     """
     program = plan.arguments[0]
+    inherited = {name: value for name, value in os.environ.items() if name not in notify_socket.VARIABLES}
     try:
         child = subprocess.Popen(
             plan.arguments,
-            env={**os.environ, **plan.environment},
+            env={**inherited, **plan.environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _FIRST = 3
 """sd_listen_fds(3): SD_LISTEN_FDS_START."""
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+_OWN = "bound-by-emberd"
+"""Name of sockets that no service manager made; in LISTEN_FDNAMES."""
 _NO_SUCH_NAME, _NOT_OF_LAUNCHD = 2, 3
 """launch_activate_socket(3): ENOENT, ESRCH."""
 
@@ -36,6 +38,11 @@ def from_environment() -> list[socket.socket]:
     if values["LISTEN_PID"] != str(os.getpid()) or not values["LISTEN_FDS"].isdecimal():
         return []
     return [_adopt(_FIRST + number) for number in range(int(values["LISTEN_FDS"]))]
+
+
+def were_bound_by_emberd() -> bool:
+    """Tell whether the sockets come from an emberd that had bound them itself; ask before they are taken."""
+    return os.environ.get("LISTEN_FDNAMES", "").split(":")[0] == _OWN
 
 
 def from_launchd(libc: Any) -> list[socket.socket]:
@@ -84,7 +91,7 @@ def _adopt(descriptor: int) -> socket.socket:
     return found
 
 
-def execute_with(listeners: Sequence[socket.socket], command: Sequence[str] = ()) -> None:
+def execute_with(listeners: Sequence[socket.socket], command: Sequence[str] = (), *, are_own: bool = False) -> None:
     """Replace this process by a new one, which is given the sockets as systemd gives them.
 
     Returns only by raising OSError: the program is gone.
@@ -92,6 +99,7 @@ def execute_with(listeners: Sequence[socket.socket], command: Sequence[str] = ()
     Args:
         listeners: the sockets.
         command: what to execute; empty for this process' own command line.
+        are_own: emberd had bound them itself, so that the new one may give them up.
     """
     # Copies first: a socket may stand where another is to go.
     copies = [os.dup(each.fileno()) for each in listeners]
@@ -100,5 +108,7 @@ def execute_with(listeners: Sequence[socket.socket], command: Sequence[str] = ()
     for number, each in enumerate(copies):
         os.dup2(each, _FIRST + number, inheritable=True)
     environment = {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(copies))}
+    if are_own:
+        environment["LISTEN_FDNAMES"] = ":".join([_OWN] * len(copies))
     words = [*command] or [sys.executable, *sys.orig_argv[1:]]
     os.execve(words[0], words, environment)  # noqa: S606  # our own words, or our owner's

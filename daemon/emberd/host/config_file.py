@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from emberd.core import settings as settings_module
 from emberd.core.errors import ConfigError
@@ -12,6 +15,9 @@ from emberd.core.settings import Settings
 from emberd.host.paths import default_config
 
 ENVIRONMENT = "EMBERD_CONFIG"
+_WRONG_LINE = re.compile(r"at line (\d+)")
+"""In the message of a tomllib.TOMLDecodeError."""
+_MOST_WRONG_LINES = 20
 
 
 def locate(option: str | None) -> tuple[Path, bool]:
@@ -29,11 +35,63 @@ def load(option: str | None) -> tuple[Settings, Path]:
         ConfigError: the named file is missing, unreadable, not TOML, or wrong in a key.
     """
     path, is_named = locate(option)
+    text = _read_text(path, is_named=is_named)
+    if text is None:
+        return Settings(), path
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"{path} is not valid TOML: {error}", "Strings need quotes; see `emberd config show`."
+        ) from error
+    return settings_module.read(tree, str(path)), path
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a settings file says, however wrong it is.
+
+    Attributes:
+        settings: what is right in it, defaults for the rest.
+        path: the file.
+        error: what is wrong with it, None if nothing is.
+        tells_place: whether it is known which state directory and port are meant.
+    """
+
+    settings: Settings
+    path: Path
+    error: ConfigError | None = None
+    tells_place: bool = True
+
+
+def load_what_is_right(option: str | None) -> Loaded:
+    """Read the settings for those who must find a daemon, or be one, although they are wrong. Raises nothing."""
+    try:
+        settings, path = load(option)
+    except ConfigError as error:
+        path, is_named = locate(option)
+        try:
+            text = _read_text(path, is_named=is_named)
+        except ConfigError:
+            return Loaded(Settings(), path, error, tells_place=False)
+        tree = _parse_what_is_right(text or "")
+        settings = settings_module.read_what_is_right(tree)
+        # Another emberd's directory must not be taken for ours because ours cannot be read.
+        return Loaded(settings, path, error, tells_place=not is_named or bool(settings.state.directory))
+    return Loaded(settings, path)
+
+
+def _read_text(path: Path, *, is_named: bool) -> str | None:
+    """Return the file's text, None if there is none and none was named.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         if not is_named:
-            return Settings(), path
+            return None
         raise ConfigError(
             f"settings file not found: {path}", f"Make one: emberd --config {path} config init"
         ) from error
@@ -42,10 +100,16 @@ def load(option: str | None) -> tuple[Settings, Path]:
         raise ConfigError(
             f"cannot read the settings file {path}: {reason}", "Mend its permissions or content."
         ) from error
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            f"{path} is not valid TOML: {error}", "Strings need quotes; see `emberd config show`."
-        ) from error
-    return settings_module.read(tree, str(path)), path
+
+
+def _parse_what_is_right(text: str) -> dict[str, Any]:
+    """Parse TOML without the lines that the parser refuses."""
+    lines = text.splitlines()
+    for _ in range(_MOST_WRONG_LINES):
+        try:
+            return tomllib.loads("\n".join(lines))
+        except tomllib.TOMLDecodeError as error:
+            wrong = _WRONG_LINE.search(str(error))
+            number = int(wrong[1]) if wrong else len(lines)  # "at end of document"
+            lines[number - 1 : number] = [""] if wrong else []
+    return {}

@@ -33,6 +33,8 @@ _kqueue: Any = select
 _QUARANTINE = "com.apple.quarantine"
 _PMSET = "/usr/bin/pmset"
 _LOG = "/usr/bin/log"
+_CAFFEINATE = "caffeinate"
+"""In /usr/bin, which is on launchd's PATH."""
 _PMSET_TIMEOUT_S = 5.0
 """It answers within some 10 ms; a hanging one must not hold up anything."""
 
@@ -189,6 +191,10 @@ class DarwinHost(PosixHost):
     def power(self) -> Power:
         """Ask pmset(1) twice; what it does not tell is unknown. Some 10 ms for each."""
         return read_power(self._ask_pmset("-g", "batt"), self._ask_pmset("-g"))
+
+    def sleep_blockers(self) -> Sequence[tuple[str, ...]]:
+        """Return caffeinate(8): -i against idle sleep, -w until this process ends; a closed lid still sleeps."""
+        return ((_CAFFEINATE, "-i", "-w", str(os.getpid())),)
 
     def _ask_pmset(self, *arguments: str) -> str | None:
         try:

@@ -31,7 +31,7 @@ from emberd.host.files import make_private_folder
 from emberd.host.service_files import file_problems, has_leftovers, remove_files, run, template, write_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from emberd.core.service import WantedService
     from emberd.host.service_files import Answer
@@ -102,14 +102,15 @@ class Launchd:
 
     def labels(self, config: Path) -> tuple[str, ...]:
         """Return the labels of the installed jobs that run on this settings file."""
-        return tuple(sorted(label for label, words in self._programs() if str(config) in words))
+        labels = [path.stem for path in self._path("x").parent.glob("*.plist")]
+        return tuple(sorted(label for label in labels if str(config) in self.program(label)))
 
-    def _programs(self) -> Iterator[tuple[str, list[str]]]:
-        for path in self._path("x").parent.glob("*.plist"):
-            job = _read(path) or {}
-            variables, words = job.get("EnvironmentVariables"), job.get("ProgramArguments")
-            if isinstance(variables, dict) and LABEL_VARIABLE in variables and isinstance(words, list):
-                yield path.stem, [str(word) for word in words]
+    def program(self, label: str) -> tuple[str, ...]:
+        """Return the command line of an installed job of emberd's, empty if there is none."""
+        job = _read(self._path(label)) or {}
+        variables, words = job.get("EnvironmentVariables"), job.get("ProgramArguments")
+        is_ours = isinstance(variables, dict) and LABEL_VARIABLE in variables
+        return tuple(map(str, words)) if is_ours and isinstance(words, list) else ()
 
     # --- looking --------------------------------------------------------------------------------------------
 
@@ -134,6 +135,7 @@ class Launchd:
             state=job.state,
             domain=domain,
             stale=self._stale(path, wanted),
+            is_broken=path.exists() and _read(path) is None,
             problems=self._problems(path),
             is_throttled=is_throttled(job.process_type),
             is_disabled=is_disabled(disabled.out, label) if disabled.exit_code == 0 else None,

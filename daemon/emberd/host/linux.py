@@ -140,6 +140,15 @@ class LinuxHost(PosixHost):
         """Read /sys."""
         return read_power(self._sys)
 
+    def sleep_blockers(self) -> Sequence[tuple[str, ...]]:
+        """Return systemd-inhibit(1), which holds its lock while its child reads a pipe of this process.
+
+        Desktops suspend by themselves, for which they ask logind: "idle" alone would not stop them. Without a
+        session polkit may refuse "sleep" and still grant "idle" (org.freedesktop.login1.policy).
+        """
+        words = ("--who=emberd", "--why=The model is kept ready", "--mode=block", "cat")
+        return tuple(("systemd-inhibit", f"--what={what}", *words) for what in ("idle:sleep", "idle"))
+
     def gpu_limits(self) -> GpuLimits | None:
         """Return None: what a graphics card may hold is its driver's business here."""
         return None

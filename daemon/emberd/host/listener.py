@@ -12,8 +12,13 @@ _BACKLOG = 1024
 """Connections that may wait while emberd starts; the kernel caps it at its own limit."""
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, *, is_brief: bool = False) -> socket.socket:
     """Return a socket that listens on host and port.
+
+    Args:
+        host: name or address.
+        port: TCP port.
+        is_brief: do not look for who has a taken port, which reads all processes.
 
     Raises:
         PortTaken: another program listens there; named where the system tells.
@@ -29,7 +34,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise PortTaken(
-                f"port {port} on {host} is taken{_holder(port)}",
+                f"port {port} on {host} is taken{'' if is_brief else _holder(port)}",
                 "Stop that program, or set endpoint.port to another port.",
             ) from error
         raise ConfigError(

@@ -58,6 +58,11 @@ class StatePaths:
         return self.directory / "engine-answers.json"
 
     @property
+    def starts(self) -> Path:
+        """When this daemon was started by a service manager, and how that ended."""
+        return self.directory / "starts.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the one daemon that uses this directory."""
         return self.directory / "emberd.lock"

@@ -73,21 +73,24 @@ class Systemd:
 
     def installed_login(self, label: str) -> bool | None:
         """Tell whether the installed service starts at login, None if none is installed."""
-        service = self._path(label, "service")
-        if not service.exists():
+        try:
+            text = self._path(label, "service").read_text(encoding="utf-8", errors="replace")
+        except OSError:
             return None
-        return (self._folder / "default.target.wants" / service.name).is_symlink()
+        return systemd_unit.starts_at_login(text)
 
     def labels(self, config: Path) -> tuple[str, ...]:
         """Return the labels of the installed services that run on this settings file."""
         found = []
         for path in self._folder.glob("*.service"):
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                values = systemd_unit.assignments(path.read_text(encoding="utf-8"))
-                label = systemd_unit.variable(values, LABEL_VARIABLE)
-                if label and str(config) in systemd_unit.words(values.get("Service.ExecStart", ("",))[0]):
-                    found.append(label)
+            label, words = _read(path)
+            if label and str(config) in words:
+                found.append(label)
         return tuple(sorted(found))
+
+    def program(self, label: str) -> tuple[str, ...]:
+        """Return the command line of an installed service of emberd's, empty if there is none."""
+        return _read(self._path(label, "service"))[1]
 
     # --- looking --------------------------------------------------------------------------------------------
 
@@ -170,15 +173,17 @@ class Systemd:
         return True
 
     def _is_enabled(self, wanted: WantedService) -> bool:
-        socket = self._show(wanted.label, "socket")
-        return socket.get("UnitFileState") == "enabled" and (
-            self.installed_login(wanted.label) is wanted.starts_at_login
+        states = [self._show(wanted.label, kind).get("UnitFileState") for kind in ("socket", "service")]
+        link = self._folder / "default.target.wants" / self._path(wanted.label, "service").name
+        return states == ["enabled", "enabled" if wanted.starts_at_login else "static"] and (
+            link.is_symlink() is wanted.starts_at_login
         )
 
     def _enable(self, wanted: WantedService) -> None:
         socket, service = (path.name for path in self._paths(wanted.label))
         self._systemctl("enable", socket)
         self._systemctl("enable" if wanted.starts_at_login else "disable", service)
+        self._systemctl("daemon-reload")  # without a bus `enable` does not, and UnitFileState stays the old one
 
     def write(self, wanted: WantedService) -> bool:
         """Write the units for the next start, and have systemd read them; False if they are up to date."""
@@ -265,6 +270,17 @@ def lingers() -> bool | None:
     except ServiceManagerFailed:
         return None
     return {"Linger=yes": True, "Linger=no": False}.get(answer.out.strip())
+
+
+def _read(path: Path) -> tuple[str | None, tuple[str, ...]]:
+    """Return label and command line of a service unit of emberd's; None and nothing if it is none."""
+    try:
+        values = systemd_unit.assignments(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None, ()
+    label = systemd_unit.variable(values, LABEL_VARIABLE)
+    line = values.get("Service.ExecStart", ("",))[-1]
+    return (label, tuple(systemd_unit.words(line))) if label else (None, ())
 
 
 def _last_exit(service: dict[str, str]) -> str | None:

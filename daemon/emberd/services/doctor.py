@@ -337,14 +337,15 @@ class Examination:
     async def _service(self, known: ServiceHealth) -> ServiceHealth:
         status, endpoint, paths = self._status, self._settings.endpoint, self._paths
         owner, address_problem = None, ""
-        if not status and not known.silence:
+        is_there = bool(known.silence or known.waits_because)
+        if not status and not is_there:
             tried = await self._ask("port", lambda: neighbours.try_port(endpoint.host, endpoint.port))
             owner, address_problem = tried or (None, "")
             if known.is_loaded and owner is not None and owner.pid is None:
                 owner = None  # launchd itself: root's, so that its name is not told
         return replace(
             known,
-            is_running=bool(status) if not known.silence else None,
+            is_running=None if is_there else bool(status),
             port=endpoint.port,
             port_owner=owner,
             address_problem=address_problem,

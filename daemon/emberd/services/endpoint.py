@@ -119,12 +119,14 @@ class _Server(uvicorn.Server):
     a core has no such ticks. Signals belong to the daemon.
     """
 
-    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+    def __init__(self, config: uvicorn.Config, accepting: asyncio.Event, stopping: asyncio.Event) -> None:
         super().__init__(config)
         self.patience_s = 0.0
+        self._accepting = accepting
         self._stopping = stopping
 
     async def main_loop(self) -> None:
+        self._accepting.set()
         try:
             await self._stopping.wait()
         except asyncio.CancelledError:
@@ -167,6 +169,8 @@ class Endpoint:
         self._silence_s = silence_s
         self._most_connections = most_connections
         self._server: _Server | None = None
+        self.accepting = asyncio.Event()
+        """Set as soon as connections are accepted."""
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -192,6 +196,7 @@ class Endpoint:
                 limit_concurrency=self._most_connections,
                 h11_max_incomplete_event_size=_LARGEST_HEAD_BYTES,
             ),
+            self.accepting,
             self._stopping,
         )
         try:

@@ -21,6 +21,7 @@ from emberd.core.errors import EmberdError
 from emberd.core.log_rate import RateLimit
 from emberd.core.log_sinks import Sinks, Situation, choose_sinks
 from emberd.host.log_file import RotatingFile
+from emberd.host.paths import instance_name, log_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.ports import Host, SystemLog
-    from emberd.core.settings import LogSettings
+    from emberd.core.settings import LogSettings, Settings
 
 _EVENT_WIDTH = 20
 _TELL_S = 10.0
@@ -201,6 +202,11 @@ def logger(category: str) -> FilteringBoundLogger:
     """Return the logger of a service; it follows every later `configure`."""
     log: FilteringBoundLogger = structlog.get_logger(category=category)
     return log
+
+
+def configure_for(settings: Settings, host: Host) -> Sinks:
+    """Set up logging as the settings say, in the places that belong to this emberd."""
+    return configure(settings.log, host, log_file(settings, host.name), instance_name(settings))
 
 
 def configure(settings: LogSettings, host: Host, file: Path, instance: str) -> Sinks:

@@ -137,7 +137,7 @@ def _asks_for_websocket(scope: Scope) -> bool:
     return any(name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"])
 
 
-def make_app(proxy: Proxy, state: Callable[[], str], is_warm: Callable[[], bool]) -> ASGIApp:
+def make_app(proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> ASGIApp:
     """Return the front port's app: everything under /emberd is emberd's own, everything else the engine's.
 
     Args:

@@ -101,7 +101,7 @@ class Supervisor:
         self._paths = paths
         self._log = log
         self._life = Lifecycle(since_s=time.monotonic())
-        self._inbox: asyncio.Queue[Event] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Event | asyncio.Future[None]] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
@@ -239,6 +239,16 @@ class Supervisor:
             await self._changed.wait()
         return self._life.state
 
+    async def wait_for_change(self) -> None:
+        """Return when an event has been dealt with, whether or not the state is another."""
+        await self._changed.wait()
+
+    async def prove_alive(self) -> None:
+        """Return when the owner task has taken this question out of its inbox: behind all events, as it works."""
+        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._inbox.put_nowait(asked)
+        await asked
+
     def sample(self) -> EngineSample:
         """Return what the engine is at this moment, for those who measure it."""
         record, has_process = self._record, self._life.state in lifecycle.HAS_PROCESS
@@ -296,7 +306,11 @@ class Supervisor:
         """Own the state until cancelled; a running engine is left running, for the next emberd to adopt."""
         try:
             while True:
-                self._apply(await self._next_event())
+                event = await self._next_event()
+                if not isinstance(event, asyncio.Future):
+                    self._apply(event)
+                elif not event.done():  # who asked may have given up
+                    event.set_result(None)
         finally:
             for name in list(self._tasks):
                 self._cancel(name)
@@ -340,7 +354,7 @@ class Supervisor:
             self.post(lifecycle.Start())
         return must_restart
 
-    async def _next_event(self) -> Event:
+    async def _next_event(self) -> Event | asyncio.Future[None]:
         deadline_s = self._life.deadline_s
         if deadline_s is None:
             return await self._inbox.get()

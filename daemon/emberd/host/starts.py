@@ -1,0 +1,99 @@
+"""The starts of this daemon under a service manager, kept across runs in the state directory."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from emberd.core.burst import KEPT, End, Run, judge, waits_after
+from emberd.core.errors import StateUnusable
+from emberd.host.files import write_atomically
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FORMAT = 1
+
+
+class Starts:
+    """Remembers runs of one boot: clocks begin anew with the next, and so does patience.
+
+    Args:
+        path: the file; None to remember nothing.
+        boot: text that tells one boot from another, None if unknown.
+    """
+
+    def __init__(self, path: Path | None, boot: str | None) -> None:
+        self._path = path
+        self._boot = boot
+        self._runs = _read(path, boot)
+
+    @property
+    def runs(self) -> tuple[Run, ...] | None:
+        """Every run, the oldest first; None if nothing can be remembered."""
+        return None if self._path is None else self._runs
+
+    def wait_s(self) -> float | None:
+        """Return how long to wait, None to go on: see `judge`."""
+        return judge(self.runs, time.monotonic())
+
+    def begin(self) -> None:
+        """Note that a run begins."""
+        self._save(*self._runs, Run(time.monotonic()))
+
+    def ready(self) -> None:
+        """Note that this run's engine was ready."""
+        self._change_last(end=End.READY)
+
+    def failed(self, reason: str) -> None:
+        """Note that this run failed at its start, and why."""
+        self._change_last(end=End.FAILED, reason=reason)
+
+    def ended(self) -> None:
+        """Note that this run ended as it was asked to: whatever was before is forgiven."""
+        self._save()
+
+    def waits(self) -> None:
+        """Note that emberd waits now, because of the last run."""
+        self._change_last(waits=waits_after(self._runs))
+
+    def asked(self) -> None:
+        """Note that a person did something about it: the waits become short again."""
+        self._change_last(waits=0)
+
+    def _change_last(self, **changes: End | str | int) -> None:
+        if self._runs:
+            self._save(*self._runs[:-1], replace(self._runs[-1], **changes))  # type: ignore[arg-type]
+
+    def _save(self, *runs: Run) -> None:
+        self._runs = runs[-KEPT:]
+        if self._path is None:
+            return
+        content = {
+            "format": _FORMAT,
+            "boot": self._boot,
+            "runs": [
+                {"began_s": run.began_s, "end": run.end.value, "reason": run.reason, "waits": run.waits}
+                for run in self._runs
+            ],
+        }
+        try:
+            write_atomically(self._path, json.dumps(content))
+        except StateUnusable:
+            self._path = None  # the run itself will say what is wrong there
+
+
+def _read(path: Path | None, boot: str | None) -> tuple[Run, ...]:
+    if path is None or boot is None:
+        return ()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT or content["boot"] != boot:
+            return ()
+        return tuple(
+            Run(float(run["began_s"]), End(run["end"]), str(run["reason"]), run["waits"]) for run in content["runs"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()

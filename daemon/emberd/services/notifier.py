@@ -1,0 +1,100 @@
+"""Telling systemd how emberd is (sd_notify(3)): that it is ready, its state, and that it works."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING
+
+from emberd.host.notify_socket import in_usec, monotonic_usec
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.host.notify_socket import NotifySocket
+
+_FED_PER_LIMIT = 2
+"""Half of the limit between two signs of life is what sd_watchdog_enabled(3) recommends."""
+
+
+class Notifier:
+    """Speaks for the daemon; says nothing where nobody listens.
+
+    Args:
+        socket: the way to the service manager.
+        log: events go here.
+    """
+
+    def __init__(self, socket: NotifySocket, log: FilteringBoundLogger) -> None:
+        self._socket = socket
+        self._log = log
+        self._said = ""
+
+    def ready(self) -> None:
+        """Say that the service is up: clients are served.
+
+        That is when the endpoint accepts, not when the model is loaded. From then on a client is held, not refused,
+        so what is ordered behind the unit may start; and a model that takes minutes would run into
+        TimeoutStartSec, after which systemd kills and starts anew what was loading.
+        """
+        self._socket.tell("READY=1")
+
+    def status(self, text: str) -> None:
+        """Show one line in `systemctl status`."""
+        line = " ".join(text.split())
+        if line != self._said:
+            self._said = line
+            self._socket.tell(f"STATUS={line}")
+
+    def replacing(self) -> None:
+        """Say that another program takes this one's place under the same pid; its `ready` is the end of that."""
+        self._socket.tell("RELOADING=1", f"MONOTONIC_USEC={monotonic_usec()}")
+
+    def stopping(self, limit_s: float) -> None:
+        """Say that the service ends, and how long that may take: running replies may finish.
+
+        systemd takes the longer of this and TimeoutStopSec. Two datagrams: the first begins the state whose time
+        the second extends.
+        """
+        self._socket.tell("STOPPING=1")
+        self._socket.tell(f"EXTEND_TIMEOUT_USEC={in_usec(limit_s)}")
+
+    async def follow(self, text: Callable[[], str], changed: Callable[[], Awaitable[None]]) -> None:
+        """Show `text` and what becomes of it, until cancelled.
+
+        Args:
+            text: tells how things are now.
+            changed: returns when that may have changed.
+        """
+        while self._socket.is_there:
+            self.status(text())
+            await changed()
+
+    async def feed_watchdog(self, prove: Callable[[], Awaitable[None]]) -> None:
+        """Say that emberd works, as often as the manager wants, each time after a proof; until cancelled.
+
+        A proof that does not come is said once, and nothing more is sent: the manager then kills emberd, and the
+        next one adopts the engine.
+
+        Args:
+            prove: returns when everything that must work has answered.
+        """
+        limit_s = self._socket.watchdog_s
+        if limit_s is None:
+            return
+        pause_s = limit_s / _FED_PER_LIMIT
+        is_silent = False
+        while True:
+            try:
+                async with asyncio.timeout(pause_s):
+                    await prove()
+            except TimeoutError:
+                if not is_silent:
+                    self._log.error("watchdog_not_fed", seconds=math.floor(pause_s))
+                is_silent = True
+                continue
+            is_silent = False
+            self._socket.tell("WATCHDOG=1")
+            await asyncio.sleep(pause_s)
