@@ -193,6 +193,12 @@ def test_two_models_that_fit_together_are_told_one_by_one():
     assert [each.code for each in causes(two_models(4, 16))] == ["OTHER_MODEL_SERVER"] * 2
 
 
+def test_the_processes_of_one_server_are_told_together():
+    others = (Program("ollama", 7, GIB), Program("ollama", 8, 2 * GIB))
+    [found] = diagnose(Facts("linux", memory=MemoryHealth(others=others)))
+    assert found.evidence == "ollama (pid 7, 8), 3.0 GiB resident"
+
+
 def test_two_models_that_do_not_fit_together_are_one_condition_that_names_them_all():
     [found] = causes(two_models(8, 16))
     assert found.code == "MODELS_OVERCOMMIT"

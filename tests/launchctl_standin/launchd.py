@@ -522,6 +522,8 @@ def main(folder: Path) -> None:
         return  # another one was faster
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text("launchd")  # the name under which others see who holds the sockets
     os.chdir(folder)  # the path of a socket may have 104 bytes; a relative one has few
     Path(SOCKET).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,12 +18,16 @@ import pytest
 
 from emberd.cli.doctor import FOUND
 from emberd.core.health_facts import EngineProblem, ModelProblem, Volume
+from emberd.core.settings import ModelSettings, Settings, StateSettings
 from emberd.host import ThisHost
 from emberd.host.darwin_health import read_health as read_darwin
+from emberd.host.linux import LinuxHost
 from emberd.host.linux_health import read_health as read_linux
-from emberd.host.model_health import examine_model, is_protected, volume_of
+from emberd.host.model_health import examine_model, is_protected, is_synced, volume_of
 from emberd.host.neighbours import other_servers, try_port
+from emberd.host.own_health import psutil_failure
 from emberd.host.program_health import look_at_program, machines_of
+from emberd.services.doctor import examine
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
@@ -205,10 +210,29 @@ def named_ollama(tmp_path: Path) -> Iterator[int]:
 
 
 def test_another_model_server_is_found_with_what_it_holds(named_ollama: int):
-    found = {each.pid: each for each in other_servers({os.getpid() + 1})}
+    found = {each.pid: each for each in other_servers({0})}
     assert found[named_ollama].name == "ollama"
     assert (found[named_ollama].resident_bytes or 0) > 0
     assert named_ollama not in {each.pid for each in other_servers({named_ollama})}
+
+
+def test_an_editor_that_has_a_server_open_is_no_server(tmp_path: Path):
+    script = tmp_path / "koboldcpp.py"
+    script.write_text("import time; time.sleep(600)\n")
+    tail = shutil.which("tail")
+    assert tail
+    children = [
+        subprocess.Popen([tail, script, "-f"], stdout=subprocess.DEVNULL),
+        subprocess.Popen([sys.executable, "-I", script]),
+    ]
+    try:
+        found = {each.pid for each in other_servers(set())}
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert children[0].pid not in found
+    assert children[1].pid in found
 
 
 def test_who_listens_on_the_port_is_named_and_nobody_connects_to_it():
@@ -276,6 +300,55 @@ def test_macos_throttling_is_read_from_the_priority(tmp_path: Path, priority: st
     calls: Any = Numbers(1)
     seen = read_darwin(77, calls, str(ps))
     assert (seen.is_throttled, seen.is_translated, seen.machine) == (is_throttled, True, "arm64")
+
+
+# --- this process -------------------------------------------------------------------------------------------------
+
+
+def test_a_psutil_that_fails_now_and_then_is_found():
+    """On macOS 26 not every call fails (psutil issue 2853)."""
+    answers = iter([None, None, RuntimeError("host_statistics64(HOST_VM_INFO64) syscall failed"), None, None])
+
+    def ask() -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    assert "HOST_VM_INFO64" in psutil_failure(ask)
+    assert psutil_failure() == ""
+
+
+def test_a_model_that_is_never_read_to_its_end_is_silent_and_the_others_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A pipe that nobody writes to hangs at its opening, as a lost network volume does."""
+    pipe = tmp_path / "model.gguf"
+    os.mkfifo(pipe)
+    monkeypatch.setattr("emberd.services.doctor.LIMIT_S", 0.3)
+    settings = Settings(model=ModelSettings(str(pipe)), state=StateSettings(str(tmp_path / "state")))
+    content = asyncio.run(examine(ThisHost(), settings, None))
+    found = {each["code"]: each for each in content["conditions"]}
+    assert "did not end within 0.3 s" in found["MODEL_SILENT"]["evidence"]
+    assert "NOT_RUNNING" in found
+    assert any("model: no answer" in line for line in content["unknown"])
+
+
+@pytest.mark.parametrize(("swappiness", "is_told"), [("60", False), ("100", True)])
+def test_swappiness_is_told_above_the_usual(tmp_path: Path, swappiness: str, is_told: bool):  # a parameter
+    """A made-up /proc."""
+    folder = tmp_path / "sys/vm"
+    folder.mkdir(parents=True)
+    (folder / "swappiness").write_text(f"{swappiness}\n")
+    host = LinuxHost(proc=tmp_path)
+    settings = Settings(state=StateSettings(str(tmp_path / "state")))
+    content = asyncio.run(examine(host, settings, None))
+    assert ("SWAPPINESS_HIGH" in {each["code"] for each in content["conditions"]}) is is_told
+
+
+def test_folders_of_cloud_services_are_known():
+    home = Path("/Users/me")
+    assert is_synced(home / "Library/CloudStorage/Dropbox/m.gguf", home)
+    assert is_synced(home / "Library/Mobile Documents/com~apple~CloudDocs/m.gguf", home)
+    assert not is_synced(home / "Models/m.gguf", home)
 
 
 # --- the verb -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from emberd.core.health import Condition, Severity, visible
 from emberd.core.health_facts import Facts, ServiceHealth
 from emberd.core.health_service import CATALOGUE, diagnose
 from emberd.host import ThisHost, config_file
+from emberd.host.instance import holder_of
 from emberd.host.own_health import examine_access
+from emberd.host.paths import state_paths
 from emberd.host.service_files import installed_program
 
 if TYPE_CHECKING:
@@ -84,7 +86,8 @@ def _examine(
     except EmberdError as error:
         # A daemon from before this verb answers the status; it is an old one, and not a silent one.
         if _OLD_DAEMON not in error.message:
-            known, status = replace(known, silence=error.message), None
+            holder = holder_of(state_paths(settings).lock)
+            known, status = replace(known, silence=error.message, daemon_pid=holder), None
     else:
         from emberd.services.doctor import digest  # noqa: PLC0415  # brings the engines' adapters along
 
@@ -121,6 +124,7 @@ def _of_service(
         replace(
             known,
             is_installed=found.is_installed,
+            is_loaded=found.is_loaded,
             is_disabled=found.is_disabled,
             is_throttled=found.is_throttled,
             stale=f"it differs in {keys}" if keys else "",

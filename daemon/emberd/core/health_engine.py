@@ -41,7 +41,7 @@ KINDS: dict[str, Kind] = {
         "A part of the engine is in swap",
         ("RAM_TOO_SMALL", "RAM_SHORT", "CGROUP_TOO_SMALL", "MODELS_OVERCOMMIT", "PRESSURE_CRITICAL"),
     ),
-    "ENGINE_ORPHANED": Kind(_W, "The engine runs without emberd"),
+    "ENGINE_ORPHANED": Kind(_W, "The engine runs without emberd", ("DAEMON_SILENT",)),
     "PYTHON_TRANSLATED": Kind(_W, "This Python runs under Rosetta"),
 }
 

@@ -226,6 +226,7 @@ class ServiceHealth:
         is_running: a daemon answers.
         waits_because: it answers that it cannot start, with the reason.
         silence: how a daemon that is there fails to answer.
+        daemon_pid: who holds the state directory's lock, None if nobody does.
         last_words: what an installed daemon said when it ended, or how it did.
         version: of this program.
         daemon_version: of the daemon that answers.
@@ -239,6 +240,7 @@ class ServiceHealth:
         clock_behind_s: by how much the clock is behind the youngest file of emberd.
         most_open_files: hard limit of open files.
         is_installed: a service manager starts emberd.
+        is_loaded: the service manager knows the job, and holds its socket.
         is_disabled: somebody has switched the service off.
         missing_program: the service's program, where it does not exist.
         stale: what of the installed service file differs from what this version would write.
@@ -261,6 +263,7 @@ class ServiceHealth:
     is_running: bool | None = None
     waits_because: str = ""
     silence: str = ""
+    daemon_pid: int | None = None
     last_words: str = ""
     version: str = ""
     daemon_version: str = ""
@@ -274,6 +277,7 @@ class ServiceHealth:
     clock_behind_s: float | None = None
     most_open_files: int | None = None
     is_installed: bool | None = None
+    is_loaded: bool | None = None
     is_disabled: bool | None = None
     missing_program: str = ""
     stale: str = ""

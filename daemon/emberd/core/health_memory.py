@@ -106,11 +106,13 @@ def _of_others(facts: Facts) -> Iterator[Condition]:
         f"{gib(needed or 0)}, the computer has {gib(total or 0)}",
         "End the other one, or give one of them a smaller model.",
     )
-    for other in memory.others:
-        size = "" if other.resident_bytes is None else f", {gib(other.resident_bytes)} resident"
+    for name in sorted({each.name for each in memory.others}):
+        same = [each for each in memory.others if each.name == name]
+        pids = ", ".join(str(each.pid) for each in same)
+        held = sum(each.resident_bytes or 0 for each in same)
         yield Condition(
             "OTHER_MODEL_SERVER",
-            f"{other.name} (pid {other.pid}){size}",
+            f"{name} (pid {pids}), {gib(held)} resident",
             "End it if you do not need it: two models push each other out.",
         )
 

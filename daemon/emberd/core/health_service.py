@@ -85,11 +85,12 @@ def causes(facts: Facts) -> list[Condition]:
 def of_service(facts: Facts) -> Iterator[Condition]:
     """Yield what is wrong with the daemon and what starts it."""
     yield from _of_daemon(facts.service)
-    yield from _of_manager(facts.service)
+    yield from _of_manager(facts)
     yield from _of_place(facts)
 
 
 def _of_daemon(service: ServiceHealth) -> Iterator[Condition]:
+    who = "PID" if service.daemon_pid is None else str(service.daemon_pid)
     said = f"; the last one ended so: {service.last_words}" if service.last_words else ""
     yield from when(
         service.is_running is False,
@@ -103,7 +104,7 @@ def _of_daemon(service: ServiceHealth) -> Iterator[Condition]:
         bool(service.silence),
         "DAEMON_SILENT",
         service.silence,
-        "emberd restart --daemon. If that does not help, end it by kill -9; its engine will be taken over.",
+        f"kill -CONT {who} if it is stopped; else kill -9 {who}: the next emberd takes over its engine.",
     )
     yield from when(
         bool(service.waits_because),
@@ -120,7 +121,8 @@ def _of_daemon(service: ServiceHealth) -> Iterator[Condition]:
     )
 
 
-def _of_manager(service: ServiceHealth) -> Iterator[Condition]:
+def _of_manager(facts: Facts) -> Iterator[Condition]:
+    service = facts.service
     yield from when(
         service.is_installed is False, "SERVICE_MISSING", "it was started by hand, or not at all", "emberd install"
     )
@@ -128,7 +130,7 @@ def _of_manager(service: ServiceHealth) -> Iterator[Condition]:
         service.is_disabled,
         "SERVICE_DISABLED",
         "it was disabled by hand, or in System Settings under Login Items",
-        "emberd start",
+        "emberd start" if facts.system == "darwin" else "systemctl --user unmask emberd.service emberd.socket",
     )
     yield from when(
         bool(service.missing_program),
@@ -148,7 +150,7 @@ def _of_place(facts: Facts) -> Iterator[Condition]:
         service.is_throttled,
         "THROTTLED",
         "its priority is that of a background program; Metal then decodes at an eighth of its speed",
-        "emberd install writes ProcessType Interactive; then emberd restart --daemon.",
+        "emberd install writes ProcessType Interactive; then emberd stop and emberd start.",
     )
     yield from when(
         service.lingers is False,

@@ -11,7 +11,9 @@ from emberd.core.errors import ConfigError, PortTaken
 from emberd.core.health_facts import Program
 from emberd.host.listener import bind
 
-_SERVERS = re.compile(r"^(koboldcpp|ollama|llama-server|lm[ -]studio|lms|llamafile|mlx_lm)", re.IGNORECASE)
+_SERVERS = re.compile(r"(koboldcpp|ollama|llama-server|lm[ -]studio|lms$|llamafile|mlx_lm)", re.IGNORECASE)
+_INTERPRETER = re.compile(r"python[\d.]*$", re.IGNORECASE)
+"""What it runs counts by the script's name; an editor that has the script open does not."""
 _MANAGERS = frozenset({"systemd", "launchd"})
 """They hold emberd's socket themselves."""
 
@@ -21,7 +23,10 @@ def other_servers(own: set[int | None]) -> list[Program]:
     found = []
     for process in psutil.process_iter(["pid", "ppid", "name", "cmdline", "memory_info"]):
         facts = process.info
-        words = [Path(word).name for word in (facts["cmdline"] or [])[:2]] + [facts["name"] or ""]
+        line = [Path(word).name for word in facts["cmdline"] or ()]
+        words = [*line[:1], facts["name"] or ""]
+        if line and _INTERPRETER.match(line[0]):
+            words += line[1:4]  # options, -m and its module, or the script
         name = next((word for word in words if _SERVERS.match(word)), None)
         if name and facts["pid"] not in own and facts["ppid"] not in own:
             memory = facts["memory_info"]

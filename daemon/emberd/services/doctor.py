@@ -7,15 +7,14 @@ the caller knows (its version, the service file) is added by the verb.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import threading
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +30,15 @@ from emberd.core.health_facts import (
     ModelHealth,
     ModelProblem,
     ServiceHealth,
+)
+from emberd.core.health_log import (
+    UNLOADING,
+    are_logs_kept,
+    has_gpu,
+    is_mapped,
+    last_start,
+    printed_version,
+    unloading,
 )
 from emberd.core.health_service import diagnose
 from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache
@@ -49,7 +57,7 @@ from emberd.services.lock_meter import LockMeter, context_tokens
 from emberd.services.supervisor import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings
@@ -57,15 +65,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LIMIT_S = 20.0
 """A single question; the engine's --help may have to unpack itself first and is then unknown."""
-_OFFLOADED = re.compile(r"offloaded (\d+)/\d+ layers to GPU")
-"""llama.cpp, src/llama-model.cpp; a build that supports no GPU does not print it."""
-_VERSION = re.compile(r"Welcome to KoboldCpp - Version (\S+)")
-_LOADING = "llama_model_loader: loaded meta data"
-_LOADED = "load_tensors:"
-_NO_METAL = "failed to initialize Metal backend"
-"""KoboldCPP issues 744 and 964."""
 _LOG_TAIL_BYTES = 1 << 20
-_UNLOADING = ("--adminunloadtimeout", "--autoswapmode", "--sleep-idle-seconds")
 _LOCKING = frozenset({"--usemlock", "--mlock", "--load-mode"})
 """KoboldCPP's option and llama.cpp's, old and new."""
 
@@ -117,17 +117,24 @@ class Examination:
         """Gather; bounded by a few LIMIT_S."""
         pid = self._status.get("pid") or os.getpid()
         self._place = await self._ask("process", lambda: self._host.health(pid)) or HostHealth()
-        self._log = await self._ask("engine.log", lambda: _last_start(_tail(self._paths.output))) or ""
-        # An examination leaves nothing behind: where there is no state directory, a passing one is used.
-        with tempfile.TemporaryDirectory() as passing:
-            paths = self._paths if self._paths.directory.is_dir() else StatePaths(Path(passing))
+        self._log = await self._ask("engine.log", lambda: last_start(_tail(self._paths.output))) or ""
+        with self._scratch() as paths:
             async with http_client() as client:
                 adapter = choose_engine(self._settings, self._host, EngineHttp(client), paths)
                 model = await self._model(adapter)
                 engine = await self._engine(adapter, model)
-        memory = await self._memory(adapter, model)
+        memory = await self._memory(adapter, model, engine.orphan_pid)
         service = await self._service(known)
         return Facts(self._host.name, model, engine, memory, service, tuple(self._unknown))
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[StatePaths]:
+        """Yield the state directory, or a passing one where there is none: an examination leaves nothing behind."""
+        if self._paths.directory.is_dir():
+            yield self._paths
+            return
+        with tempfile.TemporaryDirectory() as passing:
+            yield StatePaths(Path(passing))
 
     async def _ask(self, what: str, question: Callable[[], T]) -> T | None:
         """Return the answer of something that blocks; None if it fails or takes too long, which is noted.
@@ -195,13 +202,13 @@ class Examination:
         return replace(
             health,
             lacks=(*health.lacks, *self._lost_features()),
-            unloads_when_idle=_unloading(words),
+            unloads_when_idle=unloading(words),
             wants_gpu=engine.gpu_layers > 0 or (engine.gpu_layers < 0 and is_mac),
-            has_gpu=_has_gpu(self._log, is_mac=is_mac),
+            has_gpu=has_gpu(self._log, is_mac=is_mac),
             gpu_is_off=is_mac and engine.gpu_layers == 0,
             wants_lock=engine.lock != "never",
             is_running=status.get("engine") is not None if status else None,
-            is_mapped=_is_mapped(self._log),
+            is_mapped=is_mapped(self._log),
             has_failed=status.get("state") == "FAILED",
             crashes=status.get("crashes_in_a_row") if is_trying else None,
             last_words=status.get("reason") or status.get("last_exit") or "",
@@ -254,20 +261,20 @@ class Examination:
 
     def _lost_features(self) -> tuple[str, ...]:
         """Return what the version in the engine's log cannot do for emberd."""
-        found = _VERSION.findall(self._log)
-        version = read_version(found[-1]) if found else ()
+        found = printed_version(self._log)
+        version = read_version(found)
         if not version or version >= CONTINUES_TURNS:
             return ()
         needed = ".".join(map(str, CONTINUES_TURNS))
         return (
-            f"continue_assistant_turn ({found[-1]}, it came with {needed}): a chat's last reply is processed again",
+            f"continue_assistant_turn ({found}, it came with {needed}): a chat's last reply is processed again",
         )
 
     def _kcpps_words(self) -> tuple[str, ...]:
         if not self._settings.engine.kcpps:
             return ()
         tree = json.loads(Path(self._settings.engine.kcpps).expanduser().read_text())
-        return tuple(f"--{key}={value}" for key, value in tree.items() if f"--{key}" in _UNLOADING)
+        return tuple(f"--{key}={value}" for key, value in tree.items() if f"--{key}" in UNLOADING)
 
     def _orphan_pid(self) -> int | None:
         """Return the engine of the state file if it still runs; the file is read only, never set aside."""
@@ -280,7 +287,7 @@ class Examination:
 
     # --- memory ---------------------------------------------------------------------------------------------
 
-    async def _memory(self, adapter: Engine, model: ModelHealth) -> MemoryHealth:
+    async def _memory(self, adapter: Engine, model: ModelHealth, orphan_pid: int | None) -> MemoryHealth:
         status = self._status
         warmth, residency = status.get("warmth") or {}, status.get("residency") or {}
         engine = status.get("engine") or {}
@@ -289,7 +296,7 @@ class Examination:
             # Judged while there is no engine: afterwards its own memory is missing from what is available.
             decision = await LockMeter(self._host).decide(self._settings, path)
             self._notices |= {each.code: each.message for each in decision.reasons}
-        own = {os.getpid(), engine.get("pid"), status.get("pid")}
+        own = {os.getpid(), engine.get("pid"), status.get("pid"), orphan_pid}
         system = await self._ask("memory", self._host.system_memory)
         return MemoryHealth(
             **({"system": system} if system else {}),
@@ -334,6 +341,8 @@ class Examination:
         if not status and not is_there:
             tried = await self._ask("port", lambda: neighbours.try_port(endpoint.host, endpoint.port))
             owner, address_problem = tried or (None, "")
+            if known.is_loaded and owner is not None and owner.pid is None:
+                owner = None  # launchd itself: root's, so that its name is not told
         return replace(
             known,
             is_running=None if is_there else bool(status),
@@ -349,7 +358,7 @@ class Examination:
             most_open_files=await self._ask("open files", own_health.most_open_files),
             is_throttled=self._place.is_throttled if status else None,
             is_translated=self._place.is_translated,
-            logs_persist=_are_logs_kept(status.get("log"), self._place.logs_persist),
+            logs_persist=are_logs_kept(status.get("log"), self._place.logs_persist),
             lingers=self._place.lingers,
             psutil_failure=await self._ask("psutil", own_health.psutil_failure) or "",
             psutil_version=psutil.__version__,
@@ -364,48 +373,6 @@ class Examination:
         if self._host.name == "darwin":
             places.append(("swap files", Path("/System/Volumes/VM")))  # of APFS' container, as the others
         return places
-
-
-def _last_start(log: str) -> str:
-    """Return the part of the engine's log that tells of its last start, all of it if none is told of."""
-    before, _, after = log.rpartition(_LOADING)
-    version = _VERSION.findall(before)
-    return f"Welcome to KoboldCpp - Version {version[-1]}\n{after}" if version else after
-
-
-def _has_gpu(log: str, *, is_mac: bool) -> bool | None:
-    """Tell from the log of a start whether the GPU is used; None if nothing was loaded."""
-    offloaded = _OFFLOADED.findall(log)
-    if _NO_METAL in log:
-        return False
-    if offloaded:
-        return int(offloaded[-1]) > 0
-    return False if is_mac and _LOADED in log else None
-
-
-def _is_mapped(log: str) -> bool | None:
-    found = re.findall(r"\(mmap = (true|false)\)", log)
-    return found[-1] == "true" if found else None
-
-
-def _unloading(words: tuple[str, ...]) -> str | None:
-    """Return the option that lets an idle model go; one whose time is 0 is off."""
-    for word, following in pairwise((*words, "")):
-        name, _, value = word.partition("=")
-        if name in _UNLOADING and (value or following) not in {"0", "-1", "False", "None"}:
-            return name
-    return None
-
-
-def _are_logs_kept(sinks: list[str] | None, journal_persists: bool | None) -> bool | None:  # noqa: FBT001  # a fact
-    """Tell whether what is logged survives a restart of the computer; of macOS' log info messages do not."""
-    if sinks is None:
-        return None
-    if "file" in sinks:
-        return True
-    if "journal" in sinks:
-        return journal_persists
-    return False if "unified" in sinks else None
 
 
 def _is_alive(pid: int) -> bool:
