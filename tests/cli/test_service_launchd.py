@@ -204,7 +204,7 @@ def test_upgrade_from_another_environment_takes_its_python(home: LaunchdHome, tm
     here = Path(home.daemon.command()[0])
     environment.symlink_to(here.parent.parent)
     python = str(environment / "bin" / here.name)
-    # Else koboldcpp.py is run by emberd's own Python, and a new one is a change of the engine's command line.
+    # Named by the settings, it stays a word of the command line although emberd's own Python becomes the same.
     home.daemon.write_settings(engine__python=str(here))
     assert home.run("install", python=python).returncode == 0
     before = home.daemon.wait_ready()

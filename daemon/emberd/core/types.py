@@ -35,6 +35,7 @@ class LaunchPlan:
         notices: named warnings found while composing.
         hidden: values in `arguments` that must not be shown (passwords).
         files: text files to write (mode 0600) before the start, by absolute path.
+        by_own_python: the executable is the Python that runs emberd, chosen because no setting names one.
     """
 
     arguments: tuple[str, ...]
@@ -43,6 +44,7 @@ class LaunchPlan:
     notices: tuple[Notice, ...] = ()
     hidden: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    by_own_python: bool = False
 
     def shown_arguments(self) -> tuple[str, ...]:
         """Return the command line as people may see it, with secrets masked."""

@@ -162,6 +162,7 @@ class KoboldCpp:
             notices=line.notices,
             hidden=line.hidden,
             files={} if line.kcpps is None else {str(self._kcpps_target): json.dumps(line.kcpps, indent=1)},
+            by_own_python=command[0] == sys.executable and not self._settings.engine.python,
         )
 
     async def probe_readiness(self, port: int, timeout_s: float) -> Readiness:

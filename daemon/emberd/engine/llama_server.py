@@ -204,6 +204,7 @@ class EmbeddedServer(LlamaServer):
             tuple(arguments),
             {"PYTHONUNBUFFERED": "1", **self._host.engine_environment(engine.metal_keep_alive_s)},
             port,
+            by_own_python=True,
         )
 
 

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import socket
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -823,5 +822,5 @@ def _plan_digest(plan: LaunchPlan) -> str:
     """
     environment = [f"{name}={value}" for name, value in sorted(plan.environment.items())]
     files = [f"{name}={text}" for name, text in sorted(plan.files.items())]
-    words = [word for word in plan.arguments if word not in {str(plan.port), sys.executable}]
+    words = [word for word in plan.arguments[int(plan.by_own_python) :] if word != str(plan.port)]
     return records.digest([*words, *environment, *files])
