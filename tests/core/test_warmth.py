@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberd.core.lock import LockState
-from emberd.core.memory import Power, PowerSource, Pressure
+from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure
 from emberd.core.settings import WarmthSettings
 from emberd.core.thrash import Hold
 from emberd.core.warmth import (
@@ -24,11 +24,13 @@ from emberd.core.warmth import (
     Step,
     Trigger,
     decide,
+    is_losing,
     may_dwell,
     next_interval,
 )
 
 NOW_S = 10_000.0
+MIB = 1024 * 1024
 AUTO = WarmthSettings()
 GENERATIONS = {Step.REPLAY, Step.TINY}
 WARMING = {Step.REPLAY, Step.TINY, Step.TOUCH, Step.LOCK}
@@ -124,8 +126,10 @@ def test_what_a_user_or_a_pass_has_just_warmed_is_left_alone(seen: Snapshot, wis
 
 @given(snapshots, settings)
 def test_the_next_look_is_within_bounds(seen: Snapshot, wish: WarmthSettings):
-    look_s = decide(seen, wish).look_again_s
-    assert wish.min_interval_s <= look_s <= wish.max_interval_s * BATTERY_STRETCH
+    decision = decide(seen, wish)
+    is_urgent = (seen.trigger, decision.reason) == (Trigger.LOSING, Reason.NOT_DUE)
+    assert (0 if is_urgent else wish.min_interval_s) <= decision.look_again_s
+    assert decision.look_again_s <= wish.max_interval_s * BATTERY_STRETCH
 
 
 @given(snapshots, settings)
@@ -207,6 +211,10 @@ def test_a_wish_to_lock_nothing_from_outside_and_to_replay_nothing_is_obeyed():
         ({"last_pass_s": NOW_S - 3, "trigger": Trigger.KNOCK}, Reason.KNOCK),
         ({"last_pass_s": NOW_S - 1, "trigger": Trigger.KNOCK}, Reason.NOT_DUE),
         ({"last_pass_s": NOW_S, "trigger": Trigger.ASKED}, Reason.ASKED),
+        ({"last_use_s": NOW_S - 3, "trigger": Trigger.LOSING}, Reason.LOSING),
+        ({"last_use_s": NOW_S - 1, "trigger": Trigger.LOSING}, Reason.NOT_DUE),
+        ({"last_pass_s": NOW_S - 6, "trigger": Trigger.LOSING}, Reason.LOSING),
+        ({"last_pass_s": NOW_S - 4, "trigger": Trigger.LOSING}, Reason.NOT_DUE),
     ],
 )
 def test_every_rest_and_every_pass_has_its_reason(situation: dict[str, Any], reason: Reason):
@@ -219,6 +227,36 @@ def test_on_battery_the_owner_can_still_ask_for_a_pass():
     assert decide(unplugged, wish).reason is Reason.ON_BATTERY
     assert decide(replace(unplugged, trigger=Trigger.ASKED), wish).reason is Reason.ASKED
     assert decide(replace(unplugged, power=Power(PowerSource.MAINS, 0.9, is_low_power=True)), wish).steps == ()
+
+
+def test_what_is_taken_on_battery_waits_for_the_interval():
+    seen = Snapshot(NOW_S, trigger=Trigger.LOSING, last_pass_s=NOW_S - 20, power=Power(PowerSource.BATTERY, 0.9))
+    assert decide(seen, AUTO).reason is Reason.NOT_DUE
+    assert decide(replace(seen, power=Power(PowerSource.MAINS)), AUTO).reason is Reason.LOSING
+
+
+def test_what_is_taken_too_soon_after_a_use_is_looked_after_as_soon_as_that_is_due():
+    seen = Snapshot(NOW_S, trigger=Trigger.LOSING, last_use_s=NOW_S - 0.5)
+    assert decide(seen, AUTO).look_again_s == FRESH_S - 0.5
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_taken"),
+    [
+        (None, EngineMemory(resident_bytes=0), False),
+        (EngineMemory(), EngineMemory(), False),
+        (EngineMemory(resident_bytes=9 * MIB), EngineMemory(resident_bytes=4 * MIB), True),
+        (EngineMemory(resident_bytes=9 * MIB), EngineMemory(resident_bytes=8 * MIB), False),
+        (EngineMemory(resident_bytes=4 * MIB), EngineMemory(resident_bytes=9 * MIB), False),
+        (EngineMemory(swapped_bytes=0), EngineMemory(swapped_bytes=5 * MIB), True),
+        (EngineMemory(swapped_bytes=5 * MIB), EngineMemory(swapped_bytes=0), False),
+        (EngineMemory(resident_bytes=9 * MIB), EngineMemory(), False),
+    ],
+)
+def test_memory_that_leaves_an_idle_engine_is_noticed(
+    before: EngineMemory | None, now: EngineMemory, is_taken: bool
+):
+    assert is_losing(before, now) is is_taken
 
 
 def test_pressure_shortens_the_wait_for_the_next_pass():

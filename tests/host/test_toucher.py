@@ -10,6 +10,7 @@ import fcntl
 import importlib
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,7 +27,7 @@ from emberd.host.toucher import Toucher, ToucherLost, ToucherRefused
 from page_cache import MIB, evict, on_linux, read, vmtouch_pages, with_vmtouch, write
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 PAGE_BYTES = toucher_process.PAGE_BYTES
 PAGING = ThisHost.paging
@@ -590,3 +591,39 @@ async def test_nothing_is_started_to_unlock_nothing(toucher: Toucher, tmp_path: 
     toucher.use([write(tmp_path / "file", MIB)])
     await toucher.unlock()
     assert toucher.pid is None
+
+
+def permissions(pid: int | None, path: Path) -> str:
+    """Return how a process has mapped a file (proc_pid_maps(5))."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    (words,) = [line.split() for line in lines if line.endswith(str(path))]
+    return words[1]
+
+
+@on_linux
+async def test_pages_are_mapped_executable_where_the_kernel_spares_those(toucher: Toucher, tmp_path: Path):
+    path = write(tmp_path / "file", MIB)
+    toucher.use([path])
+    assert (await toucher.touch()).is_complete
+    assert permissions(toucher.pid, path) == "r-xs"
+
+
+@pytest.fixture
+def without_programs(tmp_path: Path) -> Iterator[Path]:
+    """A volume that is mounted noexec."""
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    if mount is None or umount is None:
+        pytest.skip("mount is not installed")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "noexec", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    yield tmp_path
+    subprocess.run([umount, "--lazy", tmp_path], check=True)
+
+
+@on_linux
+@as_root
+async def test_on_a_volume_without_programs_pages_are_mapped_all_the_same(toucher: Toucher, without_programs: Path):
+    path = write(without_programs / "file", MIB)
+    toucher.use([path])
+    assert (await toucher.touch()).is_complete
+    assert permissions(toucher.pid, path) == "r--s"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,13 @@ import pytest
 import structlog
 
 from emberd.core.lock import LockState
+from emberd.core.memory import EngineMemory, Pressure, SystemMemory
 from emberd.core.settings import Settings
 from emberd.core.thrash import Guard, Hold
 from emberd.core.types import EngineSample
+from emberd.core.warmth import Reason, Trigger
 from emberd.host import ThisHost
-from emberd.host.toucher import Toucher
+from emberd.host.toucher import Touched, Toucher
 from emberd.services import keepwarm
 from emberd.services.accounts import Accounts
 from emberd.services.forecaster import Forecaster
@@ -27,7 +30,7 @@ from emberd.services.turns import Turns
 from page_cache import MIB, write
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
 LIMIT_S = 20
@@ -44,8 +47,14 @@ class ReadyEngine:
     is_idle = True
 
     def __init__(self, model: Path) -> None:
-        self.engine: Any = type("Engine", (), {"most_connections": 4, "most_at_work": 1})()
+        self.engine: Any = type(
+            "Engine", (), {"name": "koboldcpp", "most_connections": 4, "most_at_work": 1, "send": self._send}
+        )()
         self._model = model
+
+    @staticmethod
+    async def _send(*_: Any) -> bool:
+        return True
 
     def sample(self) -> EngineSample:
         return EngineSample("1:a", (os.getpid(),), is_idle=self.is_idle, requests=1, model=self._model)
@@ -68,13 +77,29 @@ class ReadyEngine:
         raise AssertionError(port)
 
 
+class DictatedHost(ThisHost):
+    """This computer, but for the readings of memory that a test dictates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_engine = EngineMemory(resident_bytes=100 * MIB, swapped_bytes=0)
+        self.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.NORMAL)
+
+    def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
+        assert list(pids) == [os.getpid()]
+        return self.of_engine
+
+    def system_memory(self) -> SystemMemory:
+        return self.of_system
+
+
 class Rig:
     """The service on a real toucher and a real file."""
 
     def __init__(self, folder: Path) -> None:
         model = write(folder / "model", 4 * MIB)
-        engine, host = ReadyEngine(model), ThisHost()
-        self.engine = engine
+        engine, host = ReadyEngine(model), DictatedHost()
+        self.engine, self.host = engine, host
         self.log = structlog.testing.CapturingLogger()
         log: Any = structlog.wrap_logger(self.log, processors=[])
         self.toucher = Toucher(host.paging)
@@ -136,3 +161,71 @@ async def test_it_ends_when_it_may_no_longer(rig: Rig, reason: str, monkeypatch:
     told = rig.dwelt()
     assert told is not None
     assert told["rounds"] == 0
+
+
+async def test_it_stays_while_there_is_pressure(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    rig.service._memory = SystemMemory(pressure=Pressure.WARN)
+    touch, rounds = rig.toucher.touch, 0
+
+    async def counted() -> Touched:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 60:
+            rig.service._memory = SystemMemory(pressure=Pressure.NORMAL)
+        return await touch()
+
+    monkeypatch.setattr(rig.toucher, "touch", counted)
+    async with asyncio.timeout(LIMIT_S):
+        await rig.service._dwell()
+    assert 60 + 24 <= rounds <= 60 + 26
+
+
+@pytest.mark.parametrize(
+    ("memory", "is_losing"),
+    [
+        (EngineMemory(resident_bytes=90 * MIB, swapped_bytes=0), True),
+        (EngineMemory(resident_bytes=100 * MIB, swapped_bytes=10 * MIB), True),
+        (EngineMemory(resident_bytes=99 * MIB, swapped_bytes=0), False),
+    ],
+)
+async def test_a_look_is_taken_at_once_when_memory_of_the_idle_engine_is_taken(
+    rig: Rig, memory: EngineMemory, is_losing: bool
+):
+    await rig.service._watch()
+    rig.service._trigger = Trigger.TIMER  # the first look is for the new engine
+    rig.host.of_engine = memory
+    await rig.service._watch()
+    assert rig.service._trigger is (Trigger.LOSING if is_losing else Trigger.TIMER)
+
+
+async def test_what_a_busy_engine_gives_back_is_no_loss(rig: Rig):
+    await rig.service._watch()
+    rig.service._trigger = Trigger.TIMER
+    rig.engine.is_idle = False
+    rig.host.of_engine = EngineMemory(resident_bytes=0)
+    await rig.service._watch()
+    assert rig.service._trigger is Trigger.TIMER
+
+
+async def test_a_loss_that_comes_too_soon_is_looked_after_when_that_is_due(rig: Rig):
+    rig.service._last_pass_s = time.monotonic()
+    rig.service._trigger = Trigger.LOSING
+    await rig.service._look()
+    assert rig.service._trigger is Trigger.LOSING
+    rig.service._last_pass_s -= Settings().warmth.min_interval_s
+    await rig.service._look()
+    told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "keepwarm"]
+    assert [each["reason"] for each in told] == [Reason.LOSING.value]
+
+
+async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    stopped: list[bool] = []
+    monkeypatch.setattr(rig.toucher, "stop", lambda: stopped.append(True))
+    rig.service._last_pass_s = time.monotonic()
+    await rig.service._watch()
+    assert not stopped
+    rig.host.of_system = SystemMemory(swapped_out_bytes=1024 * MIB, pressure=Pressure.WARN)
+    await rig.service._watch()
+    assert stopped
+    assert rig.service._guard.hold is not Hold.ALL

@@ -174,6 +174,10 @@ class Host(Protocol):
         """Keep this process from being written to disk when it crashes."""
         ...
 
+    def recall_own_memory(self) -> None:
+        """Bring back what of this process is in swap, and mark its memory as used. Some milliseconds."""
+        ...
+
     def watch_exit(self, pid: int) -> EventWatch:
         """Watch for the end of `pid`, whoever its parent is.
 

@@ -39,12 +39,14 @@ class Paging:
         cachestat: number of the system call, None where there is none.
         populate: the advice that faults a range in at once, None where there is none.
         touches_twice: a first pass over cold pages leaves them inactive, a second one is needed.
+        keeps_executable: used pages of executable mappings are spared when others are reclaimed.
     """
 
     checks_owner: bool
     cachestat: int | None
     populate: int | None
     touches_twice: bool
+    keeps_executable: bool
 
 
 class Source(Enum):

@@ -17,6 +17,7 @@ from emberd.core.memory import Power, PowerSource, Pressure
 from emberd.core.thrash import Hold
 
 if TYPE_CHECKING:
+    from emberd.core.memory import EngineMemory
     from emberd.core.settings import WarmthSettings
 
 CALM_AFTER_CRITICAL_S = 30.0
@@ -25,6 +26,8 @@ BATTERY_STRETCH = 6.0
 """On battery the interval is so much longer, with warmth.on_battery = "stretch"."""
 FRESH_S = 2.0
 """What was used or warmed so short a time ago is warm, whoever knocks."""
+LOSS_BYTES = 4 * 1024 * 1024
+"""An idle engine that has shrunk by more than this between two readings was made to."""
 _LONGER, _SHORTER = 1.5, 0.5
 """The interval follows what was found: evictions halve it, a clean pass makes it half as long again."""
 _LOST_SHARE = 0.002
@@ -69,6 +72,7 @@ class Reason(Enum):
     KNOCK = "knock"
     RESTARTED = "restarted"
     RELIEVED = "relieved"
+    LOSING = "losing"
 
 
 class Trigger(Enum):
@@ -85,6 +89,8 @@ class Trigger(Enum):
     """The engine has just become ready."""
     RELIEVED = "relieved"
     """Memory pressure has fallen from critical."""
+    LOSING = "losing"
+    """Memory of the engine has just been taken."""
 
 
 _REASONS = {
@@ -94,6 +100,7 @@ _REASONS = {
     Trigger.KNOCK: Reason.KNOCK,
     Trigger.RESTARTED: Reason.RESTARTED,
     Trigger.RELIEVED: Reason.RELIEVED,
+    Trigger.LOSING: Reason.LOSING,
 }
 
 
@@ -174,9 +181,10 @@ def decide(seen: Snapshot, settings: WarmthSettings) -> Decision:
     if obstacle is not None:
         return obstacle
     interval_s = effective_interval(seen, settings)
-    due_in_s = _due_in(seen, interval_s)
+    due_in_s = _due_in(seen, interval_s, settings)
     if due_in_s > 0:
-        return Decision((), Reason.NOT_DUE, _bounded(due_in_s, settings))
+        is_urgent = seen.trigger is Trigger.LOSING
+        return Decision((), Reason.NOT_DUE, due_in_s if is_urgent else _bounded(due_in_s, settings))
     steps = (*_for_weights(seen, settings), *_for_cache(seen, settings))
     reason = _REASONS[seen.trigger] if steps else Reason.NOTHING_TO_DO
     return Decision(steps, reason, _bounded(interval_s, settings))
@@ -221,15 +229,16 @@ def effective_interval(seen: Snapshot, settings: WarmthSettings) -> float:
     return _bounded(interval_s, settings)
 
 
-def _due_in(seen: Snapshot, interval_s: float) -> float:
+def _due_in(seen: Snapshot, interval_s: float, settings: WarmthSettings) -> float:
     """Return the seconds until a pass is due; a user's generation warms as a pass does."""
     if seen.trigger is Trigger.ASKED:
         return 0.0
-    warmed = [when for when in (seen.last_use_s, seen.last_pass_s) if when is not None]
-    if not warmed:
-        return 0.0
-    wait_s = interval_s if seen.trigger is Trigger.TIMER else FRESH_S
-    return max(warmed) + wait_s - seen.now_s
+    wait_after_use_s = wait_after_pass_s = interval_s if seen.trigger is Trigger.TIMER else FRESH_S
+    if seen.trigger is Trigger.LOSING:
+        # It goes on for as long as the pressure does: not an occasion, but a shorter interval.
+        wait_after_pass_s = interval_s if _saves_power(seen) else settings.min_interval_s
+    waits = ((seen.last_use_s, wait_after_use_s), (seen.last_pass_s, wait_after_pass_s))
+    return max((when_s + wait_s - seen.now_s for when_s, wait_s in waits if when_s is not None), default=0.0)
 
 
 def _for_weights(seen: Snapshot, settings: WarmthSettings) -> tuple[Step, ...]:
@@ -298,6 +307,19 @@ def may_dwell(seen: Snapshot, found: Found) -> bool:
     """
     is_holdable = seen.hold is Hold.ALL and seen.pressure is not Pressure.CRITICAL
     return found.has_lost and is_holdable and not _saves_power(seen)
+
+
+def is_losing(before: EngineMemory | None, now: EngineMemory) -> bool:
+    """Tell whether memory of an idle engine was taken between two readings: evicted, or written to swap."""
+    if before is None:
+        return False
+    evicted_bytes = _difference(before.resident_bytes, now.resident_bytes)
+    swapped_bytes = _difference(now.swapped_bytes, before.swapped_bytes)
+    return max(evicted_bytes, swapped_bytes) > LOSS_BYTES
+
+
+def _difference(more: int | None, less: int | None) -> int:
+    return 0 if more is None or less is None else more - less
 
 
 def next_interval(interval_s: float, found: Found, settings: WarmthSettings) -> float:

@@ -54,6 +54,7 @@ class DarwinHost(PosixHost):
         cachestat=None,
         populate=None,
         touches_twice=True,
+        keeps_executable=False,
     )
 
     def __init__(self, calls: DarwinCalls | None = None, pmset: str = _PMSET, log: str = _LOG) -> None:
@@ -152,6 +153,9 @@ class DarwinHost(PosixHost):
             return f"{psutil.Process(pid).create_time():.6f}"
         except (psutil.Error, OSError, RuntimeError):
             return None
+
+    def recall_own_memory(self) -> None:
+        """Do nothing: macOS has no call that faults memory in without writing to it."""
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         """Read proc_pid_rusage of each process: of this user, or as root of any (xnu, bsd/kern/proc_info.c).

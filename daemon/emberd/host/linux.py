@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.residency import Paging
-from emberd.host import linux_memory, logsink_journal
+from emberd.host import linux_memory, linux_own_memory, logsink_journal
 from emberd.host.linux_health import read_health
 from emberd.host.linux_power import read_power
 from emberd.host.posix import PosixHost, ReadableWatch
@@ -56,6 +57,7 @@ class LinuxHost(PosixHost):
         cachestat=_CACHESTAT,
         populate=_MADV_POPULATE_READ,
         touches_twice=False,
+        keeps_executable=True,
     )
 
     def __init__(
@@ -123,6 +125,11 @@ class LinuxHost(PosixHost):
         except OSError:
             return None
         return None if ticks is None else f"{boot_id}:{ticks}"
+
+    def recall_own_memory(self) -> None:
+        """Populate what this process has in swap."""
+        with contextlib.suppress(OSError):
+            linux_own_memory.recall(self._proc)
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         """Sum the kernel's counters of these processes."""

@@ -23,7 +23,7 @@ from emberd.core.lock import LockState
 from emberd.core.lock_limits import judge_limits
 from emberd.core.memory import PowerSource, Pressure
 from emberd.core.replay import GENKEY, Replay, make_replay, tiny
-from emberd.core.warmth import Cache, Decision, Found, Snapshot, Step, Trigger
+from emberd.core.warmth import Cache, Decision, Found, Reason, Snapshot, Step, Trigger
 from emberd.core.warmth_cost import WarmthCost
 from emberd.host.toucher import ToucherLost, ToucherRefused
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from emberd.core.memory import Power, SystemMemory
+    from emberd.core.memory import EngineMemory, Power, SystemMemory
     from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings, WarmthSettings
     from emberd.core.types import EngineSample
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from emberd.services.turns import Turns
 
 T = TypeVar("T")
-GUARD_S = 2.0
+GUARD_S = 1.0
 """A storm writes 220 MB to swap in a second (6.6 GB in 30 s, measured): so long may one go unseen."""
 _POWER_S = 30.0
 """Power is read so often: on macOS it takes some 10 ms."""
@@ -55,12 +55,13 @@ _REPLAY_LIMIT_S = 600.0
 _ABORT_S = 2.0
 _DWELL_PAUSE_S = 0.2
 _CALM_ROUNDS = 25
-"""The weights are left alone again when nothing was taken of them for about 5 s."""
+"""The weights are left alone again when nothing was taken of them for about 5 s without pressure."""
 _LONGEST_DWELL_S = 600.0
 _STAYS_S = 900.0
 """Who asks within the hours for other work may pause so long between two turns."""
 _SAVE_S = 3600.0
 """The cost goes to disk so often, and at the end."""
+_TIGHT = frozenset({Pressure.WARN, Pressure.CRITICAL})
 _PASS, _GUARD = "pass", "guard"
 
 
@@ -156,6 +157,7 @@ class KeepWarm:
         self._seen_engine: str | None = None
         self._seen_faults: tuple[str | None, int | None] = (None, None)
         self._memory: SystemMemory | None = None
+        self._engine_memory: EngineMemory | None = None
         self._power: tuple[float, Power] | None = None
         self._gap_s = _clock_gap_s()
         self._last: dict[str, Any] | None = None
@@ -189,7 +191,7 @@ class KeepWarm:
 
     def wake(self, trigger: Trigger) -> None:
         """Look now, and say why."""
-        if self._trigger is not Trigger.ASKED:
+        if self._trigger is not Trigger.ASKED and trigger is not Trigger.TIMER:
             self._trigger = trigger
         self._plan(0)
 
@@ -271,6 +273,8 @@ class KeepWarm:
                 seen = await self._snapshot()
                 decision = warmth.decide(seen, self._settings().warmth)
                 await self._act(decision, seen)
+                if decision.reason is Reason.NOT_DUE and seen.trigger is Trigger.LOSING:
+                    self._trigger = seen.trigger  # what was taken is still gone
                 if decision.steps:
                     await self._forecaster.look()
                 self._plan(decision.look_again_s)
@@ -281,18 +285,13 @@ class KeepWarm:
     async def _watch(self) -> None:
         """See what flips between two looks: storms of swapping, relief, wakes, a new engine."""
         memory = await asyncio.to_thread(self._host.system_memory)
+        if memory.pressure in _TIGHT or self._is_dwelling():
+            await asyncio.to_thread(self._host.recall_own_memory)
+        await self._watch_engine()
         was = self._memory.pressure if self._memory else Pressure.UNKNOWN
         self._memory = memory
         now_s = time.monotonic()
-        hold = self._guard.hold
-        reading = thrash.Reading(now_s, memory.swapped_out_bytes, memory.pressure)
-        priority = self._settings().warmth.priority
-        self._guard = thrash.step(
-            self._guard, reading, priority, is_holding=self._is_holding(), frees=self._what_frees()
-        )
-        if self._guard.hold is not hold:
-            self._log.warning("thrash_guard", hold=self._guard.hold.value, was=hold.value)
-            self.wake(Trigger.TIMER if self._guard.hold is not thrash.Hold.ALL else Trigger.RELIEVED)
+        self._watch_swap(memory, now_s)
         if memory.pressure is Pressure.CRITICAL:
             self._last_critical_s = now_s
         elif was is Pressure.CRITICAL:
@@ -310,9 +309,30 @@ class KeepWarm:
         await self._forecaster.learn(may_look=self._is_free() and not self._acting.locked())
         if now_s - self._saved_s > _SAVE_S:
             await self._save_cost()
-        key = self._owner.sample().key if self._owner.port is not None else None
-        if key is not None and key != self._seen_engine:
-            self._seen_engine, self._interval_s = key, self._settings().warmth.min_interval_s
+
+    def _watch_swap(self, memory: SystemMemory, now_s: float) -> None:
+        """Let go, or take hold again, as the thrash guard says."""
+        hold = self._guard.hold
+        reading = thrash.Reading(now_s, memory.swapped_out_bytes, memory.pressure)
+        priority = self._settings().warmth.priority
+        self._guard = thrash.step(
+            self._guard, reading, priority, is_holding=self._is_holding(), frees=self._what_frees()
+        )
+        if self._guard.hold is not hold:
+            self._log.warning("thrash_guard", hold=self._guard.hold.value, was=hold.value)
+            if self._guard.hold is not thrash.Hold.ALL:
+                self._toucher.stop()  # a pass that is under way would bring back gigabytes yet
+            self.wake(Trigger.TIMER if self._guard.hold is not thrash.Hold.ALL else Trigger.RELIEVED)
+
+    async def _watch_engine(self) -> None:
+        """Look at once when memory of the idle engine is taken, and notice a new engine."""
+        engine = self._owner.sample()
+        memory = await asyncio.to_thread(self._host.engine_memory, engine.pids)
+        was, self._engine_memory = self._engine_memory, memory
+        if self._is_free() and warmth.is_losing(was, memory):
+            self.wake(Trigger.LOSING)
+        if self._owner.port is not None and engine.key is not None and engine.key != self._seen_engine:
+            self._seen_engine, self._interval_s = engine.key, self._settings().warmth.min_interval_s
             self.wake(Trigger.RESTARTED)
 
     async def _snapshot(self) -> Snapshot:
@@ -437,8 +457,11 @@ class KeepWarm:
         }
         self._log.info("keepwarm", cache=seen.cache.value, next_s=round(self._interval_s, 1), **self._last)
 
+    def _is_dwelling(self) -> bool:
+        return self._dwelling is not None and not self._dwelling.done()
+
     def _begin_to_dwell(self) -> None:
-        if self._dwelling is None or self._dwelling.done():
+        if not self._is_dwelling():
             self._dwelling = asyncio.create_task(self._dwell())
 
     async def _dwell(self) -> None:
@@ -459,7 +482,8 @@ class KeepWarm:
                 if not touched.is_complete:
                     break
                 rounds += 1
-                calm = 0 if touched.cold_bytes else calm + 1
+                is_tight = self._memory is not None and self._memory.pressure in _TIGHT
+                calm = 0 if touched.cold_bytes or is_tight else calm + 1
         except (ToucherRefused, ToucherLost) as error:
             self._log.warning("keepwarm_failed", step="dwell", reason=str(error))
         except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
