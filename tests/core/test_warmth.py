@@ -23,6 +23,7 @@ from emberd.core.warmth import (
     Snapshot,
     Step,
     Trigger,
+    best_of,
     decide,
     is_losing,
     may_dwell,
@@ -257,6 +258,21 @@ def test_memory_that_leaves_an_idle_engine_is_noticed(
     before: EngineMemory | None, now: EngineMemory, is_taken: bool
 ):
     assert is_losing(before, now) is is_taken
+
+
+def test_what_is_taken_little_by_little_is_noticed_too():
+    best, noticed = None, []
+    for resident in range(100, 80, -1):
+        now = EngineMemory(resident_bytes=resident * MIB, swapped_bytes=(100 - resident) * MIB)
+        noticed.append(is_losing(best, now))
+        best = now if noticed[-1] else best_of(best, now)
+    assert [100 - number for number, is_taken in enumerate(noticed) if is_taken] == [95, 90, 85]
+
+
+def test_what_has_come_back_counts_as_there():
+    best = best_of(EngineMemory(resident_bytes=5 * MIB), EngineMemory(resident_bytes=9 * MIB, swapped_bytes=0))
+    assert is_losing(best, EngineMemory(resident_bytes=4 * MIB))
+    assert best_of(best, EngineMemory()) == best
 
 
 def test_pressure_shortens_the_wait_for_the_next_pass():

@@ -8,7 +8,7 @@ cache are kept by different means, and a foreign prompt is sent only where there
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ BATTERY_STRETCH = 6.0
 FRESH_S = 2.0
 """What was used or warmed so short a time ago is warm, whoever knocks."""
 LOSS_BYTES = 4 * 1024 * 1024
-"""An idle engine that has shrunk by more than this between two readings was made to."""
+"""An idle engine that has shrunk by more than this was made to."""
 _LONGER, _SHORTER = 1.5, 0.5
 """The interval follows what was found: evictions halve it, a clean pass makes it half as long again."""
 _LOST_SHARE = 0.002
@@ -309,13 +309,22 @@ def may_dwell(seen: Snapshot, found: Found) -> bool:
     return found.has_lost and is_holdable and not _saves_power(seen)
 
 
-def is_losing(before: EngineMemory | None, now: EngineMemory) -> bool:
-    """Tell whether memory of an idle engine was taken between two readings: evicted, or written to swap."""
-    if before is None:
+def is_losing(best: EngineMemory | None, now: EngineMemory) -> bool:
+    """Tell whether memory of an idle engine was taken since it was at its best: evicted, or written to swap."""
+    if best is None:
         return False
-    evicted_bytes = _difference(before.resident_bytes, now.resident_bytes)
-    swapped_bytes = _difference(now.swapped_bytes, before.swapped_bytes)
+    evicted_bytes = _difference(best.resident_bytes, now.resident_bytes)
+    swapped_bytes = _difference(now.swapped_bytes, best.swapped_bytes)
     return max(evicted_bytes, swapped_bytes) > LOSS_BYTES
+
+
+def best_of(best: EngineMemory | None, now: EngineMemory) -> EngineMemory:
+    """Return the most resident and the least swapped memory of two readings: what is taken slowly is taken too."""
+    if best is None:
+        return now
+    resident = [each.resident_bytes for each in (best, now) if each.resident_bytes is not None]
+    swapped = [each.swapped_bytes for each in (best, now) if each.swapped_bytes is not None]
+    return replace(now, resident_bytes=max(resident, default=None), swapped_bytes=min(swapped, default=None))
 
 
 def _difference(more: int | None, less: int | None) -> int:

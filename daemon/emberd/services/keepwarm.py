@@ -157,7 +157,7 @@ class KeepWarm:
         self._seen_engine: str | None = None
         self._seen_faults: tuple[str | None, int | None] = (None, None)
         self._memory: SystemMemory | None = None
-        self._engine_memory: EngineMemory | None = None
+        self._engine_best: EngineMemory | None = None
         self._power: tuple[float, Power] | None = None
         self._gap_s = _clock_gap_s()
         self._last: dict[str, Any] | None = None
@@ -328,8 +328,11 @@ class KeepWarm:
         """Look at once when memory of the idle engine is taken, and notice a new engine."""
         engine = self._owner.sample()
         memory = await asyncio.to_thread(self._host.engine_memory, engine.pids)
-        was, self._engine_memory = self._engine_memory, memory
-        if self._is_free() and warmth.is_losing(was, memory):
+        is_losing = self._is_free() and warmth.is_losing(self._engine_best, memory)
+        self._engine_best = (
+            warmth.best_of(self._engine_best, memory) if self._is_free() and not is_losing else memory
+        )
+        if is_losing:
             self.wake(Trigger.LOSING)
         if self._owner.port is not None and engine.key is not None and engine.key != self._seen_engine:
             self._seen_engine, self._interval_s = engine.key, self._settings().warmth.min_interval_s
