@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -136,6 +137,12 @@ def test_a_taken_port_names_its_holder_and_a_remedy(host: str, family: socket.Ad
 def test_an_address_of_another_computer_is_a_wrong_setting():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
         bind("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "no..name", "x" * 70])
+def test_a_name_that_nobody_knows_is_a_wrong_setting(host: str):
+    with pytest.raises(ConfigError, match=re.escape(repr(host))):
+        bind(host, 0)
 
 
 def test_a_port_is_free_again_at_once_although_old_connections_linger():

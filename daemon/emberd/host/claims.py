@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from emberd.host.activation import execute_with, were_bound_by_emberd
 from emberd.host.instance import hold_lock
-from emberd.host.listener import bind
+from emberd.host.listener import bind, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,7 +87,7 @@ class Claims:
             self._lock = None
 
     def _stands_elsewhere(self, host: str, port: int) -> bool:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4]
+        _, address = resolve(host, port)
         return tuple(self.listeners[0].getsockname()[:2]) != tuple(address[:2])
 
     def _close_listeners(self) -> None:

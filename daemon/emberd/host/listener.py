@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+from typing import Any
 
 from emberd.core.errors import ConfigError, PortTaken
 
@@ -22,9 +23,9 @@ def bind(host: str, port: int, *, is_brief: bool = False) -> socket.socket:
 
     Raises:
         PortTaken: another program listens there; named where the system tells.
-        ConfigError: the address is not of this computer, or the port needs privileges.
+        ConfigError: the name is not known, the address is not of this computer, or the port needs privileges.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    family, address = resolve(host, port)
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -41,6 +42,22 @@ def bind(host: str, port: int, *, is_brief: bool = False) -> socket.socket:
             f"cannot listen on {host} port {port}: {error.strerror}", "Set endpoint.host and endpoint.port."
         ) from error
     return listener
+
+
+def resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    """Return the family and the address to listen on.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(
+            f"endpoint.host {host!r} is no address and no name that this computer knows ({error})",
+            "Set endpoint.host to 127.0.0.1, or to a name or address of this computer.",
+        ) from error
+    return family, address
 
 
 def _holder(port: int) -> str:
