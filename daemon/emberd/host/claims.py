@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from typing import TYPE_CHECKING
 
 from emberd.host.activation import execute_with, were_bound_by_emberd
@@ -11,6 +10,7 @@ from emberd.host.instance import hold_lock
 from emberd.host.listener import bind, resolve
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
     from pathlib import Path
 
