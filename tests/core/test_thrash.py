@@ -156,3 +156,26 @@ def test_steps_that_give_nothing_back_are_skipped(frees: Hold):
         reading = Reading(second, second * 512 * MIB, Pressure.NORMAL)
         guard = step(guard, reading, "machine-first", is_holding=True, frees=frees)
     assert guard.hold is (Hold.NO_WARMING if frees is Hold.ALL else frees)
+
+
+@pytest.mark.parametrize("priority", ["auto", "machine-first", "model-first"])
+@pytest.mark.parametrize("frees", [Hold.NO_WARMING, Hold.NO_OUTSIDE_LOCK, Hold.NOTHING])
+def test_what_the_machine_takes_is_its_own_where_it_comes_first_and_nothing_is_locked(
+    priority: Priority, frees: Hold
+):
+    taken = step(
+        Guard(), Reading(1000.0, 0, Pressure.NORMAL, is_losing=True), priority, is_holding=True, frees=frees
+    )
+    yields = priority == "machine-first" and frees is Hold.NO_WARMING
+    assert taken.hold is (Hold.NO_WARMING if yields else Hold.ALL)
+
+
+def test_as_long_as_the_machine_takes_the_model_is_not_taken_hold_of_and_nothing_more_is_let_go():
+    guard = Guard()
+    for second in range(200):
+        reading = Reading(1000.0 + second, 0, Pressure.NORMAL, is_losing=second % 30 == 0)
+        guard = step(guard, reading, "machine-first", is_holding=True)
+        assert guard.hold is Hold.NO_WARMING
+    for second in range(200, 200 + int(FIRST_CALM_S) + 1):
+        guard = step(guard, Reading(1000.0 + second, 0, Pressure.NORMAL), "machine-first", is_holding=True)
+    assert guard.hold is Hold.ALL

@@ -287,11 +287,11 @@ class KeepWarm:
         memory = await asyncio.to_thread(self._host.system_memory)
         if memory.pressure in _TIGHT or self._is_dwelling():
             await asyncio.to_thread(self._host.recall_own_memory)
-        await self._watch_engine()
+        is_losing = await self._watch_engine()
         was = self._memory.pressure if self._memory else Pressure.UNKNOWN
         self._memory = memory
         now_s = time.monotonic()
-        self._watch_swap(memory, now_s)
+        self._watch_swap(thrash.Reading(now_s, memory.swapped_out_bytes, memory.pressure, is_losing))
         if memory.pressure is Pressure.CRITICAL:
             self._last_critical_s = now_s
         elif was is Pressure.CRITICAL:
@@ -310,10 +310,9 @@ class KeepWarm:
         if now_s - self._saved_s > _SAVE_S:
             await self._save_cost()
 
-    def _watch_swap(self, memory: SystemMemory, now_s: float) -> None:
+    def _watch_swap(self, reading: thrash.Reading) -> None:
         """Let go, or take hold again, as the thrash guard says."""
         hold = self._guard.hold
-        reading = thrash.Reading(now_s, memory.swapped_out_bytes, memory.pressure)
         priority = self._settings().warmth.priority
         self._guard = thrash.step(
             self._guard, reading, priority, is_holding=self._is_holding(), frees=self._what_frees()
@@ -324,8 +323,8 @@ class KeepWarm:
                 self._toucher.stop()  # a pass that is under way would bring back gigabytes yet
             self.wake(Trigger.TIMER if self._guard.hold is not thrash.Hold.ALL else Trigger.RELIEVED)
 
-    async def _watch_engine(self) -> None:
-        """Look at once when memory of the idle engine is taken, and notice a new engine."""
+    async def _watch_engine(self) -> bool:
+        """Look at once when memory of the idle engine is taken, which is returned, and notice a new engine."""
         engine = self._owner.sample()
         memory = await asyncio.to_thread(self._host.engine_memory, engine.pids)
         is_losing = self._is_free() and warmth.is_losing(self._engine_best, memory)
@@ -337,6 +336,7 @@ class KeepWarm:
         if self._owner.port is not None and engine.key is not None and engine.key != self._seen_engine:
             self._seen_engine, self._interval_s = engine.key, self._settings().warmth.min_interval_s
             self.wake(Trigger.RESTARTED)
+        return is_losing
 
     async def _snapshot(self) -> Snapshot:
         engine = self._owner.sample()
