@@ -97,8 +97,9 @@ def step(
 ) -> Guard:
     """Return the guard after a reading.
 
-    Where the machine comes first, what it takes is its own as well: bringing back 0.7 GiB cost twice the swap writes
-    of an engine that nobody keeps warm, before the budget had been noticed. A lock is let go by the budget only.
+    Where the machine comes first, what it takes is its own as well: bringing back 0.7 GiB cost twice the swap
+    writes of an engine that nobody keeps warm, before the budget had been noticed. A lock is let go by the budget
+    only.
 
     Args:
         guard: before.
