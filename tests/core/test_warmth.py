@@ -28,6 +28,7 @@ from emberd.core.warmth import (
     is_losing,
     may_dwell,
     next_interval,
+    next_loss_wait,
 )
 
 NOW_S = 10_000.0
@@ -258,6 +259,24 @@ def test_memory_that_leaves_an_idle_engine_is_noticed(
     before: EngineMemory | None, now: EngineMemory, is_taken: bool
 ):
     assert is_losing(before, now) is is_taken
+
+
+def test_an_estimate_of_swap_is_no_proof_of_a_loss():
+    best = EngineMemory(resident_bytes=9 * MIB, swapped_bytes=0, is_swap_estimated=True)
+    assert not is_losing(best, replace(best, swapped_bytes=500 * MIB))
+    assert is_losing(best, replace(best, resident_bytes=2 * MIB))
+
+
+def test_passes_for_losses_that_find_nothing_missing_come_later_each_time():
+    waits = [AUTO.min_interval_s]
+    for _ in range(10):
+        waits.append(next_loss_wait(waits[-1], Found(cold_share=0.0), AUTO))
+    assert waits[1:4] == [10, 20, 40]
+    assert waits[-1] == AUTO.max_interval_s
+    assert next_loss_wait(waits[-1], Found(cold_share=0.5), AUTO) == AUTO.min_interval_s
+    seen = Snapshot(NOW_S, trigger=Trigger.LOSING, last_pass_s=NOW_S - 30, interval_s=300)
+    assert decide(seen, AUTO).reason is Reason.LOSING
+    assert decide(replace(seen, loss_wait_s=40), AUTO).reason is Reason.NOT_DUE
 
 
 def test_what_is_taken_little_by_little_is_noticed_too():

@@ -26,17 +26,21 @@ MAPS = """\
 7fff00100000-7fff00102000 r-xp 00000000 00:00 0                          [vdso]
 """
 PROGRAM = """
-import json, sys
+import ctypes, json, os, sys
 from pathlib import Path
 from emberd.host.linux import LinuxHost
 def swapped():
     text = Path("/proc/self/status").read_text()
     return int(text.partition("VmSwap:")[2].split()[0]) << 10
+host = LinuxHost()
+os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # as it was before setuid, which makes a process undumpable
+host.forbid_core_dumps()
 memory = bytearray(b"x" * int(sys.argv[1]))
 print("up", flush=True)
 sys.stdin.readline()
 before = swapped()
-LinuxHost().recall_own_memory()
+host.recall_own_memory()
 print(json.dumps([before, swapped()]))
 """
 

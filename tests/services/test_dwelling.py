@@ -57,7 +57,7 @@ class ReadyEngine:
         return True
 
     def sample(self) -> EngineSample:
-        return EngineSample("1:a", (os.getpid(),), is_idle=self.is_idle, requests=1, model=self._model)
+        return EngineSample(self.engine_key, (os.getpid(),), is_idle=self.is_idle, requests=1, model=self._model)
 
     def restart_without_lock(self) -> None:
         raise AssertionError("nobody asked for that")
@@ -84,6 +84,7 @@ class DictatedHost(ThisHost):
         super().__init__()
         self.of_engine = EngineMemory(resident_bytes=100 * MIB, swapped_bytes=0)
         self.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.NORMAL)
+        self.recalled = 0
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         assert list(pids) == [os.getpid()]
@@ -91,6 +92,9 @@ class DictatedHost(ThisHost):
 
     def system_memory(self) -> SystemMemory:
         return self.of_system
+
+    def recall_own_memory(self) -> None:
+        self.recalled += 1
 
 
 class Rig:
@@ -199,13 +203,35 @@ async def test_a_look_is_taken_at_once_when_memory_of_the_idle_engine_is_taken(
     assert rig.service._trigger is (Trigger.LOSING if is_losing else Trigger.TIMER)
 
 
-async def test_what_a_busy_engine_gives_back_is_no_loss(rig: Rig):
+async def test_what_a_generation_needed_and_gave_back_is_no_loss(rig: Rig):
     await rig.service._watch()
     rig.service._trigger = Trigger.TIMER
     rig.engine.is_idle = False
-    rig.host.of_engine = EngineMemory(resident_bytes=0)
+    rig.host.of_engine = EngineMemory(resident_bytes=300 * MIB)
+    await rig.service._watch()
+    rig.engine.is_idle = True
+    rig.host.of_engine = EngineMemory(resident_bytes=100 * MIB)
     await rig.service._watch()
     assert rig.service._trigger is Trigger.TIMER
+
+
+async def test_what_a_pass_of_emberds_own_needed_is_no_loss(rig: Rig):
+    await rig.service._watch()
+    rig.service._trigger = Trigger.TIMER
+    async with rig.service._acting:
+        rig.host.of_engine = EngineMemory(resident_bytes=300 * MIB)
+        await rig.service._watch()
+    rig.host.of_engine = EngineMemory(resident_bytes=100 * MIB)
+    await rig.service._watch()
+    assert rig.service._trigger is Trigger.TIMER
+
+
+async def test_a_new_engine_is_not_held_against_the_old_one(rig: Rig):
+    await rig.service._watch()
+    rig.engine.engine_key = "2:b"
+    rig.host.of_engine = EngineMemory(resident_bytes=MIB)
+    await rig.service._watch()
+    assert rig.service._trigger is Trigger.RESTARTED
 
 
 async def test_a_loss_that_comes_too_soon_is_looked_after_when_that_is_due(rig: Rig):
@@ -219,13 +245,51 @@ async def test_a_loss_that_comes_too_soon_is_looked_after_when_that_is_due(rig: 
     assert [each["reason"] for each in told] == [Reason.LOSING.value]
 
 
-async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    stopped: list[bool] = []
-    monkeypatch.setattr(rig.toucher, "stop", lambda: stopped.append(True))
-    rig.service._last_pass_s = time.monotonic()
+async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig):
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def send(*_: Any) -> bool:
+        begun.set()
+        try:
+            await asyncio.sleep(LIMIT_S)
+        finally:
+            ended.set()
+        return True
+
+    async def abort(*_: Any) -> None:
+        return None
+
+    rig.engine.engine.send, rig.engine.engine.abort = send, abort
     await rig.service._watch()
-    assert not stopped
-    rig.host.of_system = SystemMemory(swapped_out_bytes=1024 * MIB, pressure=Pressure.WARN)
-    await rig.service._watch()
-    assert stopped
+    async with asyncio.timeout(LIMIT_S / 2):
+        looking = asyncio.create_task(rig.service._look())
+        await begun.wait()
+        rig.service._last_pass_s = time.monotonic()
+        rig.host.of_system = SystemMemory(swapped_out_bytes=1024 * MIB, pressure=Pressure.WARN)
+        await rig.service._watch()
+        await looking
+    assert ended.is_set()
     assert rig.service._guard.hold is not Hold.ALL
+    assert rig.service._last is not None
+    assert rig.service._last["steps"] == ["touch"]
+
+
+async def test_a_look_that_is_asked_for_during_another_one_comes_after_it(rig: Rig):
+    async def send(*_: Any) -> bool:
+        rig.service.wake(Trigger.KNOCK)
+        return True
+
+    rig.engine.engine.send = send
+    await rig.service._look()
+    status = await rig.service.status()
+    assert status["next_look_in_s"] is None or status["next_look_in_s"] < 1
+    assert rig.service._trigger is Trigger.KNOCK
+
+
+@pytest.mark.parametrize(("pressure", "times"), [(Pressure.NORMAL, 0), (Pressure.UNKNOWN, 0), (Pressure.WARN, 1)])
+async def test_emberds_own_memory_is_recalled_while_there_is_pressure(rig: Rig, pressure: Pressure, times: int):
+    rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=pressure)
+    await rig.service._watch()
+    if rig.service._recalling is not None:
+        await rig.service._recalling
+    assert rig.host.recalled == times

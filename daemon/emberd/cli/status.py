@@ -98,7 +98,7 @@ def _warmth_words(warmth: dict[str, Any]) -> str:
         if warmth[key]:
             words.append(f"{word} {duration(warmth[key])}")
     if warmth["hold"] != "all":
-        words.append(f"let go ({warmth['hold'].replace('_', ' ')}): the computer was swapping")
+        words.append(f"let go ({warmth['hold'].replace('_', ' ')}): the computer needs the memory")
     if warmth["last"]:
         last = warmth["last"]
         ago = "" if warmth["warm_for_s"] is None else f" {duration(warmth['warm_for_s'])} ago"

@@ -146,7 +146,7 @@ def _of_warmth(facts: Facts) -> Iterator[Condition]:
     yield from when(
         memory.hold not in {None, "all"},
         "LET_GO",
-        f"the computer was swapping; held now: {(memory.hold or '').replace('_', ' ')}",
+        f"the computer needs the memory; held now: {(memory.hold or '').replace('_', ' ')}",
         'It takes hold again by itself. warmth.priority = "model-first" would not let go.',
     )
     yield from when(memory.warmth_mode == "off", "WARMTH_OFF", 'warmth.mode = "off"', 'Set warmth.mode = "auto".')

@@ -18,6 +18,7 @@ class EngineMemory:
         locked_bytes: what mlock holds (Linux VmLck, macOS ri_wired_size).
         swapped_bytes: what is in swap (Linux VmSwap); on macOS footprint less resident size, the part that is
             compressed or in swap: an estimate.
+        is_swap_estimated: buffers of a GPU may be in it, and then it follows what other programs have compressed.
         footprint_bytes: what can leave memory only through swap, whether it is there or not (Linux RssAnon and
             VmSwap, macOS ri_phys_footprint).
         major_faults: page-ins from a disk since the processes began (Linux majflt, macOS ri_pageins).
@@ -29,6 +30,7 @@ class EngineMemory:
     file_bytes: int | None = None
     locked_bytes: int | None = None
     swapped_bytes: int | None = None
+    is_swap_estimated: bool = False
     footprint_bytes: int | None = None
     major_faults: int | None = None
     read_bytes: int | None = None

@@ -208,7 +208,8 @@ class WarmthSettings:
     priority: Priority = setting(
         "auto",
         "What to give up when holding the model makes the rest of the computer swap: auto (the model, above "
-        "512 MiB a minute), machine-first (above 64 MiB) or model-first (never).",
+        "512 MiB a minute), machine-first (above 64 MiB, or when unlocked memory of the model is taken) or "
+        "model-first (never).",
     )
     reprime: bool = setting(
         True, "After a restart of the engine, process the last request and its reply again in the background."

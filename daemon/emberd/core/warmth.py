@@ -28,6 +28,8 @@ FRESH_S = 2.0
 """What was used or warmed so short a time ago is warm, whoever knocks."""
 LOSS_BYTES = 4 * 1024 * 1024
 """An idle engine that has shrunk by more than this was made to."""
+SOON_S = 0.05
+"""A look is planned no sooner: the scheduler drops one that is due before the present one has ended."""
 _LONGER, _SHORTER = 1.5, 0.5
 """The interval follows what was found: evictions halve it, a clean pass makes it half as long again."""
 _LOST_SHARE = 0.002
@@ -138,6 +140,7 @@ class Snapshot:
         last_use_s: when a user's generation ended last, None for never.
         last_pass_s: when a pass that warmed everything ended last, None for never.
         interval_s: the present interval.
+        loss_wait_s: how soon after a pass a loss calls for the next one.
     """
 
     now_s: float
@@ -158,6 +161,7 @@ class Snapshot:
     last_use_s: float | None = None
     last_pass_s: float | None = None
     interval_s: float = 10.0
+    loss_wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +188,7 @@ def decide(seen: Snapshot, settings: WarmthSettings) -> Decision:
     due_in_s = _due_in(seen, interval_s, settings)
     if due_in_s > 0:
         is_urgent = seen.trigger is Trigger.LOSING
-        return Decision((), Reason.NOT_DUE, due_in_s if is_urgent else _bounded(due_in_s, settings))
+        return Decision((), Reason.NOT_DUE, max(due_in_s, SOON_S) if is_urgent else _bounded(due_in_s, settings))
     steps = (*_for_weights(seen, settings), *_for_cache(seen, settings))
     reason = _REASONS[seen.trigger] if steps else Reason.NOTHING_TO_DO
     return Decision(steps, reason, _bounded(interval_s, settings))
@@ -236,7 +240,7 @@ def _due_in(seen: Snapshot, interval_s: float, settings: WarmthSettings) -> floa
     wait_after_use_s = wait_after_pass_s = interval_s if seen.trigger is Trigger.TIMER else FRESH_S
     if seen.trigger is Trigger.LOSING:
         # It goes on for as long as the pressure does: not an occasion, but a shorter interval.
-        wait_after_pass_s = interval_s if _saves_power(seen) else settings.min_interval_s
+        wait_after_pass_s = interval_s if _saves_power(seen) else max(seen.loss_wait_s, settings.min_interval_s)
     waits = ((seen.last_use_s, wait_after_use_s), (seen.last_pass_s, wait_after_pass_s))
     return max((when_s + wait_s - seen.now_s for when_s, wait_s in waits if when_s is not None), default=0.0)
 
@@ -303,7 +307,7 @@ class Found:
 def may_dwell(seen: Snapshot, found: Found) -> bool:
     """Tell whether to go on touching between two passes: something takes the model, and no lock keeps it.
 
-    It costs a sixth of a core for 2 GiB; never on battery.
+    It costs up to a third of a core for 2 GiB; never on battery.
     """
     is_holdable = seen.hold is Hold.ALL and seen.pressure is not Pressure.CRITICAL
     return found.has_lost and is_holdable and not _saves_power(seen)
@@ -314,7 +318,7 @@ def is_losing(best: EngineMemory | None, now: EngineMemory) -> bool:
     if best is None:
         return False
     evicted_bytes = _difference(best.resident_bytes, now.resident_bytes)
-    swapped_bytes = _difference(now.swapped_bytes, best.swapped_bytes)
+    swapped_bytes = 0 if now.is_swap_estimated else _difference(now.swapped_bytes, best.swapped_bytes)
     return max(evicted_bytes, swapped_bytes) > LOSS_BYTES
 
 
@@ -329,6 +333,14 @@ def best_of(best: EngineMemory | None, now: EngineMemory) -> EngineMemory:
 
 def _difference(more: int | None, less: int | None) -> int:
     return 0 if more is None or less is None else more - less
+
+
+def next_loss_wait(wait_s: float, found: Found, settings: WarmthSettings) -> float:
+    """Return how soon after a pass for a loss the next one may come: later each time that nothing was missing.
+
+    An engine that gives memory back by itself looks as if it was taken.
+    """
+    return settings.min_interval_s if found.has_lost else min(wait_s * 2, settings.max_interval_s)
 
 
 def next_interval(interval_s: float, found: Found, settings: WarmthSettings) -> float:

@@ -62,7 +62,7 @@ class Claims:
 
         Raises:
             PortTaken: another program listens there.
-            ConfigError: the address is not of this computer, or the port needs privileges.
+            ConfigError: the name is not known, the address is not of this computer, or the port needs privileges.
         """
         if self.listeners and not (self.are_own and self._stands_elsewhere(host, port)):
             return

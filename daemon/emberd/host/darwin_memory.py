@@ -34,6 +34,7 @@ def engine_memory(usages: Sequence[RusageInfoV4], compressor_bytes: int | None) 
         resident_bytes=resident_bytes,
         locked_bytes=sum(usage.ri_wired_size for usage in usages),
         swapped_bytes=missing_bytes if compressor_bytes is None else min(missing_bytes, compressor_bytes),
+        is_swap_estimated=True,
         footprint_bytes=sum(usage.ri_phys_footprint for usage in usages),
         major_faults=sum(usage.ri_pageins for usage in usages),
         read_bytes=sum(usage.ri_diskio_bytesread for usage in usages),

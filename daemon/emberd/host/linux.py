@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.residency import Paging
-from emberd.host import linux_memory, linux_own_memory, logsink_journal
+from emberd.host import linux_memory, logsink_journal
 from emberd.host.linux_health import read_health
+from emberd.host.linux_own_memory import OwnMemory
 from emberd.host.linux_power import read_power
 from emberd.host.posix import PosixHost, ReadableWatch
 
@@ -66,6 +67,7 @@ class LinuxHost(PosixHost):
         self._proc = proc
         self._sys = sys
         self._journal = journal
+        self._own_memory: OwnMemory | None = None
 
     def system_log(self) -> SystemLog | None:
         """Return the journal, else syslog, else None: a container has neither."""
@@ -88,6 +90,8 @@ class LinuxHost(PosixHost):
     def forbid_core_dumps(self) -> None:
         """Set the limit, and PR_SET_DUMPABLE too: a core_pattern that is a pipe ignores the limit (core(5))."""
         super().forbid_core_dumps()
+        with contextlib.suppress(OSError):  # a container without /proc
+            self._own_memory = OwnMemory(self._proc)
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
     def watch_exit(self, pid: int) -> ReadableWatch:
@@ -127,9 +131,10 @@ class LinuxHost(PosixHost):
         return None if ticks is None else f"{boot_id}:{ticks}"
 
     def recall_own_memory(self) -> None:
-        """Populate what this process has in swap."""
-        with contextlib.suppress(OSError):
-            linux_own_memory.recall(self._proc)
+        """Populate what this process has in swap; only after `forbid_core_dumps`, which comes first in a daemon."""
+        if self._own_memory is not None:
+            with contextlib.suppress(OSError):
+                self._own_memory.recall()
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         """Sum the kernel's counters of these processes."""

@@ -46,24 +46,36 @@ def runs_in_use(entries: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield begin, number + 1
 
 
-def recall(proc: Path) -> None:
-    """Bring this process's own memory back from swap, and mark it as used.
+class OwnMemory:
+    """This process's own memory.
+
+    Made before PR_SET_DUMPABLE is taken away: from then on pagemap belongs to root, and only who has it open may
+    read it (proc_pid(5)).
+
+    Args:
+        proc: root of the proc file system.
 
     Raises:
         OSError: /proc cannot be read.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    folder = proc / "self"
-    page_bytes = mmap.PAGESIZE
-    descriptor = os.open(folder / "pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for first, last in private_ranges((folder / "maps").read_text()):
+
+    def __init__(self, proc: Path) -> None:
+        self._maps = proc / "self" / "maps"
+        self._pagemap = os.open(proc / "self" / "pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    def recall(self) -> None:
+        """Bring this process's own memory back from swap, and mark it as used.
+
+        Raises:
+            OSError: /proc cannot be read.
+        """
+        page_bytes = mmap.PAGESIZE
+        for first, last in private_ranges(self._maps.read_text()):
             pages = (last - first) // page_bytes
-            told = os.pread(descriptor, pages * _ENTRY_BYTES, first // page_bytes * _ENTRY_BYTES)
+            told = os.pread(self._pagemap, pages * _ENTRY_BYTES, first // page_bytes * _ENTRY_BYTES)
             entries = array("Q", told[: len(told) // _ENTRY_BYTES * _ENTRY_BYTES])
             for begin, end in runs_in_use(entries):
                 # Fails on kernels before 5.14, and for what was unmapped meanwhile: both harmless.
-                libc.madvise(first + begin * page_bytes, (end - begin) * page_bytes, _MADV_POPULATE_READ)
-    finally:
-        os.close(descriptor)
+                self._libc.madvise(first + begin * page_bytes, (end - begin) * page_bytes, _MADV_POPULATE_READ)

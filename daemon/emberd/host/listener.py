@@ -54,8 +54,8 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError) as error:
         raise ConfigError(
-            f"endpoint.host {host!r} is no address and no name that this computer knows ({error})",
-            "Set endpoint.host to 127.0.0.1, or to a name or address of this computer.",
+            f"endpoint.host {host!r} cannot be resolved ({error})",
+            "Set endpoint.host to 127.0.0.1 or another address of this computer.",
         ) from error
     return family, address
 

@@ -102,7 +102,7 @@ class Toucher:
         self._mapped: tuple[str, ...] = ()
         self._turn = asyncio.Lock()
         self._number = 0
-        self._touching = False
+        self._walks = 0
 
     @property
     def pid(self) -> int | None:
@@ -112,7 +112,7 @@ class Toucher:
     @property
     def is_touching(self) -> bool:
         """Whether a pass over the pages is under way; other commands wait for its end."""
-        return self._touching
+        return self._walks > 0
 
     def use(self, paths: Sequence[Path]) -> None:
         """Name the model's files; they are mapped with the next command."""
@@ -195,7 +195,7 @@ class Toucher:
 
     async def _walk(self, command: dict[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Do what `stop` and a cancellation can end early."""
-        self._touching = True
+        self._walks += 1  # one runs, others may wait for their turn
         try:
             return await self._ask(command, progress)
         except asyncio.CancelledError:
@@ -203,11 +203,11 @@ class Toucher:
                 self._say({"id": 0, "do": "stop"})
             raise
         finally:
-            self._touching = False
+            self._walks -= 1
 
     def stop(self) -> None:
         """End a running `touch` within 50 ms; it returns what it did so far. Nothing happens if there is none."""
-        if self._touching:
+        if self._walks:
             with contextlib.suppress(ToucherLost):
                 self._say({"id": 0, "do": "stop"})
 

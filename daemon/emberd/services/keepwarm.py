@@ -53,6 +53,7 @@ _SLEPT_S = 5.0
 _REPLAY_LIMIT_S = 600.0
 """Processing a long prompt again on a CPU takes minutes."""
 _ABORT_S = 2.0
+_STOP_AGAIN_S = 0.2
 _DWELL_PAUSE_S = 0.2
 _CALM_ROUNDS = 25
 """The weights are left alone again when nothing was taken of them for about 5 s without pressure."""
@@ -158,6 +159,10 @@ class KeepWarm:
         self._seen_faults: tuple[str | None, int | None] = (None, None)
         self._memory: SystemMemory | None = None
         self._engine_best: EngineMemory | None = None
+        self._loss_wait_s = self._interval_s
+        self._letting_go = asyncio.Event()
+        self._recalling: asyncio.Task[None] | None = None
+        self._is_woken = False
         self._power: tuple[float, Power] | None = None
         self._gap_s = _clock_gap_s()
         self._last: dict[str, Any] | None = None
@@ -193,6 +198,7 @@ class KeepWarm:
         """Look now, and say why."""
         if self._trigger is not Trigger.ASKED and trigger is not Trigger.TIMER:
             self._trigger = trigger
+        self._is_woken = True
         self._plan(0)
 
     async def warm(self) -> dict[str, Any]:
@@ -269,15 +275,18 @@ class KeepWarm:
     async def _look(self) -> None:
         """Decide, act, and plan the next look."""
         async with self._acting:
+            self._is_woken = False
             try:
                 seen = await self._snapshot()
                 decision = warmth.decide(seen, self._settings().warmth)
                 await self._act(decision, seen)
-                if decision.reason is Reason.NOT_DUE and seen.trigger is Trigger.LOSING:
+                is_losing = decision.reason is Reason.NOT_DUE and seen.trigger is Trigger.LOSING
+                if is_losing and self._trigger is Trigger.TIMER:
                     self._trigger = seen.trigger  # what was taken is still gone
                 if decision.steps:
                     await self._forecaster.look()
-                self._plan(decision.look_again_s)
+                # The scheduler drops a look that is asked for during this one.
+                self._plan(warmth.SOON_S if self._is_woken else decision.look_again_s)
             except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
                 self._log.exception("keepwarm_bug")
                 self._plan(self._settings().warmth.max_interval_s)
@@ -285,12 +294,11 @@ class KeepWarm:
     async def _watch(self) -> None:
         """See what flips between two looks: storms of swapping, relief, wakes, a new engine."""
         memory = await asyncio.to_thread(self._host.system_memory)
-        if memory.pressure in _TIGHT or self._is_dwelling():
-            await asyncio.to_thread(self._host.recall_own_memory)
+        now_s = time.monotonic()
         is_losing = await self._watch_engine()
         was = self._memory.pressure if self._memory else Pressure.UNKNOWN
         self._memory = memory
-        now_s = time.monotonic()
+        self._recall(memory.pressure)
         self._watch_swap(thrash.Reading(now_s, memory.swapped_out_bytes, memory.pressure, is_losing))
         if memory.pressure is Pressure.CRITICAL:
             self._last_critical_s = now_s
@@ -310,6 +318,12 @@ class KeepWarm:
         if now_s - self._saved_s > _SAVE_S:
             await self._save_cost()
 
+    def _recall(self, pressure: Pressure) -> None:
+        """Keep emberd itself in memory while there is pressure; reading swap can take long: nobody waits for it."""
+        is_recalling = self._recalling is not None and not self._recalling.done()
+        if not is_recalling and (pressure in _TIGHT or self._is_dwelling()):
+            self._recalling = asyncio.create_task(asyncio.to_thread(self._host.recall_own_memory))
+
     def _watch_swap(self, reading: thrash.Reading) -> None:
         """Let go, or take hold again, as the thrash guard says."""
         hold = self._guard.hold
@@ -319,23 +333,28 @@ class KeepWarm:
         )
         if self._guard.hold is not hold:
             self._log.warning("thrash_guard", hold=self._guard.hold.value, was=hold.value)
-            if self._guard.hold is not thrash.Hold.ALL:
-                self._toucher.stop()  # a pass that is under way would bring back gigabytes yet
-            self.wake(Trigger.TIMER if self._guard.hold is not thrash.Hold.ALL else Trigger.RELIEVED)
+            if self._guard.hold is thrash.Hold.ALL:
+                self._letting_go.clear()
+                self.wake(Trigger.RELIEVED)
+            else:
+                self._letting_go.set()  # a pass that is under way would bring back gigabytes yet
+                self.wake(Trigger.TIMER)
 
     async def _watch_engine(self) -> bool:
         """Look at once when memory of the idle engine is taken, which is returned, and notice a new engine."""
         engine = self._owner.sample()
         memory = await asyncio.to_thread(self._host.engine_memory, engine.pids)
-        is_losing = self._is_free() and warmth.is_losing(self._engine_best, memory)
-        self._engine_best = (
-            warmth.best_of(self._engine_best, memory) if self._is_free() and not is_losing else memory
-        )
-        if is_losing:
-            self.wake(Trigger.LOSING)
         if self._owner.port is not None and engine.key is not None and engine.key != self._seen_engine:
             self._seen_engine, self._interval_s = engine.key, self._settings().warmth.min_interval_s
+            self._engine_best = None
             self.wake(Trigger.RESTARTED)
+        # What a generation needed and gave back, a user's or emberd's own, was not taken.
+        is_idle = self._is_free() and not self._acting.locked()
+        is_losing = is_idle and warmth.is_losing(self._engine_best, memory)
+        best = None if is_losing else self._engine_best
+        self._engine_best = warmth.best_of(best, memory) if is_idle else None
+        if is_losing:
+            self.wake(Trigger.LOSING)
         return is_losing
 
     async def _snapshot(self) -> Snapshot:
@@ -375,6 +394,7 @@ class KeepWarm:
             last_use_s=self._turns.ended_s,
             last_pass_s=self._last_pass_s,
             interval_s=self._interval_s,
+            loss_wait_s=self._loss_wait_s,
         )
 
     def _cool_hours_end_s(self, settings: WarmthSettings) -> float | None:
@@ -430,20 +450,24 @@ class KeepWarm:
         began_s, cpu_s = time.monotonic(), await asyncio.to_thread(self._cpu_s)
         found = await self._before()
         done: list[str] = []
+        is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)
         for step in decision.steps:
             if step in {Step.REPLAY, Step.TINY} and not self._is_free():
                 break  # a user is here: the generation warms better than any replay
+            if is_warming and self._letting_go.is_set():
+                break
             outcome = await self._do(step)
             if outcome is None:
                 break
             found = replace(found, **outcome)
             done.append(step.value)
         found = replace(found, major_faults=await self._faults())
-        is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)
         if is_warming and (len(done) == len(decision.steps) or self._is_free()):
             # What failed although nobody came is tried again after the interval, not at once.
             self._last_pass_s = time.monotonic()
             self._interval_s = warmth.next_interval(self._interval_s, found, self._settings().warmth)
+            if seen.trigger is Trigger.LOSING:
+                self._loss_wait_s = warmth.next_loss_wait(self._loss_wait_s, found, self._settings().warmth)
             if Step.TOUCH.value in done and warmth.may_dwell(seen, found):
                 self._begin_to_dwell()
         used_s = await asyncio.to_thread(self._cpu_s) - cpu_s
@@ -480,6 +504,8 @@ class KeepWarm:
                 await asyncio.sleep(_DWELL_PAUSE_S)
                 if not self._is_free() or self._must_rest():
                     break
+                if self._acting.locked():
+                    continue  # a pass touches them now
                 touched = await self._giving_way(self._toucher.touch(), self._toucher.stop)
                 self._spend(WarmthCost(read_bytes=touched.cold_bytes or 0))
                 if not touched.is_complete:
@@ -554,8 +580,10 @@ class KeepWarm:
         if locked.is_complete:
             self._locked_by = self._toucher.pid
             self._log.info("locked_outside", locked_bytes=locked.locked_bytes)
-        elif locked.error is None:
-            return None  # a user came
+        elif locked.error is None:  # a user came, or the guard lets go: nothing else would free a part of a lock
+            if self._letting_go.is_set():
+                await self._toucher.unlock()
+            return None
         else:
             self._refused_lock_of = engine.key
             self._log.warning("lock_outside_refused", locked_bytes=locked.locked_bytes, reason=locked.error)
@@ -565,14 +593,26 @@ class KeepWarm:
     async def _giving_way(self, work: Coroutine[Any, Any, T], stop: Callable[[], None]) -> T:
         """Do something that reads from the disk, and stop it when a user comes: their pages are read first."""
         doing = asyncio.create_task(work)
-        coming = asyncio.create_task(self._places.arrival())
+        coming = asyncio.create_task(self._interruption())
         try:
             await asyncio.wait({doing, coming}, return_when=asyncio.FIRST_COMPLETED)
-            stop()
+            while not doing.done():
+                stop()
+                # What waited for its turn at the toucher begins only now, and is stopped as well.
+                await asyncio.wait({doing}, timeout=_STOP_AGAIN_S)
             return await doing
         finally:
             coming.cancel()
             self._progress = None
+
+    async def _interruption(self) -> None:
+        """Wait for a user, or for the guard to let go."""
+        events = [asyncio.create_task(each) for each in (self._places.arrival(), self._letting_go.wait())]
+        try:
+            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for event in events:
+                event.cancel()
 
     def _note_progress(self, done_bytes: int, total_bytes: int) -> None:
         self._progress = (done_bytes, total_bytes)
@@ -620,7 +660,7 @@ class KeepWarm:
         engine = self._owner.engine
         began_s = time.monotonic()
         sending = asyncio.create_task(engine.send(port, request, _REPLAY_LIMIT_S))
-        coming = asyncio.create_task(self._places.arrival())
+        coming = asyncio.create_task(self._interruption())
         try:
             await asyncio.wait({sending, coming}, return_when=asyncio.FIRST_COMPLETED)
             if not sending.done():
