@@ -114,7 +114,7 @@ def step(
     if is_over and (is_holding or guard.hold is not Hold.ALL):
         return _let_go(replace(guard, quiet_since_s=None), seen.now_s, frees)
     yields = priority == "machine-first" and seen.is_losing and frees is Hold.NO_WARMING
-    if yields and is_holding and guard.hold is Hold.ALL:
+    if yields and guard.hold is Hold.ALL:
         return _let_go(replace(guard, quiet_since_s=None), seen.now_s, frees)
     if yields or seen.pressure is Pressure.CRITICAL:
         return replace(guard, quiet_since_s=None)
