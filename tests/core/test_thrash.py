@@ -160,13 +160,13 @@ def test_steps_that_give_nothing_back_are_skipped(frees: Hold):
 
 @pytest.mark.parametrize("priority", ["auto", "machine-first", "model-first"])
 @pytest.mark.parametrize("frees", [Hold.NO_WARMING, Hold.NO_OUTSIDE_LOCK, Hold.NOTHING])
+@pytest.mark.parametrize("is_holding", [True, False], ids=["holding", "before the first pass"])
 def test_what_the_machine_takes_is_its_own_where_it_comes_first_and_nothing_is_locked(
-    priority: Priority, frees: Hold
+    priority: Priority, frees: Hold, *, is_holding: bool
 ):
-    taken = step(
-        Guard(), Reading(1000.0, 0, Pressure.NORMAL, is_losing=True), priority, is_holding=True, frees=frees
-    )
+    reading = Reading(1000.0, 0, Pressure.NORMAL, is_losing=True)
     yields = priority == "machine-first" and frees is Hold.NO_WARMING
+    taken = step(Guard(), reading, priority, is_holding=is_holding, frees=frees)
     assert taken.hold is (Hold.NO_WARMING if yields else Hold.ALL)
 
 
