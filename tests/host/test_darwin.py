@@ -99,6 +99,7 @@ def test_each_counter_of_a_process_becomes_the_right_reading(libsystem: DarwinSt
     assert host(libsystem).engine_memory([7]) == EngineMemory(
         resident_bytes=seen["ri_resident_size"],
         locked_bytes=seen["ri_wired_size"],
+        is_swap_estimated=True,
         swapped_bytes=max(seen["ri_phys_footprint"] - seen["ri_resident_size"], 0),
         footprint_bytes=seen["ri_phys_footprint"],
         major_faults=seen["ri_pageins"],
