@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from emberd.services.turns import Turns
 
 T = TypeVar("T")
-GUARD_S = 1.0
+GUARD_S = 2.0
 """A storm writes 220 MB to swap in a second (6.6 GB in 30 s, measured): so long may one go unseen."""
 _POWER_S = 30.0
 """Power is read so often: on macOS it takes some 10 ms."""
