@@ -13,7 +13,7 @@ from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.residency import Paging
 from emberd.host import linux_memory, logsink_journal
 from emberd.host.linux_health import read_health
-from emberd.host.linux_own_memory import OwnMemory
+from emberd.host.linux_own_memory import MADV_POPULATE_READ, OwnMemory
 from emberd.host.linux_power import read_power
 from emberd.host.posix import PosixHost, ReadableWatch
 
@@ -33,8 +33,6 @@ _START_TIME_FIELD = 22
 """proc_pid_stat(5): starttime, clock ticks after boot; fields count from 1."""
 _CACHESTAT = 451
 """Number of the call on x86-64 and arm64 alike, Linux 6.5 (scripts/syscall.tbl)."""
-_MADV_POPULATE_READ = 22
-"""Linux 5.14 (<asm-generic/mman-common.h>)."""
 _PR_SET_DUMPABLE = 4
 """<linux/prctl.h>; a program that is executed afterwards can be dumped again (prctl(2))."""
 _CAP_IPC_LOCK = 14
@@ -56,7 +54,7 @@ class LinuxHost(PosixHost):
     paging = Paging(
         checks_owner=True,  # since 5.2 (mincore(2))
         cachestat=_CACHESTAT,
-        populate=_MADV_POPULATE_READ,
+        populate=MADV_POPULATE_READ,
         touches_twice=False,
         keeps_executable=True,
     )

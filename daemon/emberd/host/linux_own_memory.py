@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-_MADV_POPULATE_READ = 22
+MADV_POPULATE_READ = 22
 """Linux 5.14 (<asm-generic/mman-common.h>): faults a range in, and marks what is there as used."""
 _IN_USE = 3 << 62
 """Bits 63, present, and 62, swapped (proc_pid_pagemap(5)). What was never used has neither, and is left alone."""
@@ -78,4 +78,4 @@ class OwnMemory:
             entries = array("Q", told[: len(told) // _ENTRY_BYTES * _ENTRY_BYTES])
             for begin, end in runs_in_use(entries):
                 # Fails on kernels before 5.14, and for what was unmapped meanwhile: both harmless.
-                self._libc.madvise(first + begin * page_bytes, (end - begin) * page_bytes, _MADV_POPULATE_READ)
+                self._libc.madvise(first + begin * page_bytes, (end - begin) * page_bytes, MADV_POPULATE_READ)
