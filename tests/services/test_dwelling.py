@@ -13,14 +13,14 @@ import pytest
 import structlog
 
 from emberd.core.lock import LockState
-from emberd.core.memory import EngineMemory, Pressure, SystemMemory
+from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.settings import Settings
 from emberd.core.thrash import Guard, Hold
 from emberd.core.types import EngineSample
 from emberd.core.warmth import Reason, Trigger
 from emberd.host import ThisHost
 from emberd.host.toucher import Touched, Toucher
-from emberd.services import keepwarm
+from emberd.services import keepwarm, places
 from emberd.services.accounts import Accounts
 from emberd.services.forecaster import Forecaster
 from emberd.services.keepwarm import KeepWarm
@@ -84,7 +84,8 @@ class DictatedHost(ThisHost):
         super().__init__()
         self.of_engine = EngineMemory(resident_bytes=100 * MIB, swapped_bytes=0)
         self.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.NORMAL)
-        self.recalled = 0
+        self.recalled: list[int | None] = []
+        self.slow: Callable[[Callable[[], bool]], None] | None = None
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         assert list(pids) == [os.getpid()]
@@ -93,8 +94,10 @@ class DictatedHost(ThisHost):
     def system_memory(self) -> SystemMemory:
         return self.of_system
 
-    def recall_own_memory(self) -> None:
-        self.recalled += 1
+    def recall_memory(self, pid: int | None, is_stopped: Callable[[], bool]) -> None:
+        self.recalled.append(pid)
+        if pid is not None and self.slow is not None:
+            self.slow(is_stopped)
 
 
 class Rig:
@@ -127,6 +130,16 @@ class Rig:
             Forecaster(host, log, engine.sample, turns, nothing),
         )
 
+    async def is_watching(self) -> None:
+        """Wait until the service waits for somebody to come."""
+        while not self.places._arrived._waiters:
+            await asyncio.sleep(0)
+
+    async def recall(self) -> None:
+        """Wait until memory has been recalled."""
+        assert self.service._recalling is not None
+        await self.service._recalling
+
     def dwelt(self) -> dict[str, Any] | None:
         """Return the event that tells how it went."""
         found = [call.kwargs for call in self.log.calls if call.kwargs.get("event") == "keepwarm_dwelt"]
@@ -149,15 +162,13 @@ async def test_it_ends_when_nothing_has_been_taken_for_a_while(rig: Rig, monkeyp
     assert 25 <= told["rounds"] <= 26
 
 
-@pytest.mark.parametrize("reason", ["hold", "pause", "cool", "engine", "user"])
+@pytest.mark.parametrize("reason", ["hold", "pause", "cool", "engine"])
 async def test_it_ends_when_it_may_no_longer(rig: Rig, reason: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
     if reason == "hold":
         rig.service._guard = replace(Guard(), hold=Hold.NO_WARMING)
     elif reason == "engine":
         rig.engine.port = None
-    elif reason == "user":
-        rig.engine.is_idle = False
     else:
         await rig.service.cool(60) if reason == "cool" else rig.service.pause(60)
     async with asyncio.timeout(LIMIT_S):
@@ -165,6 +176,40 @@ async def test_it_ends_when_it_may_no_longer(rig: Rig, reason: str, monkeypatch:
     told = rig.dwelt()
     assert told is not None
     assert told["rounds"] == 0
+
+
+async def test_it_goes_on_while_a_user_is_served(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    rig.engine.is_idle = False
+    async with asyncio.timeout(LIMIT_S):
+        await rig.service._dwell()
+    told = rig.dwelt()
+    assert told is not None
+    assert told["rounds"] >= 25
+
+
+async def test_a_user_who_comes_stops_a_touch_and_not_those_after_it(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    begun, stopped, touch = asyncio.Event(), asyncio.Event(), rig.toucher.touch
+
+    async def stopped_touch() -> Touched:
+        begun.set()
+        await stopped.wait()
+        return replace(await touch(), is_complete=False)
+
+    monkeypatch.setattr(rig.toucher, "touch", stopped_touch)
+    monkeypatch.setattr(rig.toucher, "stop", stopped.set)
+    async with asyncio.timeout(LIMIT_S):
+        dwelling = asyncio.create_task(rig.service._dwell())
+        await begun.wait()
+        await rig.is_watching()
+        async with rig.places.taken(places.Hold(LIMIT_S), is_work=True, goes_first=False):
+            await stopped.wait()
+            monkeypatch.setattr(rig.toucher, "touch", touch)
+            await dwelling
+    told = rig.dwelt()
+    assert told is not None
+    assert told["rounds"] >= 25
 
 
 async def test_it_stays_while_there_is_pressure(rig: Rig, monkeypatch: pytest.MonkeyPatch):
@@ -286,10 +331,94 @@ async def test_a_look_that_is_asked_for_during_another_one_comes_after_it(rig: R
     assert rig.service._trigger is Trigger.KNOCK
 
 
-@pytest.mark.parametrize(("pressure", "times"), [(Pressure.NORMAL, 0), (Pressure.UNKNOWN, 0), (Pressure.WARN, 1)])
-async def test_emberds_own_memory_is_recalled_while_there_is_pressure(rig: Rig, pressure: Pressure, times: int):
+@pytest.mark.parametrize("pressure", [Pressure.NORMAL, Pressure.UNKNOWN])
+async def test_nothing_is_recalled_without_pressure(rig: Rig, pressure: Pressure):
     rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=pressure)
     await rig.service._watch()
-    if rig.service._recalling is not None:
-        await rig.service._recalling
-    assert rig.host.recalled == times
+    assert rig.service._recalling is None
+
+
+async def test_emberds_and_the_engines_own_memory_are_recalled_while_there_is_pressure(rig: Rig):
+    rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.WARN)
+    await rig.service._watch()
+    await rig.recall()
+    assert rig.host.recalled == [None, os.getpid()]
+
+
+@pytest.mark.parametrize("reason", ["hold", "pause", "user", "battery"])
+async def test_the_engines_memory_is_not_recalled_while_a_user_is_served_or_warming_rests(rig: Rig, reason: str):
+    if reason == "hold":
+        rig.service._guard = replace(Guard(), hold=Hold.NO_WARMING)
+    elif reason == "pause":
+        rig.service.pause(60)
+    elif reason == "battery":
+        rig.service._power = (time.monotonic(), Power(PowerSource.BATTERY))
+    else:
+        rig.engine.is_idle = False
+    rig.service._begin_to_recall()
+    await rig.recall()
+    assert rig.host.recalled == [None]
+
+
+async def test_what_a_pass_finds_swapped_is_recalled_after_it(rig: Rig):
+    async def send(*_: Any) -> bool:
+        return True
+
+    rig.engine.engine.send = send
+    await rig.service._look()
+    assert rig.service._recalling is None
+    rig.host.of_engine = EngineMemory(resident_bytes=90 * MIB, swapped_bytes=10 * MIB)
+    await rig.service.warm()
+    await rig.recall()
+    assert rig.host.recalled == [None, os.getpid()]
+
+
+async def test_a_recall_ends_when_somebody_comes(rig: Rig):
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(is_stopped: Callable[[], bool]) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        while not is_stopped():
+            time.sleep(0.001)
+
+    rig.host.slow = slow
+    async with asyncio.timeout(LIMIT_S):
+        rig.service._begin_to_recall()
+        await begun.wait()
+        await rig.is_watching()
+        async with rig.places.taken(places.Hold(LIMIT_S), is_work=True, goes_first=False):
+            await rig.recall()
+
+
+async def test_a_recall_does_not_outlive_the_service(rig: Rig):
+    loop = asyncio.get_running_loop()
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    def slow(is_stopped: Callable[[], bool]) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        while not is_stopped():
+            time.sleep(0.001)
+        loop.call_soon_threadsafe(ended.set)
+
+    rig.host.slow = slow
+    async with asyncio.timeout(LIMIT_S):
+        rig.service._begin_to_recall()
+        await begun.wait()
+        assert rig.service._recalling is not None
+        rig.service._recalling.cancel()
+        await ended.wait()
+
+
+async def test_a_recall_that_took_long_is_not_repeated_at_once(rig: Rig):
+    def slow(_: Callable[[], bool]) -> None:
+        ends_s = time.thread_time() + 0.1
+        while time.thread_time() < ends_s:
+            pass
+
+    rig.host.slow = slow
+    rig.service._begin_to_recall()
+    await rig.recall()
+    rig.service._recalling = None
+    rig.service._begin_to_recall()
+    assert rig.service._recalling is None
