@@ -345,14 +345,16 @@ async def test_emberds_and_the_engines_own_memory_are_recalled_while_there_is_pr
     assert rig.host.recalled == [None, os.getpid()]
 
 
-@pytest.mark.parametrize("reason", ["hold", "pause", "user", "battery"])
-async def test_the_engines_memory_is_not_recalled_while_a_user_is_served_or_warming_rests(rig: Rig, reason: str):
+@pytest.mark.parametrize("reason", ["hold", "pause", "user", "battery", "dwelling"])
+async def test_the_engines_memory_is_not_recalled_where_that_could_do_harm(rig: Rig, reason: str):
     if reason == "hold":
         rig.service._guard = replace(Guard(), hold=Hold.NO_WARMING)
     elif reason == "pause":
         rig.service.pause(60)
     elif reason == "battery":
         rig.service._power = (time.monotonic(), Power(PowerSource.BATTERY))
+    elif reason == "dwelling":
+        rig.service._begin_to_dwell()
     else:
         rig.engine.is_idle = False
     rig.service._begin_to_recall()

@@ -74,8 +74,6 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _F_RDADVISE = 44
 """macOS: asynchronous read-ahead, struct radvisory { off_t ra_offset; int ra_count; } (xnu, bsd/sys/fcntl.h)."""
 _EPERM, _ENOSYS = 1, 38
-_NICENESS = 10
-"""Touching must not keep a generation from the processor: it goes on while the user's run."""
 
 linux_os: Any = os
 """typeshed knows posix_fadvise on Linux only."""
@@ -568,5 +566,4 @@ def say(content: Json) -> None:
 if __name__ == "__main__":
     # Death by SIGBUS is foreseen: no core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    os.nice(_NICENESS)
     Toucher(json.loads(sys.argv[1])).serve()
