@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 from emberd.core.lock import LockState
-from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
+from emberd.core.memory import EngineMemory, Pressure, SystemMemory
 from emberd.core.settings import Settings
 from emberd.core.thrash import Guard, Hold
 from emberd.core.types import EngineSample
@@ -84,8 +84,7 @@ class DictatedHost(ThisHost):
         super().__init__()
         self.of_engine = EngineMemory(resident_bytes=100 * MIB, swapped_bytes=0)
         self.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.NORMAL)
-        self.recalled: list[int | None] = []
-        self.slow: Callable[[Callable[[], bool]], None] | None = None
+        self.recalled = 0
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         assert list(pids) == [os.getpid()]
@@ -94,10 +93,8 @@ class DictatedHost(ThisHost):
     def system_memory(self) -> SystemMemory:
         return self.of_system
 
-    def recall_memory(self, pid: int | None, is_stopped: Callable[[], bool]) -> None:
-        self.recalled.append(pid)
-        if pid is not None and self.slow is not None:
-            self.slow(is_stopped)
+    def recall_own_memory(self) -> None:
+        self.recalled += 1
 
 
 class Rig:
@@ -134,11 +131,6 @@ class Rig:
         """Wait until the service waits for somebody to come."""
         while not self.places._arrived._waiters:
             await asyncio.sleep(0)
-
-    async def recall(self) -> None:
-        """Wait until memory has been recalled."""
-        assert self.service._recalling is not None
-        await self.service._recalling
 
     def dwelt(self) -> dict[str, Any] | None:
         """Return the event that tells how it went."""
@@ -331,96 +323,10 @@ async def test_a_look_that_is_asked_for_during_another_one_comes_after_it(rig: R
     assert rig.service._trigger is Trigger.KNOCK
 
 
-@pytest.mark.parametrize("pressure", [Pressure.NORMAL, Pressure.UNKNOWN])
-async def test_nothing_is_recalled_without_pressure(rig: Rig, pressure: Pressure):
+@pytest.mark.parametrize(("pressure", "times"), [(Pressure.NORMAL, 0), (Pressure.UNKNOWN, 0), (Pressure.WARN, 1)])
+async def test_emberds_own_memory_is_recalled_while_there_is_pressure(rig: Rig, pressure: Pressure, times: int):
     rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=pressure)
     await rig.service._watch()
-    assert rig.service._recalling is None
-
-
-async def test_emberds_and_the_engines_own_memory_are_recalled_while_there_is_pressure(rig: Rig):
-    rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.WARN)
-    await rig.service._watch()
-    await rig.recall()
-    assert rig.host.recalled == [None, os.getpid()]
-
-
-@pytest.mark.parametrize("reason", ["hold", "pause", "user", "battery", "dwelling"])
-async def test_the_engines_memory_is_not_recalled_where_that_could_do_harm(rig: Rig, reason: str):
-    if reason == "hold":
-        rig.service._guard = replace(Guard(), hold=Hold.NO_WARMING)
-    elif reason == "pause":
-        rig.service.pause(60)
-    elif reason == "battery":
-        rig.service._power = (time.monotonic(), Power(PowerSource.BATTERY))
-    elif reason == "dwelling":
-        rig.service._begin_to_dwell()
-    else:
-        rig.engine.is_idle = False
-    rig.service._begin_to_recall()
-    await rig.recall()
-    assert rig.host.recalled == [None]
-
-
-async def test_what_a_pass_finds_swapped_is_recalled_after_it(rig: Rig):
-    async def send(*_: Any) -> bool:
-        return True
-
-    rig.engine.engine.send = send
-    await rig.service._look()
-    assert rig.service._recalling is None
-    rig.host.of_engine = EngineMemory(resident_bytes=90 * MIB, swapped_bytes=10 * MIB)
-    await rig.service.warm()
-    await rig.recall()
-    assert rig.host.recalled == [None, os.getpid()]
-
-
-async def test_a_recall_ends_when_somebody_comes(rig: Rig):
-    begun = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def slow(is_stopped: Callable[[], bool]) -> None:
-        loop.call_soon_threadsafe(begun.set)
-        while not is_stopped():
-            time.sleep(0.001)
-
-    rig.host.slow = slow
-    async with asyncio.timeout(LIMIT_S):
-        rig.service._begin_to_recall()
-        await begun.wait()
-        await rig.is_watching()
-        async with rig.places.taken(places.Hold(LIMIT_S), is_work=True, goes_first=False):
-            await rig.recall()
-
-
-async def test_a_recall_does_not_outlive_the_service(rig: Rig):
-    loop = asyncio.get_running_loop()
-    begun, ended = asyncio.Event(), asyncio.Event()
-
-    def slow(is_stopped: Callable[[], bool]) -> None:
-        loop.call_soon_threadsafe(begun.set)
-        while not is_stopped():
-            time.sleep(0.001)
-        loop.call_soon_threadsafe(ended.set)
-
-    rig.host.slow = slow
-    async with asyncio.timeout(LIMIT_S):
-        rig.service._begin_to_recall()
-        await begun.wait()
-        assert rig.service._recalling is not None
-        rig.service._recalling.cancel()
-        await ended.wait()
-
-
-async def test_a_recall_that_took_long_is_not_repeated_at_once(rig: Rig):
-    def slow(_: Callable[[], bool]) -> None:
-        ends_s = time.thread_time() + 0.1
-        while time.thread_time() < ends_s:
-            pass
-
-    rig.host.slow = slow
-    rig.service._begin_to_recall()
-    await rig.recall()
-    rig.service._recalling = None
-    rig.service._begin_to_recall()
-    assert rig.service._recalling is None
+    if rig.service._recalling is not None:
+        await rig.service._recalling
+    assert rig.host.recalled == times

@@ -174,12 +174,8 @@ class Host(Protocol):
         """Keep this process from being written to disk when it crashes."""
         ...
 
-    def recall_memory(self, pid: int | None, is_stopped: Callable[[], bool]) -> None:
-        """Bring back what of a process's own memory is in swap, and mark it as used; for None this process's.
-
-        Takes 1 µs a page, and a read from the disk for each that is in swap; `is_stopped` is asked meanwhile. Does
-        nothing where the system lets nobody do so.
-        """
+    def recall_own_memory(self) -> None:
+        """Bring back what of this process is in swap, and mark its memory as used. Some milliseconds."""
         ...
 
     def watch_exit(self, pid: int) -> EventWatch:

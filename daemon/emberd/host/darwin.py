@@ -154,12 +154,8 @@ class DarwinHost(PosixHost):
         except (psutil.Error, OSError, RuntimeError):
             return None
 
-    def recall_memory(self, pid: int | None, is_stopped: Callable[[], bool]) -> None:
-        """Do nothing.
-
-        macOS has no call that faults memory in without writing to it, and lets nobody into another process without
-        an entitlement (task_for_pid, xnu, bsd/vm/vm_unix.c): there a replay reaches what it needs.
-        """
+    def recall_own_memory(self) -> None:
+        """Do nothing: macOS has no call that faults memory in without writing to it."""
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         """Read proc_pid_rusage of each process: of this user, or as root of any (xnu, bsd/kern/proc_info.c).

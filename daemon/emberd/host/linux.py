@@ -13,12 +13,12 @@ from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.residency import Paging
 from emberd.host import linux_memory, logsink_journal
 from emberd.host.linux_health import read_health
+from emberd.host.linux_own_memory import MADV_POPULATE_READ, OwnMemory
 from emberd.host.linux_power import read_power
-from emberd.host.linux_recall import Recall
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from emberd.core.health_facts import HostHealth
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
@@ -33,8 +33,6 @@ _START_TIME_FIELD = 22
 """proc_pid_stat(5): starttime, clock ticks after boot; fields count from 1."""
 _CACHESTAT = 451
 """Number of the call on x86-64 and arm64 alike, Linux 6.5 (scripts/syscall.tbl)."""
-_MADV_POPULATE_READ = 22
-"""Linux 5.14 (<asm-generic/mman-common.h>): faults a range in, and marks what is there as used."""
 _PR_SET_DUMPABLE = 4
 """<linux/prctl.h>; a program that is executed afterwards can be dumped again (prctl(2))."""
 _CAP_IPC_LOCK = 14
@@ -56,7 +54,7 @@ class LinuxHost(PosixHost):
     paging = Paging(
         checks_owner=True,  # since 5.2 (mincore(2))
         cachestat=_CACHESTAT,
-        populate=_MADV_POPULATE_READ,
+        populate=MADV_POPULATE_READ,
         touches_twice=False,
         keeps_executable=True,
     )
@@ -67,7 +65,7 @@ class LinuxHost(PosixHost):
         self._proc = proc
         self._sys = sys
         self._journal = journal
-        self._own_memory: Recall | None = None
+        self._own_memory: OwnMemory | None = None
 
     def system_log(self) -> SystemLog | None:
         """Return the journal, else syslog, else None: a container has neither."""
@@ -91,7 +89,7 @@ class LinuxHost(PosixHost):
         """Set the limit, and PR_SET_DUMPABLE too: a core_pattern that is a pipe ignores the limit (core(5))."""
         super().forbid_core_dumps()
         with contextlib.suppress(OSError):  # a container without /proc
-            self._own_memory = Recall(self._proc, os.getpid())
+            self._own_memory = OwnMemory(self._proc)
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
     def watch_exit(self, pid: int) -> ReadableWatch:
@@ -130,15 +128,11 @@ class LinuxHost(PosixHost):
             return None
         return None if ticks is None else f"{boot_id}:{ticks}"
 
-    def recall_memory(self, pid: int | None, is_stopped: Callable[[], bool]) -> None:
-        """Read a byte of each page; of this process only after `forbid_core_dumps`, the daemon's first act."""
-        with contextlib.suppress(OSError):  # ended, or not ours to read
-            if pid is None:
-                if self._own_memory is not None:
-                    self._own_memory.run(is_stopped)
-                return
-            with contextlib.closing(Recall(self._proc, pid)) as memory:
-                memory.run(is_stopped)
+    def recall_own_memory(self) -> None:
+        """Populate what this process has in swap; only after `forbid_core_dumps`, which comes first in a daemon."""
+        if self._own_memory is not None:
+            with contextlib.suppress(OSError):
+                self._own_memory.recall()
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         """Sum the kernel's counters of these processes."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -56,8 +55,6 @@ _REPLAY_LIMIT_S = 600.0
 _ABORT_S = 2.0
 _STOP_AGAIN_S = 0.2
 _DWELL_PAUSE_S = 0.2
-_RECALL_PAUSE = 20
-"""Memory of processes is recalled so much less often than it takes processor time: 350 MiB take 80 ms."""
 _CALM_ROUNDS = 25
 """The weights are left alone again when nothing was taken of them for about 5 s without pressure."""
 _LONGEST_DWELL_S = 600.0
@@ -165,7 +162,6 @@ class KeepWarm:
         self._loss_wait_s = self._interval_s
         self._letting_go = asyncio.Event()
         self._recalling: asyncio.Task[None] | None = None
-        self._recall_again_s = 0.0
         self._is_woken = False
         self._power: tuple[float, Power] | None = None
         self._gap_s = _clock_gap_s()
@@ -302,8 +298,7 @@ class KeepWarm:
         is_losing = await self._watch_engine()
         was = self._memory.pressure if self._memory else Pressure.UNKNOWN
         self._memory = memory
-        if memory.pressure in _TIGHT or self._is_dwelling():
-            self._begin_to_recall()
+        self._recall(memory.pressure)
         self._watch_swap(thrash.Reading(now_s, memory.swapped_out_bytes, memory.pressure, is_losing))
         if memory.pressure is Pressure.CRITICAL:
             self._last_critical_s = now_s
@@ -315,7 +310,7 @@ class KeepWarm:
         if self._gap_s - gap_s > _SLEPT_S:
             self._log.info("woken", slept_s=round(self._gap_s - gap_s))
             self.wake(Trigger.WOKEN)
-        if self._is_on_battery():
+        if self._power is not None and self._power[1].source is PowerSource.BATTERY:
             power = await self._read_power()
             if power.source is PowerSource.MAINS:
                 self.wake(Trigger.WOKEN)
@@ -323,34 +318,11 @@ class KeepWarm:
         if now_s - self._saved_s > _SAVE_S:
             await self._save_cost()
 
-    def _begin_to_recall(self) -> None:
-        """Bring back what emberd and the engine have of their own. Reading swap can take long: nobody waits."""
+    def _recall(self, pressure: Pressure) -> None:
+        """Keep emberd itself in memory while there is pressure; reading swap can take long: nobody waits for it."""
         is_recalling = self._recalling is not None and not self._recalling.done()
-        if not is_recalling and time.monotonic() >= self._recall_again_s:
-            self._recalling = asyncio.create_task(self._recall())
-
-    async def _recall(self) -> None:
-        stop = threading.Event()
-
-        def recall(pid: int | None) -> float:
-            began_s = time.thread_time()
-            self._host.recall_memory(pid, stop.is_set)
-            return time.thread_time() - began_s
-
-        try:
-            used_s = await asyncio.to_thread(recall, None)
-            for pid in self._owner.sample().pids:
-                if self._may_recall_engine():
-                    used_s += await self._giving_way(asyncio.to_thread(recall, pid), stop.set)
-        finally:
-            stop.set()  # a thread outlives the task that waits for it
-        self._spend(WarmthCost(cpu_ms=round(used_s * 1000)))
-        self._recall_again_s = time.monotonic() + _RECALL_PAUSE * used_s
-
-    def _may_recall_engine(self) -> bool:
-        # Beside touching it did harm: 4.5 and 6.9 instead of 2.5 times a hot first token, 0.3 GiB short.
-        must_not = self._is_dwelling() or self._is_on_battery() or self._must_rest()
-        return self._is_free() and not must_not
+        if not is_recalling and (pressure in _TIGHT or self._is_dwelling()):
+            self._recalling = asyncio.create_task(asyncio.to_thread(self._host.recall_own_memory))
 
     def _watch_swap(self, reading: thrash.Reading) -> None:
         """Let go, or take hold again, as the thrash guard says."""
@@ -456,9 +428,6 @@ class KeepWarm:
             return thrash.Hold.NO_OUTSIDE_LOCK
         return thrash.Hold.NOTHING if self._owner.lock_state is LockState.HELD else thrash.Hold.NO_WARMING
 
-    def _is_on_battery(self) -> bool:
-        return self._power is not None and self._power[1].source is PowerSource.BATTERY
-
     async def _read_power(self) -> Power:
         now_s = time.monotonic()
         if self._power is None or now_s - self._power[0] > _POWER_S:
@@ -495,7 +464,12 @@ class KeepWarm:
         found = replace(found, major_faults=await self._faults())
         if is_warming and (len(done) == len(decision.steps) or self._is_free()):
             # What failed although nobody came is tried again after the interval, not at once.
-            self._note_pass(seen, found, has_touched=Step.TOUCH.value in done)
+            self._last_pass_s = time.monotonic()
+            self._interval_s = warmth.next_interval(self._interval_s, found, self._settings().warmth)
+            if seen.trigger is Trigger.LOSING:
+                self._loss_wait_s = warmth.next_loss_wait(self._loss_wait_s, found, self._settings().warmth)
+            if Step.TOUCH.value in done and warmth.may_dwell(seen, found):
+                self._begin_to_dwell()
         used_s = await asyncio.to_thread(self._cpu_s) - cpu_s
         self._spend(WarmthCost(passes=1, cpu_ms=max(round(used_s * 1000), 0)))
         self._last = {
@@ -510,17 +484,6 @@ class KeepWarm:
         }
         self._log.info("keepwarm", cache=seen.cache.value, next_s=round(self._interval_s, 1), **self._last)
 
-    def _note_pass(self, seen: Snapshot, found: Found, *, has_touched: bool) -> None:
-        """Plan by what a pass has found."""
-        self._last_pass_s = time.monotonic()
-        self._interval_s = warmth.next_interval(self._interval_s, found, self._settings().warmth)
-        if seen.trigger is Trigger.LOSING:
-            self._loss_wait_s = warmth.next_loss_wait(self._loss_wait_s, found, self._settings().warmth)
-        if has_touched and warmth.may_dwell(seen, found):
-            self._begin_to_dwell()
-        if found.swapped_bytes:
-            self._begin_to_recall()
-
     def _is_dwelling(self) -> bool:
         return self._dwelling is not None and not self._dwelling.done()
 
@@ -532,8 +495,8 @@ class KeepWarm:
         """Touch the weights again and again, until nothing is taken any more.
 
         Between two passes 5 s apart a busy program took two thirds of a model of 2 GiB (0.3 GiB short); pages
-        that are used as often as its own stay. A user's generations do not keep them: from the third in a row on
-        they took 4 to 58 times as long as a hot one, and at most 2.4 times with the weights touched meanwhile.
+        that are used as often as its own stay. A user's generations do not keep them: the third and fourth in a row
+        took 4 to 5 times as long as a hot one, and mostly 1.4 to 2.4 times with the weights touched meanwhile.
         """
         began_s, calm, rounds = time.monotonic(), 0, 0
         cpu_s = await asyncio.to_thread(self._cpu_s)
@@ -609,15 +572,11 @@ class KeepWarm:
         if engine.model is None:
             return None
         self._toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])
-        try:
-            if not locks:
-                touched = await self._giving_way(self._toucher.touch(self._note_progress), self._toucher.stop)
-                self._note_reading(touched.cold_bytes, touched.elapsed_s)
-                share = _share(touched.cold_bytes, touched.total_bytes)
-                return {"cold_share": share} if touched.is_complete else None
-            locked = await self._giving_way(self._toucher.lock(self._note_progress), self._toucher.stop)
-        finally:
-            self._progress = None
+        if not locks:
+            touched = await self._giving_way(self._toucher.touch(self._note_progress), self._toucher.stop)
+            self._note_reading(touched.cold_bytes, touched.elapsed_s)
+            return {"cold_share": _share(touched.cold_bytes, touched.total_bytes)} if touched.is_complete else None
+        locked = await self._giving_way(self._toucher.lock(self._note_progress), self._toucher.stop)
         self._note_reading(locked.cold_bytes, locked.elapsed_s)
         if locked.is_complete:
             self._locked_by = self._toucher.pid
@@ -645,6 +604,7 @@ class KeepWarm:
             return await doing
         finally:
             coming.cancel()
+            self._progress = None
 
     async def _interruption(self) -> None:
         """Wait for a user, or for the guard to let go."""
