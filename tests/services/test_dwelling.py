@@ -180,6 +180,24 @@ async def test_it_goes_on_while_a_user_is_served(rig: Rig, monkeypatch: pytest.M
     assert told["rounds"] >= 25
 
 
+async def test_what_the_engine_does_for_a_user_meanwhile_is_not_its_cost(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    touch = rig.toucher.touch
+
+    async def touch_beside_a_busy_engine() -> Touched:
+        ends_s = time.thread_time() + 0.02  # the engine of this test is its own process
+        while time.thread_time() < ends_s:
+            pass
+        return await touch()
+
+    monkeypatch.setattr(rig.toucher, "touch", touch_beside_a_busy_engine)
+    async with asyncio.timeout(LIMIT_S):
+        await rig.service._dwell()
+    told = rig.dwelt()
+    assert told is not None
+    assert told["cpu_s"] < 25 * 0.02
+
+
 async def test_a_user_who_comes_stops_a_touch_and_not_those_after_it(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
     begun, stopped, touch = asyncio.Event(), asyncio.Event(), rig.toucher.touch

@@ -447,7 +447,7 @@ class KeepWarm:
                 self._log.debug("keepwarm_rests", reason=decision.reason.value)
             self._rest = decision.reason.value
             return
-        began_s, cpu_s = time.monotonic(), await asyncio.to_thread(self._cpu_s)
+        began_s, cpu_s = time.monotonic(), self._cpu_s()
         found = await self._before()
         done: list[str] = []
         is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)
@@ -470,7 +470,7 @@ class KeepWarm:
                 self._loss_wait_s = warmth.next_loss_wait(self._loss_wait_s, found, self._settings().warmth)
             if Step.TOUCH.value in done and warmth.may_dwell(seen, found):
                 self._begin_to_dwell()
-        used_s = await asyncio.to_thread(self._cpu_s) - cpu_s
+        used_s = self._cpu_s() - cpu_s
         self._spend(WarmthCost(passes=1, cpu_ms=max(round(used_s * 1000), 0)))
         self._last = {
             "reason": decision.reason.value,
@@ -498,8 +498,7 @@ class KeepWarm:
         that are used as often as its own stay. A user's generations do not keep them: the third and fourth in a row
         took 4 to 5 times as long as a hot one, and mostly 1.4 to 2.4 times with the weights touched meanwhile.
         """
-        began_s, calm, rounds = time.monotonic(), 0, 0
-        cpu_s = await asyncio.to_thread(self._cpu_s)
+        began_s, calm, rounds, used_s = time.monotonic(), 0, 0, 0.0
         try:
             while calm < _CALM_ROUNDS and time.monotonic() - began_s < _LONGEST_DWELL_S:
                 await asyncio.sleep(_DWELL_PAUSE_S)
@@ -507,7 +506,9 @@ class KeepWarm:
                     break
                 if self._acting.locked():
                     continue  # a pass touches them now
+                cpu_s = _cpu_s(self._toucher.pid)  # the engine's at this time may be a user's
                 touched = await self._giving_way(self._toucher.touch(), self._toucher.stop)
+                used_s += max(_cpu_s(self._toucher.pid) - cpu_s, 0.0)
                 self._spend(WarmthCost(read_bytes=touched.cold_bytes or 0))
                 if not touched.is_complete:
                     continue  # somebody came
@@ -518,7 +519,6 @@ class KeepWarm:
             self._log.warning("keepwarm_failed", step="dwell", reason=str(error))
         except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
             self._log.exception("keepwarm_bug")
-        used_s = max(await asyncio.to_thread(self._cpu_s) - cpu_s, 0.0)
         self._spend(WarmthCost(cpu_ms=round(used_s * 1000)))
         seconds = round(time.monotonic() - began_s, 1)
         self._log.info("keepwarm_dwelt", rounds=rounds, seconds=seconds, cpu_s=round(used_s, 2))
@@ -633,11 +633,7 @@ class KeepWarm:
 
     def _cpu_s(self) -> float:
         """Return the processor time of engine and toucher so far, in seconds."""
-        total_s = 0.0
-        for pid in (*self._owner.sample().pids, self._toucher.pid):
-            with contextlib.suppress(psutil.Error):
-                total_s += sum(psutil.Process(pid).cpu_times()[:2]) if pid is not None else 0.0
-        return total_s
+        return sum(_cpu_s(pid) for pid in (*self._owner.sample().pids, self._toucher.pid))
 
     async def _generate(self, *, is_tiny: bool) -> dict[str, Any] | None:
         """Send a generation of one token, or one for each conversation; given up at once when a user comes."""
@@ -685,6 +681,14 @@ class KeepWarm:
 
     def _is_free(self) -> bool:
         return self._owner.port is not None and self._owner.sample().is_idle and not self._places.waiting
+
+
+def _cpu_s(pid: int | None) -> float:
+    """Return the processor time of a process so far, in seconds; 0 if there is none."""
+    try:
+        return 0.0 if pid is None else sum(psutil.Process(pid).cpu_times()[:2])
+    except psutil.Error:
+        return 0.0
 
 
 def _plain_cost(cost: WarmthCost) -> dict[str, Any]:
