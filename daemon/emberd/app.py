@@ -26,11 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
     from pathlib import Path
 
-    import httpx
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.settings import Settings
-    from emberd.engine.http import EngineHttp
     from emberd.host.claims import Claims
     from emberd.host.paths import StatePaths
     from emberd.host.starts import Starts
@@ -115,8 +113,6 @@ class _Daemon:
         self._has_terminal = sys.stderr.isatty()
         self._reloading: asyncio.Future[None] | None = None
         self._log: FilteringBoundLogger
-        self._client: httpx.AsyncClient
-        self._http: EngineHttp
         self._supervisor: Supervisor
         self._endpoint: Endpoint
         self._proxy: Proxy
@@ -132,7 +128,6 @@ class _Daemon:
 
     def _build(self) -> None:
         """Make the services, and tell each of the others what it needs of them."""
-        from emberd.engine import http  # noqa: PLC0415
         from emberd.engine.choose import choose_engine  # noqa: PLC0415
         from emberd.services import logs  # noqa: PLC0415
         from emberd.services.accounts import Accounts  # noqa: PLC0415
@@ -151,9 +146,7 @@ class _Daemon:
 
         logs.configure_for(self._settings, self._host)
         self._log = logs.logger("daemon")
-        self._client = http.client()
-        self._http = http.EngineHttp(self._client)
-        engine = choose_engine(self._settings, self._host, self._http, self._paths)
+        engine = choose_engine(self._settings, self._host, self._paths)
         paths = Paths(self._paths.record, self._paths.output, self._paths.scratch)
         supervisor = self._supervisor = Supervisor(
             self._settings, engine, self._host, paths, logs.logger("supervisor")
@@ -194,7 +187,7 @@ class _Daemon:
 
     async def run(self) -> int:
         """Build, serve, wait for a reason to stop, shut down."""
-        from emberd.services.lean import import_lean  # noqa: PLC0415  # before anything that imports httpx
+        from emberd.services.lean import import_lean  # noqa: PLC0415  # before anything that imports structlog
 
         import_lean()
         from emberd.services import logs  # noqa: PLC0415
@@ -242,7 +235,6 @@ class _Daemon:
             await self._accounts.close()
             await self._residency.close()
             await control.close()
-            await self._client.aclose()
         if failed is not None:
             if isinstance(failed, EmberdError):
                 self._log.error("emberd_failed", error=failed.message, remedy=failed.remedy)
@@ -349,7 +341,7 @@ class _Daemon:
                 )
                 if old != new
             ]
-            engine = choose_engine(settings, self._host, self._http, self._paths)
+            engine = choose_engine(settings, self._host, self._paths)
             restarts = await self._supervisor.reload(settings, engine)
         except EmberdError as error:
             self._log.error("reload_refused", error=error.message, remedy=error.remedy)

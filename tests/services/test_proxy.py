@@ -16,7 +16,6 @@ from emberd.core.access import AccessRules
 from emberd.core.errors import NotReady
 from emberd.core.settings import EndpointSettings, Settings
 from emberd.engine.http import EngineHttp
-from emberd.engine.http import client as engine_client
 from emberd.engine.koboldcpp import KoboldCpp
 from emberd.host import ThisHost
 from emberd.host.listener import bind
@@ -47,9 +46,8 @@ class OpenGate:
         self.asked = self.held = 0
         self.stays_ready = False
         self.engine_key = "1:a"
-        self.http = engine_client()
         unused: Any = None
-        self.engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(self.http), unused, unused, unused)
+        self.engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused)
 
     async def ensure_ready(self, timeout_s: float) -> int:
         """Wait for `ready`."""
@@ -174,7 +172,6 @@ async def front() -> AsyncIterator[Front]:
         async with asyncio.timeout(LIMIT_S):
             await endpoint.stop(1)
             await serving
-            await gate.http.aclose()
             for engine in made.engines:
                 await engine.close()
         listener.close()

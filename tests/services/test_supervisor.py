@@ -19,7 +19,6 @@ from emberd.core.errors import NotReady
 from emberd.core.lifecycle import State
 from emberd.core.memory import SystemMemory
 from emberd.core.settings import EngineSettings, LifecycleSettings, ModelSettings, Settings
-from emberd.engine import http
 from emberd.engine.choose import choose_engine
 from emberd.host import ThisHost
 from emberd.host.paths import StatePaths, prepare
@@ -51,7 +50,6 @@ class Rig:
         self.host = WiredHost()
         self.paths = StatePaths(folder / "state")
         prepare(self.paths)
-        self.client = http.client()
         self.settings = Settings(
             model=ModelSettings(path=str(model)),
             engine=EngineSettings(path=str(standin)),
@@ -61,7 +59,7 @@ class Rig:
         log = structlog.wrap_logger(None, processors=[self._keep], wrapper_class=structlog.BoundLogger)
         self.supervisor = Supervisor(
             self.settings,
-            choose_engine(self.settings, self.host, http.EngineHttp(self.client), self.paths),
+            choose_engine(self.settings, self.host, self.paths),
             self.host,
             Paths(self.paths.record, self.paths.output, self.paths.scratch),
             log,
@@ -94,7 +92,6 @@ class Rig:
                 await self.supervisor.shut_down()
             self.owner.cancel()
             await asyncio.gather(self.owner, return_exceptions=True)
-        await self.client.aclose()
 
 
 @pytest.fixture

@@ -109,7 +109,6 @@ def _print_check(content: dict[str, Any]) -> None:
 
 
 async def _plan(settings: Settings) -> LaunchPlan:
-    from emberd.engine import http  # noqa: PLC0415  # httpx only when it is used
     from emberd.engine.choose import choose_engine  # noqa: PLC0415
     from emberd.host import ThisHost  # noqa: PLC0415
     from emberd.host.paths import prepare, state_paths  # noqa: PLC0415
@@ -118,9 +117,8 @@ async def _plan(settings: Settings) -> LaunchPlan:
 
     paths = state_paths(settings)
     prepare(paths)
-    async with http.client() as client:
-        host = ThisHost()
-        engine = choose_engine(settings, host, http.EngineHttp(client), paths)
-        decision = await LockMeter(host).decide(settings, engine.model_path())
-        plan = await engine.plan(free_port(), will_lock=decision.will_lock)
-        return dataclasses.replace(plan, notices=(*plan.notices, *decision.reasons))
+    host = ThisHost()
+    engine = choose_engine(settings, host, paths)
+    decision = await LockMeter(host).decide(settings, engine.model_path())
+    plan = await engine.plan(free_port(), will_lock=decision.will_lock)
+    return dataclasses.replace(plan, notices=(*plan.notices, *decision.reasons))

@@ -1,12 +1,17 @@
-"""Small questions to an engine over HTTP: bounded, without keep-alive, never raising."""
+"""Small questions to an engine over HTTP: bounded, without keep-alive, never raising.
+
+An idle engine is asked every few seconds whether it lives. Through httpx one such question took 3.5 ms of processor
+time, this way 1.7, and the daemon was 3 MiB larger.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import httpx
+from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused, EngineRequest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,49 +50,35 @@ class EngineHttp:
     its 24 threads, for ever.
     """
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self._client = client
-
     async def get(self, port: int, path: str, timeout_s: float, password: str = "") -> Answer:
         """Ask with GET; bounded by `timeout_s` as a whole."""
-        return await self._ask("GET", port, path, timeout_s, None, password)
+        return await self._ask("GET", port, path, timeout_s, b"", password)
 
     async def post(
         self, port: int, path: str, body: Mapping[str, Any], timeout_s: float, password: str = ""
     ) -> Answer:
         """Ask with POST and a JSON body; bounded by `timeout_s` as a whole."""
-        return await self._ask("POST", port, path, timeout_s, body, password)
+        return await self._ask("POST", port, path, timeout_s, json.dumps(body).encode(), password)
 
-    async def _ask(
-        self,
-        method: str,
-        port: int,
-        path: str,
-        timeout_s: float,
-        body: Mapping[str, Any] | None,
-        password: str,
-    ) -> Answer:
-        headers = {"connection": "close"} | ({"authorization": f"Bearer {password}"} if password else {})
+    async def _ask(self, method: str, port: int, path: str, timeout_s: float, body: bytes, password: str) -> Answer:
+        headers = {"host": f"127.0.0.1:{port}", "accept": "application/json", "connection": "close"}
+        if body:
+            headers |= {"content-type": "application/json", "content-length": str(len(body))}
+        if password:
+            headers["authorization"] = f"Bearer {password}"
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        connection = EngineConnection(port)
         try:
             async with asyncio.timeout(timeout_s):
-                response = await self._client.request(
-                    method, f"http://127.0.0.1:{port}{path}", json=body, headers=headers
-                )
-        except httpx.ConnectError:
+                head = await connection.ask(EngineRequest(method.encode(), path.encode(), pairs, body))
+                content = b"".join([part async for part in connection.parts()])
+        except EngineRefused:
             return Answer(NOTHING_LISTENS)
-        except (httpx.HTTPError, TimeoutError):
+        except (EngineBrokeOff, TimeoutError):
             return Answer(None)
+        finally:
+            connection.close()
         try:
-            return Answer(response.status_code, response.json())
+            return Answer(head.status, json.loads(content))
         except ValueError:
-            return Answer(response.status_code)
-
-
-def client() -> httpx.AsyncClient:
-    """Return a client for loopback engines: no proxies from the environment, no certificates to load."""
-    return httpx.AsyncClient(
-        verify=False,  # noqa: S501  # plain HTTP on loopback; loading certificate authorities costs 1 MiB
-        trust_env=False,
-        timeout=None,  # noqa: S113  # every call is bounded as a whole
-        limits=httpx.Limits(max_keepalive_connections=0),
-    )
+            return Answer(head.status)

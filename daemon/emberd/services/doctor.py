@@ -45,8 +45,6 @@ from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache
 from emberd.core.lock import LockState
 from emberd.core.memory import PowerSource
 from emberd.engine.choose import choose_engine
-from emberd.engine.http import EngineHttp
-from emberd.engine.http import client as http_client
 from emberd.engine.koboldcpp import CONTINUES_TURNS, USUAL_NAMES, read_version
 from emberd.host import neighbours, own_health
 from emberd.host.model_facts import read_model_facts
@@ -119,10 +117,9 @@ class Examination:
         self._place = await self._ask("process", lambda: self._host.health(pid)) or HostHealth()
         self._log = await self._ask("engine.log", lambda: last_start(_tail(self._paths.output))) or ""
         with self._scratch() as paths:
-            async with http_client() as client:
-                adapter = choose_engine(self._settings, self._host, EngineHttp(client), paths)
-                model = await self._model(adapter)
-                engine = await self._engine(adapter, model)
+            adapter = choose_engine(self._settings, self._host, paths)
+            model = await self._model(adapter)
+            engine = await self._engine(adapter, model)
         memory = await self._memory(adapter, model, engine.orphan_pid)
         service = await self._service(known)
         return Facts(self._host.name, model, engine, memory, service, tuple(self._unknown))
