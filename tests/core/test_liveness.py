@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from emberd.core.liveness import Verdict, begin, judge
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberd.core.liveness import Verdict, begin, judge, pause_s
 from emberd.core.settings import LifecycleSettings
 from emberd.core.types import Activity
 
@@ -20,6 +23,25 @@ def verdicts(probes: list[Activity], every_s: float = 10.0) -> list[Verdict]:
 def test_an_idle_engine_that_answers_is_alive():
     idle = Activity(answered=True, is_generating=False)
     assert set(verdicts([idle] * 1000)) == {Verdict.ALIVE}
+
+
+@given(
+    st.sampled_from(Verdict),
+    st.booleans(),
+    st.builds(LifecycleSettings, probe_interval_s=st.floats(0.1, 600), hang_after_s=st.floats(1, 86_400)),
+)
+def test_only_an_idle_engine_that_lives_is_asked_less_often(
+    verdict: Verdict, is_idle: bool, settings: LifecycleSettings
+):
+    pause = pause_s(verdict, settings, is_idle=is_idle)
+    assert settings.probe_interval_s <= pause <= 3 * settings.probe_interval_s
+    if verdict is not Verdict.ALIVE or not is_idle:
+        assert pause == settings.probe_interval_s
+    assert pause <= max(settings.hang_after_s / 2, settings.probe_interval_s), "a request may have come meanwhile"
+
+
+def test_an_idle_engine_is_asked_a_third_as_often():
+    assert pause_s(Verdict.ALIVE, LifecycleSettings(), is_idle=True) == 30
 
 
 def test_silence_without_work_becomes_a_hang_after_its_limit():

@@ -46,7 +46,7 @@ def test_any_text_survives_writing_and_reading(text: str):
         ('[engine]\nextra_args = "--quiet"', "must be a list of strings"),
         ('[engine]\nkind = "kobold"', "must be one of koboldcpp, llama-server, embedded"),
         ("[warmth]\nreplay = 1", "warmth.replay: must be true or false, not 1"),
-        ("[warmth]\nmin_interval_s = 400", "is more than warmth.max_interval_s"),
+        ("[warmth]\nmin_interval_s = 1000", "is more than warmth.max_interval_s"),
         ("[lifecycle]\nbackoff_initial_s = 100", "is more than lifecycle.backoff_max_s"),
     ],
 )

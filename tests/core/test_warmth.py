@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberd.core.lock import LockState
-from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure
+from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.settings import WarmthSettings
-from emberd.core.thrash import Hold
+from emberd.core.thrash import Guard, Hold
 from emberd.core.warmth import (
     BATTERY_STRETCH,
     CALM_AFTER_CRITICAL_S,
@@ -25,6 +25,7 @@ from emberd.core.warmth import (
     Trigger,
     best_of,
     decide,
+    is_calm,
     is_losing,
     may_dwell,
     next_interval,
@@ -277,6 +278,27 @@ def test_passes_for_losses_that_find_nothing_missing_come_later_each_time():
     seen = Snapshot(NOW_S, trigger=Trigger.LOSING, last_pass_s=NOW_S - 30, interval_s=300)
     assert decide(seen, AUTO).reason is Reason.LOSING
     assert decide(replace(seen, loss_wait_s=40), AUTO).reason is Reason.NOT_DUE
+
+
+QUIET = SystemMemory(swapped_out_bytes=MIB, pressure=Pressure.NORMAL)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "hold", "is_losing", "is_quiet"),
+    [
+        (QUIET, QUIET, Hold.ALL, False, True),
+        (None, QUIET, Hold.ALL, False, False),
+        (QUIET, replace(QUIET, pressure=Pressure.UNKNOWN, swapped_out_bytes=None), Hold.ALL, False, True),
+        (QUIET, replace(QUIET, pressure=Pressure.WARN), Hold.ALL, False, False),
+        (QUIET, replace(QUIET, swapped_out_bytes=2 * MIB), Hold.ALL, False, False),
+        (QUIET, QUIET, Hold.NO_WARMING, False, False),
+        (QUIET, QUIET, Hold.ALL, True, False),
+    ],
+)
+def test_the_computer_is_looked_at_less_often_only_while_nothing_happens(
+    was: SystemMemory | None, now: SystemMemory, hold: Hold, is_losing: bool, is_quiet: bool
+):
+    assert is_calm(was, now, Guard(hold=hold), is_losing=is_losing) is is_quiet
 
 
 def test_what_is_taken_little_by_little_is_noticed_too():

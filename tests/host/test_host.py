@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,26 @@ def test_a_missing_file_cannot_be_watched_and_leaks_nothing(host: LinuxHost | Da
     for _ in range(10):
         with pytest.raises(OSError, match="No such file"):
             host.watch_file(tmp_path / "missing")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+async def test_a_watch_for_stalls_wakes_after_the_longest_time_again_and_again():
+    watch = LinuxHost().watch_stalls(1)
+    if watch is None:
+        pytest.skip("no pressure/memory to be asked here")
+    async with asyncio.timeout(LIMIT_S):
+        began_s = time.monotonic()
+        await watch.wait()
+        await watch.wait()
+    assert time.monotonic() - began_s > 1.5, "the first time must have been taken off the descriptor"
+    watch.close()
+    watch.close()
+
+
+def test_a_kernel_that_tells_of_no_stalls_is_looked_at_instead_and_leaks_nothing(tmp_path: Path):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(10):
+        assert LinuxHost(proc=tmp_path).watch_stalls(1) is None
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 

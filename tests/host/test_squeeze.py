@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,24 @@ if TYPE_CHECKING:
 
 pytestmark = can_squeeze
 SLACK_BYTES = 4 * MIB
+LONGEST_S = 60
 
 
 def swapped_by_the_page_tables(pid: int) -> int:
     """Return what smaps_rollup counts, page by page, in bytes."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Swap:"))
+
+
+async def test_a_program_that_waits_for_memory_wakes_who_watches_for_stalls(tmp_path: Path):
+    watch = LinuxHost().watch_stalls(LONGEST_S)
+    assert watch is not None
+    with squeeze(tmp_path, 512 * MIB) as group, holding("anonymous", 384 * MIB, within=group.joining):
+        async with asyncio.timeout(LONGEST_S / 2):
+            waiting = asyncio.create_task(watch.wait())
+            await asyncio.to_thread(group.limit, 64 * MIB)
+            await waiting
+    watch.close()
 
 
 async def test_what_an_idle_engine_loses_to_swap_is_seen_counted_and_charged_to_it(tmp_path: Path):

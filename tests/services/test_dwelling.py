@@ -59,6 +59,9 @@ class ReadyEngine:
     def sample(self) -> EngineSample:
         return EngineSample(self.engine_key, (os.getpid(),), is_idle=self.is_idle, requests=1, model=self._model)
 
+    async def wait_for_change(self) -> None:
+        await asyncio.Event().wait()
+
     def restart_without_lock(self) -> None:
         raise AssertionError("nobody asked for that")
 
@@ -77,6 +80,21 @@ class ReadyEngine:
         raise AssertionError(port)
 
 
+class DictatedStalls:
+    """A watch for stalls that wakes when a test says so."""
+
+    def __init__(self) -> None:
+        self.news = asyncio.Event()
+        self.is_closed = False
+
+    async def wait(self) -> None:
+        await self.news.wait()
+        self.news.clear()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
 class DictatedHost(ThisHost):
     """This computer, but for the readings of memory that a test dictates."""
 
@@ -84,14 +102,28 @@ class DictatedHost(ThisHost):
         super().__init__()
         self.of_engine = EngineMemory(resident_bytes=100 * MIB, swapped_bytes=0)
         self.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.NORMAL)
-        self.recalled = 0
+        self.recalled = self.readings = 0
+        self.read = asyncio.Event()
+        self.stalls: DictatedStalls | None = None
+
+    def watch_stalls(self, longest_s: int) -> Any:
+        assert longest_s > keepwarm.GUARD_S
+        return self.stalls
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         assert list(pids) == [os.getpid()]
         return self.of_engine
 
     def system_memory(self) -> SystemMemory:
+        self.readings += 1
+        self.read.set()
         return self.of_system
+
+    async def has_read(self, count: int) -> None:
+        """Wait until memory has been read so often."""
+        while self.readings < count:
+            self.read.clear()
+            await self.read.wait()
 
     def recall_own_memory(self) -> None:
         self.recalled += 1
@@ -298,6 +330,64 @@ async def test_a_loss_that_comes_too_soon_is_looked_after_when_that_is_due(rig: 
     await rig.service._look()
     told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "keepwarm"]
     assert [each["reason"] for each in told] == [Reason.LOSING.value]
+
+
+@contextlib.asynccontextmanager
+async def watching(rig: Rig) -> AsyncIterator[None]:
+    task = asyncio.create_task(rig.service._keep_watch())
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            yield
+    finally:
+        task.cancel()
+
+
+async def test_a_calm_computer_is_looked_at_when_programs_wait_for_memory_and_then_all_the_time(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(keepwarm, "GUARD_S", 0.001)
+    monkeypatch.setattr(keepwarm, "_CALM_AFTER_S", 0)
+    stalls = rig.host.stalls = DictatedStalls()
+    async with watching(rig):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await rig.host.has_read(1)
+        monkeypatch.setattr(keepwarm, "_CALM_AFTER_S", LIMIT_S)
+        stalls.news.set()
+        await rig.host.has_read(5)
+    assert stalls.is_closed
+
+
+async def test_where_the_kernel_tells_of_no_stalls_a_calm_computer_is_looked_at_all_the_time(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(keepwarm, "GUARD_S", 0.001)
+    monkeypatch.setattr(keepwarm, "_CALM_AFTER_S", 0)
+    async with watching(rig):
+        await rig.host.has_read(5)
+
+
+async def test_a_computer_is_looked_at_all_the_time_for_a_while_after_something_has_happened(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(keepwarm, "GUARD_S", 0.001)
+    rig.host.stalls = DictatedStalls()
+    async with watching(rig):
+        await rig.host.has_read(5)
+
+
+async def test_a_new_engine_is_noticed_at_once(rig: Rig):
+    changed = asyncio.Event()
+    rig.engine.wait_for_change = changed.wait
+    following = asyncio.create_task(rig.service._follow_engine())
+    rig.service._trigger = Trigger.TIMER
+    await asyncio.sleep(0)
+    changed.set()
+    rig.engine.wait_for_change = asyncio.Event().wait
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    following.cancel()
+    assert rig.service._trigger is Trigger.RESTARTED
 
 
 async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig):

@@ -14,6 +14,10 @@ _WORKING_CPU_SHARE = 0.01
 """Less than 1 % of a core is what an engine uses while it waits; a generation uses far more, also on a GPU."""
 
 
+_IDLE_STRETCH = 3
+"""An idle engine that answered is asked less often: each question wakes two processes."""
+
+
 class Verdict(Enum):
     """What the probes so far allow to say."""
 
@@ -45,6 +49,20 @@ class Watch:
 def begin(now_s: float) -> Watch:
     """Start watching an engine that has just shown itself ready."""
     return Watch(alive_at=now_s, output_at=now_s, probed_at=now_s)
+
+
+def pause_s(verdict: Verdict, settings: LifecycleSettings, *, is_idle: bool) -> float:
+    """Return how long to wait until the next probe, in seconds.
+
+    Args:
+        verdict: the last probe's.
+        settings: the settings.
+        is_idle: no request is running.
+    """
+    if verdict is not Verdict.ALIVE or not is_idle:
+        return settings.probe_interval_s
+    # A request may come just after a probe: the next one must find it before its silence counts as a hang.
+    return max(settings.probe_interval_s, min(_IDLE_STRETCH * settings.probe_interval_s, settings.hang_after_s / 2))
 
 
 def judge(watch: Watch, seen: Activity, now_s: float, settings: LifecycleSettings) -> tuple[Watch, Verdict]:

@@ -194,6 +194,13 @@ class Host(Protocol):
         """
         ...
 
+    def watch_stalls(self, longest_s: int) -> EventWatch | None:
+        """Watch for programs that wait for memory; None where the system does not tell.
+
+        `wait` also returns every `longest_s` seconds, and when the computer wakes from sleep.
+        """
+        ...
+
     def start_token(self, pid: int) -> str | None:
         """Return a text that differs between two processes that had the same pid, None if `pid` is gone."""
         ...

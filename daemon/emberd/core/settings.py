@@ -178,7 +178,11 @@ class LifecycleSettings:
         6, "Crashes in a row, without a stable spell between, after which emberd gives up.", low=1, high=1000
     )
     probe_interval_s: float = setting(
-        10.0, "How often a ready engine is asked whether it lives.", unit="s", low=0.1, high=600
+        10.0,
+        "How often a ready engine is asked whether it lives; a third as often while it is idle.",
+        unit="s",
+        low=0.1,
+        high=600,
     )
     hang_after_s: float = setting(
         60.0, "No answer and no progress for this long counts as a hang.", unit="s", low=1, high=86_400
@@ -229,7 +233,7 @@ class WarmthSettings:
         5.0, "Shortest time between two passes over the model.", unit="s", low=1, high=86_400
     )
     max_interval_s: float = setting(
-        300.0, "Longest time between two passes over the model.", unit="s", low=1, high=86_400
+        900.0, "Longest time between two passes over the model.", unit="s", low=1, high=86_400
     )
 
 

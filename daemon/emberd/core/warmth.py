@@ -17,8 +17,9 @@ from emberd.core.memory import Power, PowerSource, Pressure
 from emberd.core.thrash import Hold
 
 if TYPE_CHECKING:
-    from emberd.core.memory import EngineMemory
+    from emberd.core.memory import EngineMemory, SystemMemory
     from emberd.core.settings import WarmthSettings
+    from emberd.core.thrash import Guard
 
 CALM_AFTER_CRITICAL_S = 30.0
 """Pressure must have been below critical for so long before anything is brought back, or two pagers fight."""
@@ -311,6 +312,14 @@ def may_dwell(seen: Snapshot, found: Found) -> bool:
     """
     is_holdable = seen.hold is Hold.ALL and seen.pressure is not Pressure.CRITICAL
     return found.has_lost and is_holdable and not _saves_power(seen)
+
+
+def is_calm(was: SystemMemory | None, now: SystemMemory, guard: Guard, *, is_losing: bool) -> bool:
+    """Tell whether nothing happens between two readings that would have to be followed closely."""
+    if was is None or guard.hold is not Hold.ALL or is_losing:
+        return False
+    has_swapped = _difference(now.swapped_out_bytes, was.swapped_out_bytes) > 0
+    return now.pressure in {Pressure.NORMAL, Pressure.UNKNOWN} and not has_swapped
 
 
 def is_losing(best: EngineMemory | None, now: EngineMemory) -> bool:

@@ -131,6 +131,9 @@ class DarwinHost(PosixHost):
             file.close()
             raise
 
+    def watch_stalls(self, longest_s: int) -> None:  # the Host protocol
+        """Return None: the kernel tells of memory pressure by libdispatch alone."""
+
     def _watch(self, event: Any, also_close: Callable[[], None] | None = None) -> ReadableWatch:
         queue = _kqueue.kqueue()
         try:

@@ -15,6 +15,7 @@ from emberd.host import linux_memory, logsink_journal
 from emberd.host.linux_health import read_health
 from emberd.host.linux_own_memory import MADV_POPULATE_READ, OwnMemory
 from emberd.host.linux_power import read_power
+from emberd.host.linux_stalls import watch_stalls
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
@@ -118,6 +119,13 @@ class LinuxHost(PosixHost):
         return ReadableWatch(
             descriptor, lambda: os.close(descriptor), lambda: os.read(descriptor, _INOTIFY_BUFFER_BYTES)
         )
+
+    def watch_stalls(self, longest_s: int) -> ReadableWatch | None:
+        """Watch /proc/pressure/memory; None without PSI, or where this user may not ask (a container)."""
+        try:
+            return watch_stalls(self._proc, longest_s)
+        except OSError:
+            return None
 
     def start_token(self, pid: int) -> str | None:
         """Return boot id and start time in ticks: unlike a wall-clock time, it survives clock changes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -73,7 +72,7 @@ class Forecaster:
         if seen is None or seen["share"] is None:
             self._forecast = Forecast(Temperature.UNKNOWN, None)
             return
-        memory = await asyncio.to_thread(self._host.engine_memory, self._sample().pids)
+        memory = self._host.engine_memory(self._sample().pids)
         missing_bytes = seen["total_bytes"] - seen["resident_bytes"]
         self._forecast = forecast(
             Condition(seen["total_bytes"], missing_bytes, memory.swapped_bytes), self._experience

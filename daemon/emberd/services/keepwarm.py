@@ -28,7 +28,7 @@ from emberd.core.warmth_cost import WarmthCost
 from emberd.host.toucher import ToucherLost, ToucherRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from structlog.typing import FilteringBoundLogger
 
@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 GUARD_S = 2.0
 """A storm writes 220 MB to swap in a second (6.6 GB in 30 s, measured): so long may one go unseen."""
+CALM_GUARD_S = 10
+"""So long between two readings where the kernel tells of stalls by itself. Each takes almost a millisecond, with
+cold caches: at every two seconds they were half of what the idle daemon took."""
+_CALM_AFTER_S = 30.0
 _POWER_S = 30.0
 """Power is read so often: on macOS it takes some 10 ms."""
 _SLEPT_S = 5.0
@@ -63,7 +67,7 @@ _STAYS_S = 900.0
 _SAVE_S = 3600.0
 """The cost goes to disk so often, and at the end."""
 _TIGHT = frozenset({Pressure.WARN, Pressure.CRITICAL})
-_PASS, _GUARD = "pass", "guard"
+_LOOK = "look"
 
 
 class Owner(Protocol):
@@ -96,6 +100,10 @@ class Owner(Protocol):
 
     def sample(self) -> EngineSample:
         """Return what the engine is at this moment."""
+        ...
+
+    async def wait_for_change(self) -> None:
+        """Return when the engine's state has changed."""
         ...
 
     def restart_without_lock(self) -> None:
@@ -163,6 +171,7 @@ class KeepWarm:
         self._letting_go = asyncio.Event()
         self._recalling: asyncio.Task[None] | None = None
         self._is_woken = False
+        self._calm_since_s = time.monotonic()
         self._power: tuple[float, Power] | None = None
         self._gap_s = _clock_gap_s()
         self._last: dict[str, Any] | None = None
@@ -182,15 +191,17 @@ class KeepWarm:
             timezone=UTC,
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
-        self._scheduler.add_job(self._look, "date", id=_PASS, run_date=_in_s(0))
-        self._scheduler.add_job(self._watch, "interval", id=_GUARD, seconds=GUARD_S)
+        self._scheduler.add_job(self._look, "date", id=_LOOK, run_date=_in_s(0))
         self._scheduler.start()
+        watching = [asyncio.create_task(each) for each in (self._keep_watch(), self._follow_engine())]
         try:
             while True:
                 await self._knocks.wait()
                 self.wake(Trigger.KNOCK)
         finally:
             self._scheduler.shutdown(wait=False)
+            for each in watching:
+                each.cancel()
             if self._dwelling is not None:
                 self._dwelling.cancel()
 
@@ -291,12 +302,48 @@ class KeepWarm:
                 self._log.exception("keepwarm_bug")
                 self._plan(self._settings().warmth.max_interval_s)
 
+    async def _keep_watch(self) -> None:
+        """Watch every GUARD_S, or when the kernel says that there is reason to."""
+        while True:
+            stalls = self._host.watch_stalls(CALM_GUARD_S) if self._is_calm() else None
+            if stalls is None:
+                await self._watch_after(asyncio.sleep(GUARD_S))
+                continue
+            try:
+                while self._is_calm():
+                    began_s = time.monotonic()
+                    await self._watch_after(stalls.wait())
+                    if time.monotonic() - began_s < CALM_GUARD_S / 2:  # a stall, or the computer has slept
+                        self._calm_since_s = time.monotonic()
+            finally:
+                stalls.close()
+
+    async def _follow_engine(self) -> None:
+        """Notice a new engine at once: its cache is empty."""
+        while True:
+            await self._owner.wait_for_change()
+            self._watch_engine()
+
+    def _is_calm(self) -> bool:
+        has_passed_s = time.monotonic() - self._calm_since_s
+        is_at_rest = self._owner.port is not None and not self._is_dwelling()
+        return is_at_rest and has_passed_s > _CALM_AFTER_S
+
+    async def _watch_after(self, pause: Awaitable[None]) -> None:
+        await pause
+        try:
+            await self._watch()
+        except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
+            self._log.exception("keepwarm_bug")
+
     async def _watch(self) -> None:
         """See what flips between two looks: storms of swapping, relief, wakes, a new engine."""
-        memory = await asyncio.to_thread(self._host.system_memory)
+        memory = self._host.system_memory()
         now_s = time.monotonic()
-        is_losing = await self._watch_engine()
+        is_losing = self._watch_engine()
         was = self._memory.pressure if self._memory else Pressure.UNKNOWN
+        if not warmth.is_calm(self._memory, memory, self._guard, is_losing=is_losing):
+            self._calm_since_s = now_s
         self._memory = memory
         self._recall(memory.pressure)
         self._watch_swap(thrash.Reading(now_s, memory.swapped_out_bytes, memory.pressure, is_losing))
@@ -340,10 +387,10 @@ class KeepWarm:
                 self._letting_go.set()  # a pass that is under way would bring back gigabytes yet
                 self.wake(Trigger.TIMER)
 
-    async def _watch_engine(self) -> bool:
+    def _watch_engine(self) -> bool:
         """Look at once when memory of the idle engine is taken, which is returned, and notice a new engine."""
         engine = self._owner.sample()
-        memory = await asyncio.to_thread(self._host.engine_memory, engine.pids)
+        memory = self._host.engine_memory(engine.pids)
         if self._owner.port is not None and engine.key is not None and engine.key != self._seen_engine:
             self._seen_engine, self._interval_s = engine.key, self._settings().warmth.min_interval_s
             self._engine_best = None
@@ -361,7 +408,7 @@ class KeepWarm:
         engine = self._owner.sample()
         memory = self._memory
         if memory is None:
-            memory = await asyncio.to_thread(self._host.system_memory)
+            memory = self._host.system_memory()
         if self._cool_until_s is not None and (self._turns.ended_s or 0.0) > self._cool_since_s:
             self._cool_until_s = None  # somebody needed the model
         settings = self._settings().warmth
@@ -437,7 +484,7 @@ class KeepWarm:
     def _plan(self, seconds: float) -> None:
         self._next_s = time.monotonic() + seconds
         if self._scheduler is not None and self._scheduler.running:
-            self._scheduler.add_job(self._look, "date", id=_PASS, run_date=_in_s(seconds), replace_existing=True)
+            self._scheduler.add_job(self._look, "date", id=_LOOK, run_date=_in_s(seconds), replace_existing=True)
 
     # --- acting ---------------------------------------------------------------------------------------------
 
@@ -448,7 +495,7 @@ class KeepWarm:
             self._rest = decision.reason.value
             return
         began_s, cpu_s = time.monotonic(), self._cpu_s()
-        found = await self._before()
+        found = self._before()
         done: list[str] = []
         is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)
         for step in decision.steps:
@@ -461,7 +508,7 @@ class KeepWarm:
                 break
             found = replace(found, **outcome)
             done.append(step.value)
-        found = replace(found, major_faults=await self._faults())
+        found = replace(found, major_faults=self._faults())
         if is_warming and (len(done) == len(decision.steps) or self._is_free()):
             # What failed although nobody came is tried again after the interval, not at once.
             self._last_pass_s = time.monotonic()
@@ -533,16 +580,16 @@ class KeepWarm:
         ends_s = (self._paused_until_s, self._cool_until_s, self._cool_hours_end_s(self._settings().warmth))
         return any(end_s is not None and now_s < end_s for end_s in ends_s)
 
-    async def _before(self) -> Found:
+    def _before(self) -> Found:
         """Read what was taken from the engine since the last pass."""
         pids = self._owner.sample().pids
-        memory = await asyncio.to_thread(self._host.engine_memory, pids)
+        memory = self._host.engine_memory(pids)
         return Found(swapped_bytes=memory.swapped_bytes, engine_bytes=memory.footprint_bytes)
 
-    async def _faults(self) -> int | None:
+    def _faults(self) -> int | None:
         """Return the engine's major faults since the last question, None if they are not told."""
         engine = self._owner.sample()
-        count = (await asyncio.to_thread(self._host.engine_memory, engine.pids)).major_faults
+        count = self._host.engine_memory(engine.pids).major_faults
         key, before = self._seen_faults
         self._seen_faults = (engine.key, count)
         return count - before if count is not None and before is not None and key == engine.key else None

@@ -66,7 +66,7 @@ class MemoryMeter:
 
     async def status(self) -> dict[str, Any]:
         """Read everything now, and return plain values. What the system does not tell is None."""
-        seen = await asyncio.to_thread(self._host.system_memory)
+        seen = self._host.system_memory()
         rates = SwapRates()
         if self._readings:
             began_s, before = self._readings[0]

@@ -84,7 +84,7 @@ class ResidencyMeter:
     async def _read(self, engine: EngineSample) -> Residency:
         if engine.model is None:
             return residency.unknown(Unknown.NO_MODEL)
-        memory = await asyncio.to_thread(self._host.engine_memory, engine.pids)
+        memory = self._host.engine_memory(engine.pids)
         if engine.weights_bytes and residency.is_copied(engine.weights_bytes, memory, is_mapped=engine.is_mapped):
             return residency.from_process(engine.weights_bytes, memory)
         self.toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])

@@ -41,7 +41,7 @@ while a large model loads."""
 _PROBE_TIMEOUT_S = 2.0
 _FIRST_PROBE_S = 0.05
 _SLOWEST_PROBE_S = 0.5
-_JUDGE_LOCK_S = 30.0
+_JUDGE_LOCK_S = 60.0
 _RELEASE_LIMIT_S = 10.0
 _RELEASE_POLL_S = 0.05
 _REPORT_LIMIT_S = 1.0
@@ -715,8 +715,10 @@ class Supervisor:
         port = record.port
         watch = liveness.begin(time.monotonic())
         judged_s = time.monotonic()
+        verdict = liveness.Verdict.ALIVE
         while True:
-            await asyncio.sleep(self._settings.lifecycle.probe_interval_s)
+            is_idle = not self._in_flight
+            await asyncio.sleep(liveness.pause_s(verdict, self._settings.lifecycle, is_idle=is_idle))
             if time.monotonic() - judged_s >= _JUDGE_LOCK_S:
                 judged_s = time.monotonic()
                 self._judge_lock(is_asked=record.will_lock)
