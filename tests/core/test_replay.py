@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from emberd.core.replay import GENKEY, Replay, Turn, make_replay, tiny
+from emberd.core.replay import GENKEY, Replay, Turn, make_replay, shortened, tiny
 
 
 def replay_of(path: str, body: dict[str, Any], reply: str = " there", engine: str = "koboldcpp") -> Replay | None:
@@ -47,6 +47,16 @@ def test_chat_leaves_the_assistants_turn_open():
         "max_tokens": 1,
         "genkey": GENKEY,
     }
+
+
+@pytest.mark.parametrize("reply", ["", "short", "a reply of more than thirty-two characters, which is usual"])
+def test_a_shortened_turn_is_the_beginning_of_the_whole_one(reply: str):
+    turn = Turn("/v1/completions", {"prompt": "Once"}, reply)
+    made = [make_replay(each, "koboldcpp", continues_turn=True) for each in (turn, shortened(turn))]
+    whole, short = (each.body["prompt"] for each in made if each is not None)
+    assert whole.startswith(short)
+    assert len(whole) - len(short) == min(len(reply), 32)
+    assert short.startswith("Once"), "the user's own words stay whole"
 
 
 def test_a_turn_that_continued_the_assistants_words_is_replayed_with_all_of_them():

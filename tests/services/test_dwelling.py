@@ -14,6 +14,7 @@ import structlog
 
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, Pressure, SystemMemory
+from emberd.core.replay import Replay, Turn
 from emberd.core.settings import Settings
 from emberd.core.thrash import Guard, Hold
 from emberd.core.types import EngineSample
@@ -140,7 +141,7 @@ class Rig:
         log: Any = structlog.wrap_logger(self.log, processors=[])
         self.toucher = Toucher(host.paging)
         self.toucher.use([model])
-        turns = Turns(lambda: 0)
+        self.turns = turns = Turns(lambda: MIB)
         self.places = Places(engine, lambda: 4)
 
         async def nothing() -> None:
@@ -158,6 +159,22 @@ class Rig:
             Accounts(folder / "history.db", log),
             Forecaster(host, log, engine.sample, turns, nothing),
         )
+
+    def hears(self, turn: Turn) -> list[str]:
+        """Have a user's turn in the engine's cache; return a list to which the prompts of replays will be added."""
+        prompts: list[str] = []
+
+        async def send(_: int, request: Replay, __: float) -> bool:
+            prompts.append(request.body["prompt"])
+            return True
+
+        async def continues_turns(*_: Any) -> bool:
+            return True
+
+        self.engine.engine.send, self.engine.engine.continues_turns = send, continues_turns
+        self.turns.begin(self.engine.engine_key)
+        self.turns.end(lambda: turn)
+        return prompts
 
     async def is_watching(self) -> None:
         """Wait until the service waits for somebody to come."""
@@ -388,6 +405,46 @@ async def test_a_new_engine_is_noticed_at_once(rig: Rig):
     await asyncio.sleep(0)
     following.cancel()
     assert rig.service._trigger is Trigger.RESTARTED
+
+
+TURN = Turn(
+    "/v1/completions", {"prompt": "Once upon a time"}, " there was a model that was always there, and never slept"
+)
+
+
+@pytest.mark.parametrize(
+    ("pressure", "swapped_bytes", "count"),
+    [(Pressure.NORMAL, 0, 1), (Pressure.WARN, 0, 2), (Pressure.NORMAL, MIB, 2), (Pressure.NORMAL, None, 1)],
+)
+async def test_a_replay_has_several_tokens_to_process_where_the_buffers_for_them_are_taken(
+    rig: Rig, pressure: Pressure, swapped_bytes: int | None, count: int
+):
+    prompts = rig.hears(TURN)
+    rig.service._memory = SystemMemory(pressure=pressure)
+    rig.host.of_engine = EngineMemory(swapped_bytes=swapped_bytes, footprint_bytes=100 * MIB)
+    told = await rig.service.warm()
+    assert told["steps"] == ["touch", "replay"]
+    whole = TURN.body["prompt"] + TURN.reply
+    assert prompts == [whole[:-32], whole][-count:]
+
+
+async def test_what_a_replay_leaves_in_swap_is_a_loss_only_once(rig: Rig):
+    rig.hears(TURN)
+
+    async def has_lost(swapped_bytes: int) -> bool:
+        rig.host.of_engine = EngineMemory(100 * MIB, swapped_bytes=swapped_bytes, footprint_bytes=200 * MIB)
+        rig.service._watch_engine()
+        return bool((await rig.service.warm())["had_lost"])
+
+    assert await has_lost(96 * MIB)
+    assert not await has_lost(96 * MIB)
+    assert await has_lost(98 * MIB)
+    assert not await has_lost(50 * MIB)
+    assert await has_lost(60 * MIB), "a user's generation had brought some of it back"
+    rig.engine.engine_key = "2:b"
+    rig.turns.begin("2:b")
+    rig.turns.end(lambda: TURN)
+    assert await has_lost(60 * MIB), "of another engine nothing is known"
 
 
 async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig):

@@ -9,7 +9,7 @@ replaces it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ _LLAMA = ("/completion", "/completions")
 _UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_prefix", "input_suffix"})
 """With these the engine builds another prompt than the text that is seen here, or makes several generations."""
 _SIMILARITY = 0.1
+_TAIL_CHARACTERS = 32
+"""Some eight tokens: a CPU processes them in little more time than one."""
 GENKEY = "emberd-replay"
 """The replay's own key, so that it can be aborted without touching a user's generation (never an empty one)."""
 
@@ -96,6 +98,15 @@ def make_replay(turn: Turn, engine: str, *, continues_turn: bool) -> Replay | No
     if path.endswith(_CHAT):
         return _chat(kept, turn.reply, engine, continues_turn=continues_turn)
     return _text(path, kept, turn.reply, engine) if isinstance(kept.get("prompt"), str) else None
+
+
+def shortened(turn: Turn) -> Turn:
+    """Return a turn whose reply lacks its last words.
+
+    A replay that finds the whole cache in place processes one token, and uses the buffers for that alone. After
+    this one the whole turn has some tokens to process, as a user's next turn will have.
+    """
+    return replace(turn, reply=turn.reply[:-_TAIL_CHARACTERS])
 
 
 def _text(path: str, kept: dict[str, Any], reply: str, engine: str) -> Replay | None:

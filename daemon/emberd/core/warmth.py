@@ -282,7 +282,7 @@ class Found:
 
     Attributes:
         cold_share: share of the weights' pages that had gone.
-        swapped_bytes: what the engine had in swap.
+        swapped_bytes: what of the engine was written to swap, and not what an earlier pass already left there.
         engine_bytes: the engine's footprint, to compare that with.
         replay_ratio: time of the replay, divided by that of a hot one.
         major_faults: of the engine since the last pass; a replay that is slow without any met a busy processor.
@@ -303,6 +303,11 @@ class Found:
             or swapped_share > _LOST_SHARE
             or ((self.replay_ratio or 0.0) > _SLOW_REPLAY and self.major_faults != 0)
         )
+
+
+def must_use_buffers(seen: Snapshot, found: Found) -> bool:
+    """Tell whether a replay of one token is too little: the engine's own memory is being written to swap."""
+    return seen.pressure in {Pressure.WARN, Pressure.CRITICAL} or bool(found.swapped_bytes)
 
 
 def may_dwell(seen: Snapshot, found: Found) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from emberd.core.types import EngineSample
     from emberd.services.turns import Turns
 
-_LOOK_AGAIN_S = 30.0
+_LOOK_AGAIN_S = 60.0
 _LEAST_READ_BYTES = 64 << 20
 """Less is over too soon to tell a speed."""
 

@@ -22,7 +22,7 @@ from emberd.core.hours import left_of
 from emberd.core.lock import LockState
 from emberd.core.lock_limits import judge_limits
 from emberd.core.memory import PowerSource, Pressure
-from emberd.core.replay import GENKEY, Replay, make_replay, tiny
+from emberd.core.replay import GENKEY, Replay, make_replay, shortened, tiny
 from emberd.core.warmth import Cache, Decision, Found, Reason, Snapshot, Step, Trigger
 from emberd.core.warmth_cost import WarmthCost
 from emberd.host.toucher import ToucherLost, ToucherRefused
@@ -167,6 +167,7 @@ class KeepWarm:
         self._seen_faults: tuple[str | None, int | None] = (None, None)
         self._memory: SystemMemory | None = None
         self._engine_best: EngineMemory | None = None
+        self._unused_swap_bytes = 0
         self._loss_wait_s = self._interval_s
         self._letting_go = asyncio.Event()
         self._recalling: asyncio.Task[None] | None = None
@@ -393,8 +394,9 @@ class KeepWarm:
         memory = self._host.engine_memory(engine.pids)
         if self._owner.port is not None and engine.key is not None and engine.key != self._seen_engine:
             self._seen_engine, self._interval_s = engine.key, self._settings().warmth.min_interval_s
-            self._engine_best = None
+            self._engine_best, self._unused_swap_bytes = None, 0
             self.wake(Trigger.RESTARTED)
+        self._unused_swap_bytes = min(self._unused_swap_bytes, memory.swapped_bytes or 0)
         # What a generation needed and gave back, a user's or emberd's own, was not taken.
         is_idle = self._is_free() and not self._acting.locked()
         is_losing = is_idle and warmth.is_losing(self._engine_best, memory)
@@ -503,7 +505,7 @@ class KeepWarm:
                 break  # a user is here: the generation warms better than any replay
             if is_warming and self._letting_go.is_set():
                 break
-            outcome = await self._do(step)
+            outcome = await self._do(step, is_thorough=warmth.must_use_buffers(seen, found))
             if outcome is None:
                 break
             found = replace(found, **outcome)
@@ -511,10 +513,9 @@ class KeepWarm:
         found = replace(found, major_faults=self._faults())
         if is_warming and (len(done) == len(decision.steps) or self._is_free()):
             # What failed although nobody came is tried again after the interval, not at once.
-            self._last_pass_s = time.monotonic()
-            self._interval_s = warmth.next_interval(self._interval_s, found, self._settings().warmth)
-            if seen.trigger is Trigger.LOSING:
-                self._loss_wait_s = warmth.next_loss_wait(self._loss_wait_s, found, self._settings().warmth)
+            if len(done) == len(decision.steps):
+                self._note_unused_swap()
+            self._note_pass(seen, found)
             if Step.TOUCH.value in done and warmth.may_dwell(seen, found):
                 self._begin_to_dwell()
         used_s = self._cpu_s() - cpu_s
@@ -530,6 +531,12 @@ class KeepWarm:
             "cpu_s": round(used_s, 3),
         }
         self._log.info("keepwarm", cache=seen.cache.value, next_s=round(self._interval_s, 1), **self._last)
+
+    def _note_pass(self, seen: Snapshot, found: Found) -> None:
+        self._last_pass_s = time.monotonic()
+        self._interval_s = warmth.next_interval(self._interval_s, found, self._settings().warmth)
+        if seen.trigger is Trigger.LOSING:
+            self._loss_wait_s = warmth.next_loss_wait(self._loss_wait_s, found, self._settings().warmth)
 
     def _is_dwelling(self) -> bool:
         return self._dwelling is not None and not self._dwelling.done()
@@ -584,7 +591,17 @@ class KeepWarm:
         """Read what was taken from the engine since the last pass."""
         pids = self._owner.sample().pids
         memory = self._host.engine_memory(pids)
-        return Found(swapped_bytes=memory.swapped_bytes, engine_bytes=memory.footprint_bytes)
+        swapped_bytes = memory.swapped_bytes
+        if swapped_bytes is not None:
+            swapped_bytes = max(swapped_bytes - self._unused_swap_bytes, 0)
+        return Found(swapped_bytes=swapped_bytes, engine_bytes=memory.footprint_bytes)
+
+    def _note_unused_swap(self) -> None:
+        """Remember what a pass has left in swap: nobody uses it, and it is no loss that it is still there.
+
+        Some 100 MiB of KoboldCPP's own memory are never used again after the model has been loaded.
+        """
+        self._unused_swap_bytes = self._host.engine_memory(self._owner.sample().pids).swapped_bytes or 0
 
     def _faults(self) -> int | None:
         """Return the engine's major faults since the last question, None if they are not told."""
@@ -594,7 +611,7 @@ class KeepWarm:
         self._seen_faults = (engine.key, count)
         return count - before if count is not None and before is not None and key == engine.key else None
 
-    async def _do(self, step: Step) -> dict[str, Any] | None:
+    async def _do(self, step: Step, *, is_thorough: bool) -> dict[str, Any] | None:
         """Do one thing; return what it found, None if it could not be done."""
         try:
             match step:
@@ -608,7 +625,7 @@ class KeepWarm:
                     self._owner.restart_without_lock()
                     return {}
                 case Step.REPLAY | Step.TINY:
-                    return await self._generate(is_tiny=step is Step.TINY)
+                    return await self._generate(is_tiny=step is Step.TINY, is_thorough=is_thorough)
         except (ToucherRefused, ToucherLost) as error:
             self._locked_by = None
             self._log.warning("keepwarm_failed", step=step.value, reason=str(error))
@@ -682,18 +699,26 @@ class KeepWarm:
         """Return the processor time of engine and toucher so far, in seconds."""
         return sum(_cpu_s(pid) for pid in (*self._owner.sample().pids, self._toucher.pid))
 
-    async def _generate(self, *, is_tiny: bool) -> dict[str, Any] | None:
-        """Send a generation of one token, or one for each conversation; given up at once when a user comes."""
+    async def _generate(self, *, is_tiny: bool, is_thorough: bool) -> dict[str, Any] | None:
+        """Send a generation of one token, or one for each conversation; given up at once when a user comes.
+
+        Args:
+            is_tiny: with a prompt of emberd's own.
+            is_thorough: use the buffers for several tokens, too.
+        """
         port, key = self._owner.port, self._owner.sample().key
         if port is None:
             return None
         if is_tiny:
             return None if await self._send(port, tiny(self._owner.engine.name)) is None else {}
         took_s = None
-        for request in await self._replays(port):
-            took_s = await self._send(port, request)
-            if took_s is None:
-                return None
+        for turn in await self._replays(port, is_thorough=is_thorough):
+            took = []
+            for request in turn:
+                took.append(await self._send(port, request))
+                if took[-1] is None:
+                    return None
+            took_s = took[0]  # the others have more to process
         if took_s is None:
             return None
         self._turns.replayed(key)
@@ -719,12 +744,16 @@ class KeepWarm:
         self._spend(WarmthCost(engine_ms=round(took_s * 1000)))
         return took_s if sending.result() else None
 
-    async def _replays(self, port: int) -> list[Replay]:
-        """Return the replays of all conversations, the most recent one last."""
+    async def _replays(self, port: int, *, is_thorough: bool) -> list[list[Replay]]:
+        """Return the replays of each conversation, the most recent one last.
+
+        Of a thorough one the first leaves the cache without the last words, which the second has to process.
+        """
         engine = self._owner.engine
         continues = await engine.continues_turns(port, _ABORT_S)
-        made = [make_replay(turn, engine.name, continues_turn=continues) for turn in self._turns.all]
-        return [each for each in made if each is not None]
+        turns = [[shortened(turn), turn] if is_thorough else [turn] for turn in self._turns.all]
+        made = [[make_replay(each, engine.name, continues_turn=continues) for each in turn] for turn in turns]
+        return [found for each in made if (found := [request for request in each if request is not None])]
 
     def _is_free(self) -> bool:
         return self._owner.port is not None and self._owner.sample().is_idle and not self._places.waiting

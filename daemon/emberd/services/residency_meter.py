@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from emberd.core.ports import Host
     from emberd.core.types import EngineSample
 
-TICK_S = 30.0
+TICK_S = 60.0
 _FRESH_S = 2.0
 """While a model loads, residency is old after seconds; who asks for the status is shown no older one."""
 
