@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 _WORKING_CPU_SHARE = 0.01
 """Less than 1 % of a core is what an engine uses while it waits; a generation uses far more, also on a GPU."""
-
-
 _IDLE_STRETCH = 3
 """An idle engine that answered is asked less often: each question wakes two processes."""
 

@@ -77,7 +77,7 @@ _UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_pr
 """With these the engine builds another prompt than the text that is seen here, or makes several generations."""
 _SIMILARITY = 0.1
 _TAIL_CHARACTERS = 32
-"""Some eight tokens: a CPU processes them in little more time than one."""
+"""Some eight tokens. On a CPU (KoboldCPP, 2 GiB, two cores) ten took 0.38 s and one 0.22."""
 GENKEY = "emberd-replay"
 """The replay's own key, so that it can be aborted without touching a user's generation (never an empty one)."""
 

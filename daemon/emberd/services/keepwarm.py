@@ -597,9 +597,10 @@ class KeepWarm:
         return Found(swapped_bytes=swapped_bytes, engine_bytes=memory.footprint_bytes)
 
     def _note_unused_swap(self) -> None:
-        """Remember what a pass has left in swap: nobody uses it, and it is no loss that it is still there.
+        """Remember what a pass has left in swap: the next one would not bring it back either.
 
-        Some 100 MiB of KoboldCPP's own memory are never used again after the model has been loaded.
+        After a replay nobody uses it: some 100 MiB of KoboldCPP's own memory, from loading the model. Without one it
+        may be a cache that emberd cannot reach.
         """
         self._unused_swap_bytes = self._host.engine_memory(self._owner.sample().pids).swapped_bytes or 0
 
