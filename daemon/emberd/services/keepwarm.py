@@ -599,8 +599,8 @@ class KeepWarm:
     def _note_unused_swap(self) -> None:
         """Remember what a pass has left in swap: the next one would not bring it back either.
 
-        After a replay nobody uses it: some 100 MiB of KoboldCPP's own memory, from loading the model. Without one it
-        may be a cache that emberd cannot reach.
+        After a replay nobody uses it: some 100 MiB of KoboldCPP's own memory, from loading the model. Without a
+        replay it may be a cache that emberd cannot reach.
         """
         self._unused_swap_bytes = self._host.engine_memory(self._owner.sample().pids).swapped_bytes or 0
 
