@@ -75,6 +75,7 @@ class _Shape:
     feed_forward: int
     vocabulary: int
     experts: int = 0
+    has_state: bool = False
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and dimensions, fastest-running dimension first."""
@@ -83,6 +84,9 @@ class _Shape:
         for layer in range(self.layers):
             block = f"blk.{layer}."
             yield block + "attn_norm.weight", (wide,)
+            if self.has_state:
+                yield from self._state_space(block)
+                continue
             yield block + "attn_q.weight", (wide, wide)
             yield block + "attn_k.weight", (wide, narrow)
             yield block + "attn_v.weight", (wide, narrow)
@@ -96,6 +100,19 @@ class _Shape:
             yield block + f"ffn_down{several}.weight", (inner, wide, *many)
         yield "output_norm.weight", (wide,)
         yield "output.weight", (wide, self.vocabulary)
+
+    def _state_space(self, block: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the tensors of a block that keeps a state in place of a KV cache (Mamba)."""
+        wide, inner, rank = self.embedding, 2 * self.embedding, self.embedding // _STATE_SIZE
+        yield block + "ssm_in.weight", (wide, 2 * inner)
+        yield block + "ssm_conv1d.weight", (_CONVOLUTION, inner)
+        yield block + "ssm_conv1d.bias", (inner,)
+        yield block + "ssm_x.weight", (inner, rank + 2 * _STATE_SIZE)
+        yield block + "ssm_dt.weight", (rank, inner)
+        yield block + "ssm_dt.bias", (inner,)
+        yield block + "ssm_a", (_STATE_SIZE, inner)
+        yield block + "ssm_d", (inner,)
+        yield block + "ssm_out.weight", (inner, wide)
 
     def tensor_bytes(self) -> int:
         """Return the size of all weights; every tensor is a multiple of the alignment."""
@@ -127,7 +144,7 @@ def write_gguf(
         target_bytes: exact size of the file. Nearly all of it is weights that every token reads.
         experts: makes a mixture of so many experts in each block, of which each token uses two; not with
             `target_bytes`.
-        architecture: name that the loader must know.
+        architecture: name that the loader must know; with "mamba" the blocks keep a state in place of a KV cache.
         seed: another seed gives other weights of the same size.
 
     Raises:
@@ -136,7 +153,8 @@ def write_gguf(
     words = _vocabulary(vocabulary)
     if embedding % (2 * HEAD_WIDTH):
         raise ValueError(f"embedding must be a multiple of {2 * HEAD_WIDTH}, not {embedding}")
-    shape = _Shape(layers, embedding, feed_forward or 4 * embedding, vocabulary, experts)
+    has_state = architecture == _WITH_STATE
+    shape = _Shape(layers, embedding, feed_forward or 4 * embedding, vocabulary, experts, has_state)
     if target_bytes is not None:
         shape = _grown(shape, target_bytes)
     header = _header(shape, words, context_length, architecture)
@@ -237,6 +255,8 @@ def _grown(shape: _Shape, target_bytes: int) -> _Shape:
 
 _HEADER_ROOM_BYTES = 16384
 _EXPERTS_USED = 2
+_WITH_STATE = "mamba"
+_STATE_SIZE, _CONVOLUTION = 16, 4
 
 
 def _layer_bytes(embedding: int, feed_forward: int) -> int:
@@ -275,6 +295,13 @@ def _header(shape: _Shape, words: list[tuple[str, float, int]], context_length: 
         metadata += [
             _number(f"{architecture}.expert_count", shape.experts),
             _number(f"{architecture}.expert_used_count", _EXPERTS_USED),
+        ]
+    if shape.has_state:
+        metadata += [
+            _number(f"{architecture}.ssm.conv_kernel", _CONVOLUTION),
+            _number(f"{architecture}.ssm.inner_size", 2 * shape.embedding),
+            _number(f"{architecture}.ssm.state_size", _STATE_SIZE),
+            _number(f"{architecture}.ssm.time_step_rank", shape.embedding // _STATE_SIZE),
         ]
     infos = bytearray()
     offset = count = 0
@@ -315,6 +342,8 @@ def _write_weights(file: BinaryIO, shape: _Shape, words: list[tuple[str, float, 
         count = math.prod(dimensions)
         if name.endswith("norm.weight"):
             array("f", [1.0] * count).tofile(file)
+        elif name.endswith("ssm_a"):
+            array("f", [-1.0] * count).tofile(file)  # the state fades
         elif name == "output.weight":
             _output_rows(shape, words, source).tofile(file)
         else:

@@ -44,6 +44,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def model_with_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that keeps a state in place of a KV cache."""
+    return write_gguf(tmp_path_factory.mktemp("model") / "state.gguf", architecture="mamba", embedding=256).path
+
+
+@pytest.fixture(scope="session")
 def server(target: Target, model: Path) -> Iterator[Server]:
     """A server that many tests share; each leaves it idle."""
     with target.serving(model) as serving:

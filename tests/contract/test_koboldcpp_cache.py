@@ -7,7 +7,9 @@ from contract.targets import LONG_PROMPT
 from engine_process import wait_until
 
 if TYPE_CHECKING:
-    from contract.targets import Server
+    from pathlib import Path
+
+    from contract.targets import Server, Target
 
 
 def timed_s(server: Server, prompt: str, length: int = 1) -> float:
@@ -58,6 +60,20 @@ def test_a_generation_of_no_length_with_another_prompt_destroys_the_cache(server
     server.generate("xu xu xu xu xu xu", 0)
     server.generate(prompt, 1)
     assert server.processed_tokens() > 1000
+
+
+def test_any_token_that_is_not_the_users_costs_a_state_its_whole_past(
+    new_target: Target, model_with_state: Path
+) -> None:
+    with new_target.serving(model_with_state) as server:
+        prompt = "ma " + LONG_PROMPT
+        so_far = prompt + server.generate(prompt, 30) + " ba"
+        so_far += server.generate(so_far, 30)
+        assert server.processed_tokens() <= 4
+        server.generate(so_far + " ke", 1)
+        assert server.processed_tokens() <= 4
+        server.generate(so_far + " ke lo", 1)
+        assert server.processed_tokens() > 1000
 
 
 def test_the_perf_counter_tells_tokens_of_the_whole_prompt(server: Server) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from emberd.core.replay import GENKEY, Replay, Turn, make_replay, shortened, tiny
+from emberd.core.replay import GENKEY, Replay, Turn, is_replayable, make_replay, shortened, tiny
 
 
 def replay_of(path: str, body: dict[str, Any], reply: str = " there", engine: str = "koboldcpp") -> Replay | None:
@@ -119,6 +119,19 @@ def test_nothing_ever_asks_for_a_default_length_or_has_an_empty_key(engine: str)
         lengths = [each.body[name] for name in ("max_length", "max_tokens", "n_predict") if name in each.body]
         assert lengths == [1]
         assert each.body.get("genkey", GENKEY) == GENKEY
+
+
+@pytest.mark.parametrize(
+    ("engine", "keeps_state", "expected"),
+    [("koboldcpp", True, False), ("koboldcpp", False, True), ("llama-server", True, True)],
+)
+def test_koboldcpp_is_sent_no_replay_where_the_model_keeps_a_state(
+    engine: str,
+    keeps_state: bool,
+    expected: bool,
+):
+    turn = Turn("/v1/completions", {"prompt": "Hello"}, " there")
+    assert is_replayable(turn, engine, keeps_state=keeps_state) is expected
 
 
 def test_neither_prompt_nor_reply_is_in_a_repr():

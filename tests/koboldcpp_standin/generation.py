@@ -177,6 +177,8 @@ class Model:
         if len(tokens) > room > 0:
             tokens = tokens[-room:]
         kept = _common_prefix(self._cache, tokens)
+        if self._weights is not None and self._weights.keeps_state and kept < len(self._cache):
+            kept = 0  # a state cannot be cut back
         self._cache = tokens[:kept]
         began = time.monotonic()
         processed = 0

@@ -25,6 +25,7 @@ _SMALLEST_BYTES_PER_WEIGHT = 0.2
 """For the quantised types: less than any of them takes, so a whole file is never taken for a torn one."""
 KNOWN_ARCHITECTURES = ("llama", "gemma", "qwen", "mistral", "phi", "gpt", "deepseek", "mamba", "granite", "glm")
 """Beginnings of names."""
+WITH_STATE = ("mamba", "rwkv")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -146,6 +147,7 @@ class Weights:
     def __init__(self, model: ModelFile, context_size: int, *, is_mapped: bool) -> None:
         self.size = model.size
         self.is_mapped = is_mapped
+        self.keeps_state = model.architecture.startswith(WITH_STATE)
         self._view, self._address = _map_file(model) if is_mapped else _read_file(model)
         self._pages = self._view[::PAGE_BYTES]
         self._kv = _anonymous(context_size * KV_BYTES_PER_TOKEN)

@@ -16,9 +16,11 @@ import psutil
 import pytest
 
 from emberd.host import ThisHost
+from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from daemon_process import Daemon
 
@@ -85,6 +87,16 @@ def test_a_prompt_that_cannot_be_replayed_is_never_replaced_by_a_foreign_one(mak
     wait_for_pass(daemon, "touch", touches + 2)
     assert passes(daemon, "tiny") == tinies
     assert timed(daemon, STORY)[0] < 0.6
+
+
+def test_a_model_that_keeps_a_state_is_touched_and_never_sent_a_replay(make_daemon: MakeDaemon, tmp_path: Path):
+    model = write_gguf(tmp_path / "state.gguf", architecture="mamba").path
+    daemon = warm_daemon(make_daemon, {"model.path": str(model), "engine.lock": "never"})
+    _, reply = timed(daemon, STORY, 4)
+    touches = passes(daemon, "touch")
+    wait_for_pass(daemon, "touch", touches + 2)
+    assert not passes(daemon, "replay")
+    assert timed(daemon, f"{STORY}{reply} and then", 1)[0] < 0.6, "the conversation was processed again"
 
 
 def test_a_user_who_comes_during_a_replay_is_answered_as_if_there_were_none(make_daemon: MakeDaemon):

@@ -43,6 +43,20 @@ class KvEstimate:
     message: str = ""
 
 
+def keeps_state(metadata: Mapping[str, object]) -> bool:
+    """Tell whether a model keeps a state instead of, or besides, a KV cache (recurrent and hybrid models).
+
+    Such a state cannot be cut back to where two prompts part.
+
+    Args:
+        metadata: the header's key-value pairs.
+    """
+    architecture = str(metadata.get("general.architecture"))
+    return architecture.startswith(("mamba", "rwkv")) or any(
+        key.startswith(architecture + part) for key in metadata for part in _RECURRENT_KEYS
+    )
+
+
 def estimate_kv_cache(
     metadata: Mapping[str, object],
     context_tokens: int,
@@ -66,9 +80,7 @@ def estimate_kv_cache(
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         return KvEstimate(None, message="the model does not name its architecture")
-    if architecture.startswith(("mamba", "rwkv")) or any(
-        key.startswith(architecture + part) for key in metadata for part in _RECURRENT_KEYS
-    ):
+    if keeps_state(metadata):
         return KvEstimate(None, message=f"{architecture} keeps a state of another kind than a KV cache")
     numbers = _Numbers(metadata, architecture)
     layers = numbers.one("block_count")

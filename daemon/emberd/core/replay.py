@@ -100,6 +100,23 @@ def make_replay(turn: Turn, engine: str, *, continues_turn: bool) -> Replay | No
     return _text(path, kept, turn.reply, engine) if isinstance(kept.get("prompt"), str) else None
 
 
+def is_replayable(turn: Turn, engine: str, *, keeps_state: bool) -> bool:
+    """Tell whether there is a request that keeps the cache of a turn.
+
+    KoboldCPP counts the last token that it has made as a part of the cache, and for a model that keeps a state it
+    begins anew where a prompt does not contain all of that (gpttype_adapter.cpp, 1.104): a replay's one token would
+    cost the user the conversation. llama.cpp's server goes on from its checkpoints of such a state.
+
+    Args:
+        turn: the last turn of a user.
+        engine: the adapter's name.
+        keeps_state: the model is a recurrent or hybrid one (`kv_cache.keeps_state`).
+    """
+    if keeps_state and engine == "koboldcpp":
+        return False
+    return make_replay(turn, engine, continues_turn=True) is not None
+
+
 def shortened(turn: Turn) -> Turn:
     """Return a turn whose reply lacks its last words.
 

@@ -107,6 +107,7 @@ class EngineSample:
         model: the first file of the model, None if it is not known.
         weights_bytes: size of the weights, None if unknown.
         is_mapped: the weights are pages of the file; None if the engine's log does not tell.
+        keeps_state: the model keeps a state that cannot be cut back, besides or instead of a KV cache.
     """
 
     key: str | None
@@ -116,3 +117,4 @@ class EngineSample:
     model: Path | None = None
     weights_bytes: int | None = None
     is_mapped: bool | None = None
+    keeps_state: bool = False

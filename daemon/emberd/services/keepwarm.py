@@ -22,7 +22,7 @@ from emberd.core.hours import left_of
 from emberd.core.lock import LockState
 from emberd.core.lock_limits import judge_limits
 from emberd.core.memory import PowerSource, Pressure
-from emberd.core.replay import GENKEY, Replay, make_replay, shortened, tiny
+from emberd.core.replay import GENKEY, Replay, is_replayable, make_replay, shortened, tiny
 from emberd.core.warmth import Cache, Decision, Found, Reason, Snapshot, Step, Trigger
 from emberd.core.warmth_cost import WarmthCost
 from emberd.host.toucher import ToucherLost, ToucherRefused
@@ -417,8 +417,8 @@ class KeepWarm:
         trigger, self._trigger = self._trigger, Trigger.TIMER
         cache = self._turns.cache(engine.key, is_adopted=self._owner.is_adopted)
         last = self._turns.last
-        can_replay = (
-            last is not None and make_replay(last, self._owner.engine.name, continues_turn=True) is not None
+        can_replay = last is not None and is_replayable(
+            last, self._owner.engine.name, keeps_state=engine.keeps_state
         )
         if cache is Cache.KNOWN and not can_replay:
             cache = Cache.UNKNOWN

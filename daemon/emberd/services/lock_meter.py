@@ -10,7 +10,7 @@ import psutil
 
 from emberd.core.errors import ModelError
 from emberd.core.keep_alive import KeepAliveState, judge_keep_alive
-from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache
+from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache, keeps_state
 from emberd.core.load_facts import LoadFacts
 from emberd.core.lock import LockEvidence, LockState, LockVerdict, judge_lock
 from emberd.core.preflight import Preflight, PreflightFacts, preflight
@@ -42,7 +42,7 @@ class LockMeter:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._known: tuple[tuple[str, int, int], ModelFacts] | None = None
-        self._weights_bytes: int | None = None
+        self._facts: ModelFacts | None = None
         self._load = LoadFacts()
         self._wired_before: int | None = None
         self._refusals_before: WireRefusals | None = None
@@ -53,7 +53,12 @@ class LockMeter:
     @property
     def weights_bytes(self) -> int | None:
         """Size of the model's tensors, None if unknown."""
-        return self._weights_bytes
+        return self._facts.weights_bytes if self._facts else None
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the model is known to keep a state that cannot be cut back."""
+        return self._facts is not None and keeps_state(self._facts.metadata)
 
     @property
     def is_mapped(self) -> bool | None:
@@ -62,16 +67,15 @@ class LockMeter:
 
     async def decide(self, settings: Settings, model: Path | None) -> Preflight:
         """Decide before a start whether the engine shall lock, and begin to follow it."""
-        facts = await self._model_facts(model)
+        facts = self._facts = await self._model_facts(model)
         memory = self._host.system_memory()
-        self._weights_bytes = facts.weights_bytes if facts else None
         self._load, self._was_held, self.verdict = LoadFacts(), False, None
         self._wired_before = memory.wired_bytes
         self._refusals_before = self._host.wire_refusals()
         return preflight(
             PreflightFacts(
                 limits=self._host.lock_limits(None),
-                weights_bytes=self._weights_bytes,
+                weights_bytes=self.weights_bytes,
                 kv_bytes=estimate_kv_cache(facts.metadata, context_tokens(settings)).size_bytes if facts else None,
                 compute_bytes=estimate_compute_buffer(facts.vocabulary_tokens) if facts else None,
                 ram_bytes=memory.total_bytes,
@@ -84,8 +88,7 @@ class LockMeter:
 
     async def adopt(self, model: Path | None, *, is_mapped: bool | None) -> None:
         """Begin to follow an engine that runs already; of what its log told only `is_mapped` is still known."""
-        facts = await self._model_facts(model)
-        self._weights_bytes = facts.weights_bytes if facts else None
+        self._facts = await self._model_facts(model)
         self._load, self._was_held, self.verdict = LoadFacts(is_mapped=is_mapped), False, None
         self._wired_before = self._refusals_before = None
 
@@ -100,7 +103,7 @@ class LockMeter:
         verdict = judge_lock(
             LockEvidence(
                 limits=self._host.lock_limits(pids[0] if pids else None),
-                weights_bytes=self._weights_bytes,
+                weights_bytes=self.weights_bytes,
                 locked_bytes=self._host.engine_memory(pids).locked_bytes,
                 is_asked=is_asked,
                 load=self._load,

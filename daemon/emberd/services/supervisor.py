@@ -260,6 +260,7 @@ class Supervisor:
             model=self._engine.model_path(),
             weights_bytes=self._meter.weights_bytes,
             is_mapped=self._meter.is_mapped,
+            keeps_state=self._meter.keeps_state,
         )
 
     def status(self) -> dict[str, Any]:
