@@ -28,6 +28,7 @@ PROMPT_BATCH = 512
 LEAST_COMMON_TOKENS = 4
 WAITING_BY_DEFAULT = 6
 BUSY_AFTER_REPLY_S = 0.05
+BUSY_AFTER_LOST_REPLY_S = 0.25
 _SLICE_S = 0.025
 _BURNT_PER_SLICE_S = 0.003
 """Processor time used while a prompt is processed, so that a watcher of processor time sees work."""
@@ -233,13 +234,15 @@ class Model:
         return STOP_LENGTH
 
     def _wait(self, job: Job, seconds: float) -> bool:
-        """Work for a while on all weights; False if the job was aborted meanwhile."""
+        """Work for a while on all weights; False if the job was aborted meanwhile.
+
+        The original looks for that between two batches and two tokens only.
+        """
         end = time.monotonic() + seconds
         if self._weights is not None:
             self._weights.touch()
         while (rest := end - time.monotonic()) > 0:
-            if job.aborted.wait(min(_SLICE_S, rest)):
-                return False
+            time.sleep(min(_SLICE_S, rest))
             _burn(min(_BURNT_PER_SLICE_S, end - time.monotonic()))
         return not job.aborted.is_set()
 

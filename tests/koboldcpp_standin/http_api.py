@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import endpoints
 from endpoints import Answer
-from generation import hang
+from generation import BUSY_AFTER_LOST_REPLY_S, BUSY_AFTER_REPLY_S, hang
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,7 +63,11 @@ class ApiHandler(BaseHTTPRequestHandler):
         try:
             self._generate(path, body)
             # The original frees the model a moment after its reply was sent.
-            threading.Event().wait(0.05)
+            threading.Event().wait(BUSY_AFTER_REPLY_S)
+        except OSError:
+            sys.stdout.write("Generate: The response could not be sent, maybe connection was terminated?\n")
+            sys.stdout.flush()
+            threading.Event().wait(BUSY_AFTER_LOST_REPLY_S)
         finally:
             turns.leave()
 

@@ -108,6 +108,21 @@ def test_a_user_who_comes_during_a_replay_is_answered_as_if_there_were_none(make
     assert worst_s < 1.2, "one token of the user's, not a replay's too"
 
 
+def test_a_replay_that_was_given_up_holds_up_nobody(make_daemon: MakeDaemon):
+    rare = {"warmth.min_interval_s": 300.0, "warmth.max_interval_s": 300.0}
+    daemon = warm_daemon(make_daemon, rare, STANDIN_TOKEN_MS="300")
+    timed(daemon, "ba ke li mo", 2)
+    perf = f"http://127.0.0.1:{daemon.status()['engine']['port']}/api/extra/perf"
+    warming = threading.Thread(target=lambda: daemon.verb("warm"))
+    warming.start()
+    daemon.wait_for(lambda _: httpx.get(perf, trust_env=False).json()["idle"] == 0, "the replay")
+    timed(daemon, "ba ke li mo", 1)
+    warming.join(60)
+    assert not daemon.events("keepwarm")[-1]["is_complete"]
+    timed(daemon, "ba ke li mo", 1)
+    assert "could not be sent" not in daemon.state.output.read_text(), "the next request waits for that"
+
+
 def test_nothing_is_sent_while_a_request_runs(make_daemon: MakeDaemon):
     daemon = warm_daemon(make_daemon, STANDIN_TOKEN_MS="60")
     timed(daemon, "ba ke", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from emberd.core.replay import Replay
     from emberd.core.settings import Settings
     from emberd.core.types import LoadProgress
-    from emberd.engine.http import EngineHttp
+    from emberd.engine.http import Answer, EngineHttp
     from emberd.engine.program import Asker
 
 USUAL_NAMES = ("koboldcpp", "koboldcpp-mac-arm64", "koboldcpp-linux-x64", "koboldcpp-linux-x64-nocuda")
@@ -92,6 +93,7 @@ class KoboldCpp:
         self._settings = settings
         self._host = host
         self._http = http
+        self._asking: set[asyncio.Task[Answer]] = set()
         self._asker = asker
         self._scratch = scratch
         self._kcpps_target = kcpps_target
@@ -223,9 +225,16 @@ class KoboldCpp:
         return generation.dialect is not Dialect.CHAT or await self.continues_turns(port, timeout_s)
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> bool:
-        """POST it."""
-        answer = await self._http.post(port, request.path, request.body, timeout_s, self.password)
-        return answer.status == _HTTP_OK
+        """POST it.
+
+        Who gives up waiting leaves the answer to be taken all the same: where KoboldCPP cannot send one, the next
+        request waits another 0.25 s (1.104, `time.sleep` in do_POST with the model's lock held).
+        """
+        asked = self._http.post(port, request.path, request.body, timeout_s, self.password)
+        asking = asyncio.create_task(asked)
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        return (await asyncio.shield(asking)).status == _HTTP_OK
 
     def read_progress(self, line: str) -> LoadProgress | None:
         """Recognise llama.cpp's and KoboldCPP's loading lines."""
