@@ -175,6 +175,7 @@ class _Daemon:
             logs.logger("keepwarm"),
             lambda: self._settings,
             supervisor,
+            self._memory,
             self._residency.toucher,
             self._turns,
             self._knocks,
@@ -204,9 +205,7 @@ class _Daemon:
         tasks = [owner, serving] + [
             asyncio.create_task(service.run(), name=name)
             for name, service in (
-                ("memory", self._memory),
                 ("swap", self._swap),
-                ("residency", self._residency),
                 ("keepwarm", self._keepwarm),
                 ("sleep", self._sleep),
             )

@@ -26,6 +26,7 @@ from emberd.services.accounts import Accounts
 from emberd.services.forecaster import Forecaster
 from emberd.services.keepwarm import KeepWarm
 from emberd.services.knocks import Knocks
+from emberd.services.memory_meter import MemoryMeter
 from emberd.services.places import Places
 from emberd.services.turns import Turns
 from page_cache import MIB, write
@@ -152,6 +153,7 @@ class Rig:
             log,
             Settings,
             engine,
+            MemoryMeter(host, log, engine.sample),
             self.toucher,
             turns,
             Knocks(),
@@ -391,6 +393,21 @@ async def test_a_computer_is_looked_at_all_the_time_for_a_while_after_something_
     rig.host.stalls = DictatedStalls()
     async with watching(rig):
         await rig.host.has_read(5)
+
+
+async def test_a_reading_that_fails_is_logged_and_the_watch_goes_on(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keepwarm, "GUARD_S", 0.001)
+    read = rig.host.system_memory
+
+    def fail() -> SystemMemory:
+        read()
+        raise AttributeError("no such call on this system")
+
+    monkeypatch.setattr(rig.host, "system_memory", fail)
+    async with watching(rig):
+        await rig.host.has_read(3)
+    bugs = [call for call in rig.log.calls if call.kwargs.get("event") == "keepwarm_bug"]
+    assert len(bugs) >= 2
 
 
 async def test_a_new_engine_is_noticed_at_once(rig: Rig):

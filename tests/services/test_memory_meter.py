@@ -53,7 +53,7 @@ async def test_a_change_of_pressure_is_logged_once_and_the_unknown_is_no_change(
     levels = ["normal", "normal", "warn", "warn", "unknown", "warn", "critical", "normal"]
     for level in levels:
         host.seen = SystemMemory(pressure=Pressure(level))
-        meters.tick()
+        meters.read()
     assert [(event["was"], event["level"]) for event in events] == [
         ("normal", "warn"),
         ("warn", "critical"),
@@ -65,7 +65,7 @@ async def test_a_change_of_pressure_is_logged_once_and_the_unknown_is_no_change(
 async def test_pressure_that_is_there_at_the_start_is_news():
     host, events = DictatedHost(), []
     host.seen = SystemMemory(pressure=Pressure.CRITICAL)
-    meter(host, events).tick()
+    meter(host, events).read()
     assert [event["level"] for event in events] == ["critical"]
 
 
@@ -77,7 +77,7 @@ async def test_swap_traffic_is_told_over_the_last_readings(monkeypatch: pytest.M
     assert (await meters.status())["system"]["swap_out_bytes_per_s"] is None, "one reading makes no rate"
     for written in (0, 1000 * MIB, 1000 * MIB, 1000 * MIB, 1020 * MIB):
         host.seen = SystemMemory(swapped_in_bytes=0, swapped_out_bytes=written)
-        meters.tick()
+        meters.read()
         now_s += 10
     host.seen = SystemMemory(swapped_in_bytes=60 * MIB, swapped_out_bytes=1030 * MIB)
     system = (await meters.status())["system"]
@@ -93,28 +93,6 @@ async def test_the_status_is_plain_values_with_everything_the_host_tells():
     assert seen["system"]["pressure"] in {"normal", "warn", "critical", "unknown"}
     assert seen["engine"]["resident_bytes"] > MIB
     assert seen["power"]["source"] in {"mains", "battery", "unknown"}
-
-
-async def test_a_reading_that_fails_is_logged_and_the_timer_goes_on(monkeypatch: pytest.MonkeyPatch):
-    host, events = DictatedHost(), []
-    meters = meter(host, events)
-    pauses = 0
-
-    async def pause(_: float) -> None:
-        nonlocal pauses
-        pauses += 1
-        if pauses == 2:
-            raise KeyboardInterrupt
-
-    def fail() -> SystemMemory:
-        raise AttributeError("no such call on this system")
-
-    monkeypatch.setattr(host, "system_memory", fail)
-    monkeypatch.setattr(memory_meter.asyncio, "sleep", pause)
-    try:
-        await meters.run()
-    except KeyboardInterrupt:
-        assert [event["event"] for event in events] == ["memory_meter_bug"] * 2
 
 
 @on_linux

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from emberd.services.accounts import Accounts
     from emberd.services.forecaster import Forecaster
     from emberd.services.knocks import Knocks
+    from emberd.services.memory_meter import MemoryMeter
     from emberd.services.places import Places
     from emberd.services.turns import Turns
 
@@ -119,6 +120,7 @@ class KeepWarm:
         log: events go here.
         settings: tells the settings.
         owner: the supervisor.
+        meter: reads the computer's memory.
         toucher: touches and locks the model's pages.
         turns: knows what the engine's cache holds.
         knocks: tells that somebody is there.
@@ -133,6 +135,7 @@ class KeepWarm:
         log: FilteringBoundLogger,
         settings: Callable[[], Settings],
         owner: Owner,
+        meter: MemoryMeter,
         toucher: Toucher,
         turns: Turns,
         knocks: Knocks,
@@ -144,6 +147,7 @@ class KeepWarm:
         self._log = log
         self._settings = settings
         self._owner = owner
+        self._meter = meter
         self._toucher = toucher
         self._turns = turns
         self._knocks = knocks
@@ -339,7 +343,7 @@ class KeepWarm:
 
     async def _watch(self) -> None:
         """See what flips between two looks: storms of swapping, relief, wakes, a new engine."""
-        memory = self._host.system_memory()
+        memory = self._meter.read()
         now_s = time.monotonic()
         is_losing = self._watch_engine()
         was = self._memory.pressure if self._memory else Pressure.UNKNOWN
@@ -752,7 +756,7 @@ class KeepWarm:
         """
         engine = self._owner.engine
         continues = await engine.continues_turns(port, _ABORT_S)
-        turns = [[shortened(turn), turn] if is_thorough else [turn] for turn in self._turns.all]
+        turns = [[shortened(turn), turn] if is_thorough and turn.reply else [turn] for turn in self._turns.all]
         made = [[make_replay(each, engine.name, continues_turn=continues) for each in turn] for turn in turns]
         return [found for each in made if (found := [request for request in each if request is not None])]
 

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from emberd.core.ports import Host
     from emberd.core.types import EngineSample
 
-TICK_S = 10.0
+_APART_S = 10.0
 _KEPT = 3
 """Rates are told over the last 20 to 30 s."""
 
 
 class MemoryMeter:
-    """Reads memory on a timer, and all of it when asked.
+    """Reads memory for those who watch it, and all of it when asked.
 
     Args:
         host: this computer.
@@ -38,21 +38,14 @@ class MemoryMeter:
         self._log = log
         self._sample = sample
         self._readings: deque[tuple[float, SystemMemory]] = deque(maxlen=_KEPT)
+        self._pressure = Pressure.NORMAL
 
-    async def run(self) -> None:
-        """Read every TICK_S until cancelled."""
-        while True:
-            try:
-                self.tick()
-            except Exception:  # noqa: BLE001  # a reading is not worth the daemon
-                self._log.exception("memory_meter_bug")
-            await asyncio.sleep(TICK_S)
-
-    def tick(self) -> SystemMemory:
-        """Read the computer's memory once."""
-        seen = self._host.system_memory()
-        last = self._readings[-1][1].pressure if self._readings else Pressure.NORMAL
-        self._readings.append((time.monotonic(), seen))
+    def read(self) -> SystemMemory:
+        """Read the computer's memory once, and log a change of its pressure."""
+        seen, now_s = self._host.system_memory(), time.monotonic()
+        last, self._pressure = self._pressure, seen.pressure
+        if not self._readings or now_s - self._readings[-1][0] >= _APART_S:
+            self._readings.append((now_s, seen))
         if seen.pressure is not last and Pressure.UNKNOWN not in {seen.pressure, last}:
             tell = self._log.warning if seen.pressure is Pressure.CRITICAL else self._log.info
             tell(

@@ -1,4 +1,4 @@
-"""How much of the running model is in memory: sampled on a timer, by the toucher or from the engine's processes."""
+"""How much of the running model is in memory: sampled by the toucher, or from the engine's processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from emberd.core.ports import Host
     from emberd.core.types import EngineSample
 
-TICK_S = 60.0
 _FRESH_S = 2.0
 """While a model loads, residency is old after seconds; who asks for the status is shown no older one."""
 
@@ -40,12 +39,6 @@ class ResidencyMeter:
         self.toucher = Toucher(host.paging)
         self._last: tuple[str, float, Residency] | None = None
         self._reading = asyncio.Lock()
-
-    async def run(self) -> None:
-        """Read every TICK_S until cancelled."""
-        while True:
-            await self.tick()
-            await asyncio.sleep(TICK_S)
 
     async def tick(self) -> Residency | None:
         """Read once; None while there is no engine. Never fails: what cannot be read is unknown."""
