@@ -144,7 +144,8 @@ def write_gguf(
         target_bytes: exact size of the file. Nearly all of it is weights that every token reads.
         experts: makes a mixture of so many experts in each block, of which each token uses two; not with
             `target_bytes`.
-        architecture: name that the loader must know; with "mamba" the blocks keep a state in place of a KV cache.
+        architecture: name that the loader must know; with "mamba" the blocks keep a state in place of a KV cache
+            (not with `target_bytes`).
         seed: another seed gives other weights of the same size.
 
     Raises:
