@@ -597,6 +597,27 @@ def test_an_engine_behind_a_wrapper_script_is_adopted(make_daemon: MakeDaemon, s
     assert (status["engine"]["pid"], status["engine"]["adopted"]) == (engine, True)
 
 
+def test_an_engine_that_had_yet_to_replace_its_wrapper_when_emberd_died_is_adopted(
+    make_daemon: MakeDaemon, standin: Path
+):
+    daemon = make_daemon()
+    wrapper, gate = daemon.folder / "koboldcpp", daemon.folder / "gate"
+    os.mkfifo(gate)
+    wrapper.write_text(f"""#!/bin/sh
+case "$*" in *--port*) read -r _ < {gate} ;; esac
+exec {sys.executable} {standin}/koboldcpp.py "$@"
+""")
+    wrapper.chmod(0o755)
+    daemon.settings["engine.path"] = str(wrapper)
+    daemon.start()
+    engine = daemon.wait_for(lambda status: status["state"] == "LOADING")["engine"]["pid"]
+    daemon.kill()
+    gate.write_text("\n")
+    daemon.start()
+    status = daemon.wait_ready()
+    assert (status["engine"]["pid"], status["engine"]["adopted"]) == (engine, True)
+
+
 def test_a_stop_does_not_wait_for_a_program_that_does_not_answer(make_daemon: MakeDaemon):
     daemon = make_daemon()
     silent = daemon.folder / "koboldcpp"

@@ -30,7 +30,10 @@ class EngineRecord:
     Attributes:
         pid: process id, which is also its process group (it leads a session of its own).
         start_token: text that tells it from a later process with the same pid (Host.start_token).
-        command_digest: SHA-256 of the command line as the kernel shows it; the line may hold a password.
+        command_digest: SHA-256 of the command line as the kernel shows it (it may hold a password), None until
+            the engine is loaded. Before, the line may be a wrapper's that has yet to become the engine, or empty:
+            Linux lets the caller of `execve` go before the new arguments are in place (fs/exec.c, begin_new_exec;
+            read at once on two busy cores, 89 % of 150,000 lines were empty).
         command: the command line for people, secrets masked.
         plan_digest: SHA-256 of what it was started with, to see whether settings have changed since.
         port: loopback TCP port it was told to listen on.
@@ -42,7 +45,7 @@ class EngineRecord:
 
     pid: int
     start_token: str
-    command_digest: str
+    command_digest: str | None
     command: tuple[str, ...]
     plan_digest: str
     port: int
@@ -86,7 +89,7 @@ def load(path: Path) -> EngineRecord | None:
         return EngineRecord(
             pid=int(content["pid"]),
             start_token=str(content["start_token"]),
-            command_digest=str(content["command_digest"]),
+            command_digest=None if (known := content["command_digest"]) is None else str(known),
             command=tuple(str(word) for word in content["command"]),
             plan_digest=str(content["plan_digest"]),
             port=int(content["port"]),
@@ -116,7 +119,7 @@ class Claim(Enum):
 
 
 def claim(record: EngineRecord, host: Host) -> Claim:
-    """Compare the process behind `record` with what was written down: start time, then command line."""
+    """Compare the process behind `record` with what was written down: start time, then command line if known."""
     token = host.start_token(record.pid)
     if token is None:
         return Claim.ENDED
@@ -124,5 +127,7 @@ def claim(record: EngineRecord, host: Host) -> Claim:
         return Claim.STRANGER
     if not is_alive(record.pid):
         return Claim.ENDED
+    if record.command_digest is None:
+        return Claim.OURS
     command = observed_command(record.pid)
     return Claim.OURS if command is not None and digest(command) == record.command_digest else Claim.CHANGED

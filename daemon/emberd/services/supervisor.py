@@ -506,7 +506,7 @@ class Supervisor:
         record = records.EngineRecord(
             pid=process.pid,
             start_token=self._host.start_token(process.pid) or "",
-            command_digest=records.digest(records.observed_command(process.pid) or ()),
+            command_digest=None,
             command=plan.shown_arguments(),
             plan_digest=_plan_digest(plan),
             port=plan.port,
