@@ -181,6 +181,7 @@ def test_a_client_that_leaves_frees_the_engine_at_once_also_of_a_reply_that_is_n
     threading.Thread(target=ask, daemon=True).start()
     assert answered.wait(1.5), "the generation of 50 s went on"
     assert httpx.get(f"http://127.0.0.1:{port}/api/extra/perf", timeout=5, trust_env=False).json()["queue"] == 0
+    assert "could not be sent" not in daemon.state.output.read_text(), "the next request waits for that"
 
 
 def test_a_client_that_leaves_does_not_cost_another_its_reply(make_daemon: MakeDaemon):

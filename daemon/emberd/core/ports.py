@@ -79,10 +79,12 @@ class Engine(Protocol):
         """Ask what the engine is doing, without touching the model. Never raises; bounded by `timeout_s`."""
         ...
 
-    async def abort(self, port: int, key: str, timeout_s: float) -> None:
+    async def abort(self, port: int, key: str, timeout_s: float) -> bool:
         """End the generation with this key, with an empty one whatever runs.
 
-        Does nothing where closing the connection is enough. Never raises; bounded by `timeout_s`.
+        Returns:
+            Whether the engine heard it; False, too, where it has no call for this: close the connection.
+            Never raises; bounded by `timeout_s`.
         """
         ...
 

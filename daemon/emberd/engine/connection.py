@@ -117,6 +117,13 @@ class EngineConnection:
         except (h11.ProtocolError, ConnectionError) as error:
             raise EngineBrokeOff from error
 
+    async def outlast(self) -> None:
+        """Take what the engine still says, unread, until it closes the connection."""
+        if self._writer is not None:
+            with contextlib.suppress(ConnectionError):
+                while await self._reader.read(_READ_BYTES):
+                    pass
+
     def close(self) -> None:
         """Close at once; an engine that is still at work sees that nobody waits for it."""
         if self._writer is not None:

@@ -201,9 +201,10 @@ class KoboldCpp:
             generated_units=units + (len(reply) if isinstance(reply, str) else 0),
         )
 
-    async def abort(self, port: int, key: str, timeout_s: float) -> None:
+    async def abort(self, port: int, key: str, timeout_s: float) -> bool:
         """Ask /api/extra/abort; an empty key ends whatever runs if nothing waits in the engine."""
-        await self._http.post(port, "/api/extra/abort", {"genkey": key}, timeout_s, self.password)
+        answer = await self._http.post(port, "/api/extra/abort", {"genkey": key}, timeout_s, self.password)
+        return answer.status == _HTTP_OK
 
     async def count_tokens(self, port: int, text: str, timeout_s: float) -> int | None:
         """Ask /api/extra/tokencount, which also counts the token before every text."""

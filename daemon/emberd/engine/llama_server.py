@@ -115,13 +115,14 @@ class LlamaServer:
         health = await self._http.get(port, "/health", timeout_s)
         return Activity(answered=health.status == _HTTP_OK)
 
-    async def abort(self, port: int, key: str, timeout_s: float) -> None:
-        """Do nothing: the server ends a generation whose connection was closed, and has no call for it.
+    async def abort(self, port: int, key: str, timeout_s: float) -> bool:  # noqa: ARG002  # the Engine protocol
+        """Return False: the server ends a generation whose connection was closed, and has no call for it.
 
         A stream ends with its next token. A reply that is not streamed is looked after once a second (llama.cpp,
         tools/server, HTTP_POLLING_SECONDS; measured 0.02 to 1.02 s), and a result for anyone starts that second
         anew: beside busy slots it runs to its end.
         """
+        return False
 
     async def count_tokens(self, port: int, text: str, timeout_s: float) -> int | None:
         """Ask /tokenize, which adds no token before the text."""

@@ -160,22 +160,30 @@ class Exchange:
         else:
             await self._give_up(client, NotReady("LOADING", "the engine accepts no connections", _RETRY_BUSY_S))
 
-    async def _abandon(self) -> None:
-        """End the work for a client that has left; closing the connection is not enough for all engines.
+    async def _abandon(self, connection: EngineConnection) -> None:
+        """End the work for a client that has left, and keep the place until the engine is free.
 
-        KoboldCPP ends a stream within 0.4 s of its client's end, and a reply that is not streamed never (1.104).
-        The place is kept until the engine is free: who came next would find a full queue there, and 503. Without a
-        key KoboldCPP aborts whatever runs, which can be nobody else's as long as this request has its turn.
+        KoboldCPP is told, and what it still says is taken: it ends a stream 0.4 s after its client's end, a reply
+        that is not streamed never, and holds up the next request by 0.25 s after one it could not send (1.104).
+        Other engines look at the connection. Without a key KoboldCPP aborts whatever runs, which can be nobody
+        else's as long as this request has its turn; who came before the end would find a full queue there, and 503.
         """
         engine = self._gate.engine
         key = self._generation.key if self._generation is not None else ""
         end_s = time.monotonic() + _LONGEST_ABORT_S
-        while time.monotonic() < end_s:
-            await engine.abort(self._port, key, _ASK_S)
-            activity = await engine.probe_activity(self._port, _ASK_S)
-            if not activity.answered or not activity.is_generating:
-                return
-            await asyncio.sleep(_ABORT_AGAIN_S)
+        outlasting = asyncio.create_task(connection.outlast())
+        try:
+            while time.monotonic() < end_s:
+                if not await engine.abort(self._port, key, _ASK_S):
+                    connection.close()
+                    await asyncio.sleep(_ABORT_AGAIN_S)
+                elif (await asyncio.wait({outlasting}, timeout=_ABORT_AGAIN_S))[0]:
+                    return
+                activity = await engine.probe_activity(self._port, _ASK_S)
+                if not activity.answered or not activity.is_generating:
+                    return
+        finally:
+            outlasting.cancel()
 
     async def _send(
         self, scope: Scope, body: Body, client: Client, content: bytes | None, flowed: Callable[[int], None]
@@ -192,9 +200,8 @@ class Exchange:
             body.let_go()
             await self._reply(head, connection, client, flowed)
         except (asyncio.CancelledError, ClientGone):
-            connection.close()
             if self._gate.engine.is_work(scope["method"], scope["path"]):
-                await self._abandon()
+                await self._abandon(connection)
             raise
         finally:
             connection.close()
