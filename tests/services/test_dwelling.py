@@ -180,7 +180,7 @@ class Rig:
 
     async def is_watching(self) -> None:
         """Wait until the service waits for somebody to come."""
-        while not self.places._arrived._waiters:
+        while not self.places.next_arrival._waiters:
             await asyncio.sleep(0)
 
     def dwelt(self) -> dict[str, Any] | None:
@@ -462,6 +462,46 @@ async def test_what_a_replay_leaves_in_swap_is_a_loss_only_once(rig: Rig):
     rig.turns.begin("2:b")
     rig.turns.end(lambda: TURN)
     assert await has_lost(60 * MIB), "of another engine nothing is known"
+
+
+async def test_a_user_who_comes_before_the_replay_is_on_its_way_is_seen(rig: Rig):
+    prompts = rig.hears(TURN)
+
+    async def continues_turns(*_: Any) -> bool:
+        rig.engine.is_idle = False
+        return True
+
+    rig.engine.engine.continues_turns = continues_turns
+    assert (await rig.service.warm())["steps"] == ["touch"]
+    assert not prompts
+
+
+async def test_a_user_who_comes_at_the_moment_of_the_replay_is_seen(rig: Rig):
+    rig.hears(TURN)
+    users: list[asyncio.Task[None]] = []
+    aborted = asyncio.Event()
+
+    async def come() -> None:
+        async with rig.places.taken(places.Hold(LIMIT_S), is_work=True, goes_first=False):
+            pass
+
+    async def continues_turns(*_: Any) -> bool:
+        users.append(asyncio.create_task(come()))  # its first step comes before those of what is created next
+        return True
+
+    async def send(*_: Any) -> bool:
+        await aborted.wait()
+        return False
+
+    async def abort(*_: Any) -> bool:
+        aborted.set()
+        return True
+
+    engine = rig.engine.engine
+    engine.continues_turns, engine.send, engine.abort = continues_turns, send, abort
+    async with asyncio.timeout(LIMIT_S):
+        assert (await rig.service.warm())["steps"] == ["touch"]
+        await users[0]
 
 
 async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig):

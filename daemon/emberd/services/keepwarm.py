@@ -662,8 +662,7 @@ class KeepWarm:
 
     async def _giving_way(self, work: Coroutine[Any, Any, T], stop: Callable[[], None]) -> T:
         """Do something that reads from the disk, and stop it when a user comes: their pages are read first."""
-        doing = asyncio.create_task(work)
-        coming = asyncio.create_task(self._interruption())
+        doing, coming = asyncio.create_task(work), self._interruption()
         try:
             await asyncio.wait({doing, coming}, return_when=asyncio.FIRST_COMPLETED)
             while not doing.done():
@@ -675,14 +674,9 @@ class KeepWarm:
             coming.cancel()
             self._progress = None
 
-    async def _interruption(self) -> None:
-        """Wait for a user, or for the guard to let go."""
-        events = [asyncio.create_task(each) for each in (self._places.arrival(), self._letting_go.wait())]
-        try:
-            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for event in events:
-                event.cancel()
+    def _interruption(self) -> asyncio.Task[None]:
+        """Wait for a user who comes from now on, or for the guard to let go."""
+        return asyncio.create_task(_first_of(self._places.next_arrival, self._letting_go))
 
     def _note_progress(self, done_bytes: int, total_bytes: int) -> None:
         self._progress = (done_bytes, total_bytes)
@@ -731,10 +725,11 @@ class KeepWarm:
 
     async def _send(self, port: int, request: Replay) -> float | None:
         """Send one request; return how long it took in seconds, None if it was given up or failed."""
+        if not self._is_free():
+            return None  # since the pass began
         engine = self._owner.engine
         began_s = time.monotonic()
-        sending = asyncio.create_task(engine.send(port, request, _REPLAY_LIMIT_S))
-        coming = asyncio.create_task(self._interruption())
+        sending, coming = asyncio.create_task(engine.send(port, request, _REPLAY_LIMIT_S)), self._interruption()
         try:
             await asyncio.wait({sending, coming}, return_when=asyncio.FIRST_COMPLETED)
             if not sending.done():
@@ -770,6 +765,16 @@ def _cpu_s(pid: int | None) -> float:
         return 0.0 if pid is None else sum(psutil.Process(pid).cpu_times()[:2])
     except psutil.Error:
         return 0.0
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Return when one of them is set."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()
 
 
 def _plain_cost(cost: WarmthCost) -> dict[str, Any]:

@@ -101,7 +101,8 @@ class Places:
         self._connections = Line(gate.engine.most_connections)
         self._turns = Line(gate.engine.most_at_work)
         self._since: dict[object, float] = {}
-        self._arrived = asyncio.Event()
+        self.next_arrival = asyncio.Event()
+        """Set when the next request comes; another one stands here then."""
 
     @property
     def waiting(self) -> int:
@@ -112,11 +113,6 @@ class Places:
     def longest_wait_s(self) -> float:
         """How long the first of them has waited."""
         return time.monotonic() - min(self._since.values()) if self._since else 0.0
-
-    async def arrival(self) -> None:
-        """Return when the next request comes."""
-        self._arrived.clear()
-        await self._arrived.wait()
 
     @asynccontextmanager
     async def taken(self, hold: Hold, *, is_work: bool, goes_first: bool) -> AsyncIterator[int]:
@@ -130,7 +126,8 @@ class Places:
         Raises:
             NotReady: there is no engine in time, or too many wait already.
         """
-        self._arrived.set()
+        arrival, self.next_arrival = self.next_arrival, asyncio.Event()
+        arrival.set()
         lines = [self._turns, self._connections] if is_work else [self._connections]
         ticket = object()
         self._since[ticket] = time.monotonic()
