@@ -224,6 +224,13 @@ def test_every_rest_and_every_pass_has_its_reason(situation: dict[str, Any], rea
     assert decide(Snapshot(NOW_S, **situation), AUTO).reason is reason
 
 
+@pytest.mark.parametrize(("left_s", "look_again_s"), [(1.0, 5.0), (60.0, 60.0), (7200.0, 900.0)])
+def test_the_end_of_a_rest_that_was_asked_for_is_not_slept_through(left_s: float, look_again_s: float):
+    wish = WarmthSettings(min_interval_s=5.0, max_interval_s=900.0)
+    for rest in ("paused_until_s", "cool_until_s"):
+        assert decide(Snapshot(NOW_S, **{rest: NOW_S + left_s}), wish).look_again_s == look_again_s
+
+
 def test_on_battery_the_owner_can_still_ask_for_a_pass():
     wish = WarmthSettings(on_battery="off")
     unplugged = Snapshot(NOW_S, power=Power(PowerSource.BATTERY, 0.9))

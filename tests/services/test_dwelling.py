@@ -13,14 +13,14 @@ import pytest
 import structlog
 
 from emberd.core.lock import LockState
-from emberd.core.memory import EngineMemory, Pressure, SystemMemory
+from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.replay import Replay, Turn
-from emberd.core.settings import Settings
+from emberd.core.settings import Settings, WarmthSettings
 from emberd.core.thrash import Guard, Hold
 from emberd.core.types import EngineSample
 from emberd.core.warmth import Reason, Trigger
 from emberd.host import ThisHost
-from emberd.host.toucher import Touched, Toucher
+from emberd.host.toucher import Locked, Touched, Toucher
 from emberd.services import keepwarm, places
 from emberd.services.accounts import Accounts
 from emberd.services.forecaster import Forecaster
@@ -205,13 +205,15 @@ async def test_it_ends_when_nothing_has_been_taken_for_a_while(rig: Rig, monkeyp
     assert 25 <= told["rounds"] <= 26
 
 
-@pytest.mark.parametrize("reason", ["hold", "pause", "cool", "engine"])
+@pytest.mark.parametrize("reason", ["hold", "pause", "cool", "engine", "battery"])
 async def test_it_ends_when_it_may_no_longer(rig: Rig, reason: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
     if reason == "hold":
         rig.service._guard = replace(Guard(), hold=Hold.NO_WARMING)
     elif reason == "engine":
         rig.engine.port = None
+    elif reason == "battery":
+        rig.service._power = (time.monotonic(), Power(source=PowerSource.BATTERY))
     else:
         await rig.service.cool(60) if reason == "cool" else rig.service.pause(60)
     async with asyncio.timeout(LIMIT_S):
@@ -502,6 +504,104 @@ async def test_a_user_who_comes_at_the_moment_of_the_replay_is_seen(rig: Rig):
     async with asyncio.timeout(LIMIT_S):
         assert (await rig.service.warm())["steps"] == ["touch"]
         await users[0]
+
+
+async def test_a_page_that_polls_does_not_end_a_replay(rig: Rig):
+    rig.hears(TURN)
+
+    async def send(*_: Any) -> bool:
+        async with rig.places.taken(places.Hold(LIMIT_S), is_work=False, goes_first=False, uses_model=False):
+            await asyncio.sleep(0)
+        return True
+
+    rig.engine.engine.send = send
+    assert (await rig.service.warm())["steps"] == ["touch", "replay"]
+
+
+async def test_a_pass_under_way_ends_under_critical_pressure(rig: Rig):
+    rig.hears(TURN)
+    begun = asyncio.Event()
+
+    async def send(*_: Any) -> bool:
+        begun.set()
+        await asyncio.sleep(LIMIT_S)
+        return True
+
+    async def abort(*_: Any) -> bool:
+        return True
+
+    rig.engine.engine.send, rig.engine.engine.abort = send, abort
+    async with asyncio.timeout(LIMIT_S / 2):
+        warming = asyncio.create_task(rig.service.warm())
+        await begun.wait()
+        rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.CRITICAL)
+        await rig.service._watch()
+        assert (await warming)["steps"] == ["touch"]
+    rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.NORMAL)
+    await rig.service._watch()
+    assert not rig.service._letting_go.is_set()
+
+
+@pytest.mark.parametrize("trigger", [Trigger.KNOCK, Trigger.RELIEVED, Trigger.LOSING])
+@pytest.mark.parametrize("obstacle", ["user", "pressure"])
+async def test_what_woke_it_outlasts_an_obstacle_that_passes(rig: Rig, trigger: Trigger, obstacle: str):
+    rig.service._memory = SystemMemory(pressure=Pressure.NORMAL)
+    if obstacle == "user":
+        rig.engine.is_idle = False
+    else:
+        rig.service._last_critical_s = time.monotonic()
+    rig.service._trigger = trigger
+    await rig.service._look()
+    assert rig.service._last is None
+    rig.engine.is_idle, rig.service._last_critical_s = True, None
+    await rig.service._look()
+    assert rig.service._last is not None
+    assert rig.service._last["reason"] == trigger.value
+
+
+async def test_the_hours_of_the_settings_count_again_when_a_verb_has_ended(rig: Rig):
+    settings = Settings(warmth=replace(WarmthSettings(), cool_hours=("00:00-12:00", "12:00-00:00")))
+    rig.service._settings = lambda: settings
+    rig.service._cool_until_s = time.monotonic() - 1
+    assert (await rig.service._snapshot()).cool_until_s is not None
+    assert (await rig.service._snapshot()).cool_until_s > time.monotonic()
+
+
+async def test_a_clock_that_is_set_back_puts_off_no_look(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    planned: list[float] = []
+    rig.service._next_s = time.monotonic() + 5
+    monkeypatch.setattr(rig.service, "_plan", planned.append)
+    monkeypatch.setattr(keepwarm, "_clock_gap_s", lambda: rig.service._gap_s - 7200)
+    await rig.service._watch()
+    assert planned
+    assert 4 < planned[-1] <= 5
+
+
+async def test_a_lock_that_a_user_ends_is_not_kept_in_part(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    unlocked = asyncio.Event()
+
+    async def lock(*_: Any) -> Locked:
+        async with rig.places.taken(places.Hold(LIMIT_S), is_work=True, goes_first=False):
+            pass
+        return Locked(False, MIB, 4 * MIB, 0, 0.1, None)
+
+    async def unlock() -> None:
+        unlocked.set()
+
+    monkeypatch.setattr(rig.toucher, "lock", lock)
+    monkeypatch.setattr(rig.toucher, "unlock", unlock)
+    assert await rig.service._touch(locks=True) is None
+    assert unlocked.is_set()
+    assert not rig.service._is_locked_outside()
+
+
+async def test_a_lock_on_a_file_that_was_replaced_is_none(rig: Rig):
+    assert await rig.service._touch(locks=True) is not None
+    assert rig.service._is_locked_outside()
+    model = rig.engine.sample().model
+    assert model is not None
+    os.utime(model, (1, 1))
+    assert not rig.service._is_locked_outside()
 
 
 async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig):

@@ -51,6 +51,8 @@ def meter(kernel: Kernel, tmp_path: Path, samples: list[EngineSample]) -> SwapMe
 
 IDLE = EngineSample("77:a", (PID,), is_idle=True, requests=3)
 AFTER_A_REQUEST = EngineSample("77:a", (PID,), is_idle=True, requests=4)
+AT_WORK = EngineSample("77:a", (PID,), is_idle=False, requests=4)
+LOADING = EngineSample("77:a", (PID,), is_idle=False, requests=3)
 NONE = EngineSample(None, (), is_idle=False, requests=4)
 
 
@@ -63,8 +65,15 @@ async def test_what_an_idle_engine_loses_to_swap_is_charged_to_it(kernel: Kernel
     await swap._accounts.close()
 
 
-async def test_a_request_between_two_readings_makes_it_busy(kernel: Kernel, tmp_path: Path):
-    swap = meter(kernel, tmp_path, [IDLE, AFTER_A_REQUEST])
+@pytest.mark.parametrize(
+    "seen",
+    [[IDLE, AFTER_A_REQUEST], [AT_WORK, AFTER_A_REQUEST], [LOADING, IDLE]],
+    ids=["came and went", "went", "was loading"],
+)
+async def test_an_engine_that_worked_between_two_readings_was_not_idle(
+    kernel: Kernel, tmp_path: Path, seen: list[EngineSample]
+):
+    swap = meter(kernel, tmp_path, seen)
     await swap.tick()
     kernel.set(pages_out=10, engine_kib=0)
     writes = await swap.tick()

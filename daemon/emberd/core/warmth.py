@@ -201,15 +201,19 @@ def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
     needs_restart = seen.hold is Hold.NOTHING and seen.lock is LockState.HELD and settings.may_restart
     is_free = seen.is_ready and not seen.requests
     soon_s, late_s = settings.min_interval_s, settings.max_interval_s
-    spares_power = settings.on_battery == "off" and _saves_power(seen) and seen.trigger is not Trigger.ASKED
+    cool_s, paused_s = (
+        late_s if until_s is None else min(max(until_s - seen.now_s, soon_s), late_s)
+        for until_s in (seen.cool_until_s, seen.paused_until_s)
+    )
+    spares_power = settings.on_battery == "off" and saves_power(seen.power) and seen.trigger is not Trigger.ASKED
     # The first that holds counts.
     obstacles: tuple[tuple[bool, tuple[Step, ...], Reason, float], ...] = (
         (settings.mode == "off", unlock, Reason.OFF, late_s),
-        (_is_before(seen.now_s, seen.cool_until_s), unlock, Reason.COOL, late_s),
+        (_is_before(seen.now_s, seen.cool_until_s), unlock, Reason.COOL, cool_s),
         (needs_restart and is_free, (*unlock, Step.RESTART), Reason.LETTING_GO, soon_s),
         (seen.hold.lets_go, unlock, Reason.LETTING_GO, soon_s),
         (seen.hold is not Hold.ALL, (), Reason.LETTING_GO, soon_s),
-        (_is_before(seen.now_s, seen.paused_until_s), (), Reason.PAUSED, late_s),
+        (_is_before(seen.now_s, seen.paused_until_s), (), Reason.PAUSED, paused_s),
         (not seen.is_ready, (), Reason.NOT_READY, soon_s),
         (seen.requests > 0, (), Reason.BUSY, soon_s),
         (is_too_tight(seen), (), Reason.PRESSURE, soon_s),
@@ -229,7 +233,7 @@ def is_too_tight(seen: Snapshot) -> bool:
 def effective_interval(seen: Snapshot, settings: WarmthSettings) -> float:
     """Return the seconds between two passes: short under pressure, long on battery, bounded."""
     interval_s = settings.min_interval_s if seen.pressure is Pressure.WARN else seen.interval_s
-    if _saves_power(seen) and settings.on_battery == "stretch":
+    if saves_power(seen.power) and settings.on_battery == "stretch":
         interval_s *= BATTERY_STRETCH
     return _bounded(interval_s, settings)
 
@@ -241,7 +245,9 @@ def _due_in(seen: Snapshot, interval_s: float, settings: WarmthSettings) -> floa
     wait_after_use_s = wait_after_pass_s = interval_s if seen.trigger is Trigger.TIMER else FRESH_S
     if seen.trigger is Trigger.LOSING:
         # It goes on for as long as the pressure does: not an occasion, but a shorter interval.
-        wait_after_pass_s = interval_s if _saves_power(seen) else max(seen.loss_wait_s, settings.min_interval_s)
+        wait_after_pass_s = (
+            interval_s if saves_power(seen.power) else max(seen.loss_wait_s, settings.min_interval_s)
+        )
     waits = ((seen.last_use_s, wait_after_use_s), (seen.last_pass_s, wait_after_pass_s))
     return max((when_s + wait_s - seen.now_s for when_s, wait_s in waits if when_s is not None), default=0.0)
 
@@ -263,8 +269,9 @@ def _for_cache(seen: Snapshot, settings: WarmthSettings) -> tuple[Step, ...]:
     return ()
 
 
-def _saves_power(seen: Snapshot) -> bool:
-    return seen.power.source is PowerSource.BATTERY or seen.power.is_low_power is True
+def saves_power(power: Power) -> bool:
+    """Tell whether the computer runs on its battery, or was told to save power."""
+    return power.source is PowerSource.BATTERY or power.is_low_power is True
 
 
 def _is_before(now_s: float, until_s: float | None) -> bool:
@@ -316,7 +323,7 @@ def may_dwell(seen: Snapshot, found: Found) -> bool:
     It costs up to a third of a core for 2 GiB; never on battery.
     """
     is_holdable = seen.hold is Hold.ALL and seen.pressure is not Pressure.CRITICAL
-    return found.has_lost and is_holdable and not _saves_power(seen)
+    return found.has_lost and is_holdable and not saves_power(seen.power)
 
 
 def is_calm(was: SystemMemory | None, now: SystemMemory, guard: Guard, *, is_losing: bool) -> bool:

@@ -124,10 +124,13 @@ class Exchange:
         """
         hold = Hold(self._hold_timeout_s)
         is_work = self._gate.engine.is_work(scope["method"], scope["path"])
+        uses_model = is_work or changes_cache(scope["method"], scope["path"])
         sends, had_place = 0, False
         try:
             while sends < _MOST_SENDS and (body.can_be_sent_again or self._stream is not None):
-                async with self._places.taken(hold, is_work=is_work, goes_first=had_place) as port:
+                async with self._places.taken(
+                    hold, is_work=is_work, goes_first=had_place, uses_model=uses_model
+                ) as port:
                     self._port, had_place = port, True
                     seen = len(self._stream.text) if self._stream else 0
                     try:

@@ -68,6 +68,8 @@ _STAYS_S = 900.0
 _SAVE_S = 3600.0
 """The cost goes to disk so often, and at the end."""
 _TIGHT = frozenset({Pressure.WARN, Pressure.CRITICAL})
+_PASSING = frozenset({Reason.NOT_READY, Reason.BUSY, Reason.PRESSURE})
+"""Obstacles that pass by themselves; what a look was for is then still to be done."""
 _LOOK = "look"
 
 
@@ -163,7 +165,7 @@ class KeepWarm:
         self._paused_until_s: float | None = None
         self._cool_until_s: float | None = None
         self._cool_since_s = 0.0
-        self._locked_by: int | None = None
+        self._locked_by: tuple[int | None, tuple[Any, ...] | None] | None = None
         self._refused_lock_of: str | None = None
         self._last_critical_s: float | None = None
         self._last_pass_s: float | None = None
@@ -296,13 +298,18 @@ class KeepWarm:
                 seen = await self._snapshot()
                 decision = warmth.decide(seen, self._settings().warmth)
                 await self._act(decision, seen)
-                is_losing = decision.reason is Reason.NOT_DUE and seen.trigger is Trigger.LOSING
-                if is_losing and self._trigger is Trigger.TIMER:
-                    self._trigger = seen.trigger  # what was taken is still gone
+                is_put_off = decision.reason in _PASSING or (
+                    decision.reason is Reason.NOT_DUE and seen.trigger is Trigger.LOSING
+                )
+                if is_put_off and self._trigger is Trigger.TIMER and seen.trigger is not Trigger.ASKED:
+                    self._trigger = seen.trigger  # what it is about is still to be done
                 if decision.steps:
                     await self._forecaster.look()
+                again_s = decision.look_again_s
+                if decision.steps:
+                    again_s = min(again_s, self._interval_s)  # shorter after a pass that found a loss
                 # The scheduler drops a look that is asked for during this one.
-                self._plan(warmth.SOON_S if self._is_woken else decision.look_again_s)
+                self._plan(warmth.SOON_S if self._is_woken else again_s)
             except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
                 self._log.exception("keepwarm_bug")
                 self._plan(self._settings().warmth.max_interval_s)
@@ -352,16 +359,17 @@ class KeepWarm:
         self._memory = memory
         self._recall(memory.pressure)
         self._watch_swap(thrash.Reading(now_s, memory.swapped_out_bytes, memory.pressure, is_losing))
+        if self._guard.hold is thrash.Hold.ALL and memory.pressure is not Pressure.CRITICAL:
+            self._letting_go.clear()
+        else:
+            self._letting_go.set()  # a pass that is under way would bring back gigabytes yet
         if memory.pressure is Pressure.CRITICAL:
             self._last_critical_s = now_s
         elif was is Pressure.CRITICAL:
             self.wake(Trigger.RELIEVED)
         elif memory.pressure is Pressure.WARN and was is Pressure.NORMAL:
             self.wake(Trigger.TIMER)  # the interval is the shortest now
-        gap_s, self._gap_s = self._gap_s, _clock_gap_s()
-        if self._gap_s - gap_s > _SLEPT_S:
-            self._log.info("woken", slept_s=round(self._gap_s - gap_s))
-            self.wake(Trigger.WOKEN)
+        self._watch_clock(now_s)
         if self._power is not None and self._power[1].source is PowerSource.BATTERY:
             power = await self._read_power()
             if power.source is PowerSource.MAINS:
@@ -369,6 +377,16 @@ class KeepWarm:
         await self._forecaster.learn(may_look=self._is_free() and not self._acting.locked())
         if now_s - self._saved_s > _SAVE_S:
             await self._save_cost()
+
+    def _watch_clock(self, now_s: float) -> None:
+        """Notice that the computer slept, or that its clock was set back."""
+        gap_s, self._gap_s = self._gap_s, _clock_gap_s()
+        if self._gap_s - gap_s > _SLEPT_S:
+            self._log.info("woken", slept_s=round(self._gap_s - gap_s))
+            self.wake(Trigger.WOKEN)
+        elif gap_s - self._gap_s > _SLEPT_S and self._next_s is not None:
+            # The clock was set back, and the scheduler counts by it.
+            self._plan(max(self._next_s - now_s, 0.0))
 
     def _recall(self, pressure: Pressure) -> None:
         """Keep emberd itself in memory while there is pressure; reading swap can take long: nobody waits for it."""
@@ -385,12 +403,7 @@ class KeepWarm:
         )
         if self._guard.hold is not hold:
             self._log.warning("thrash_guard", hold=self._guard.hold.value, was=hold.value)
-            if self._guard.hold is thrash.Hold.ALL:
-                self._letting_go.clear()
-                self.wake(Trigger.RELIEVED)
-            else:
-                self._letting_go.set()  # a pass that is under way would bring back gigabytes yet
-                self.wake(Trigger.TIMER)
+            self.wake(Trigger.RELIEVED if self._guard.hold is thrash.Hold.ALL else Trigger.TIMER)
 
     def _watch_engine(self) -> bool:
         """Look at once when memory of the idle engine is taken, which is returned, and notice a new engine."""
@@ -415,8 +428,11 @@ class KeepWarm:
         memory = self._memory
         if memory is None:
             memory = self._host.system_memory()
-        if self._cool_until_s is not None and (self._turns.ended_s or 0.0) > self._cool_since_s:
-            self._cool_until_s = None  # somebody needed the model
+        if self._cool_until_s is not None and (
+            (self._turns.ended_s or 0.0) > self._cool_since_s  # somebody needed the model
+            or time.monotonic() >= self._cool_until_s  # the hours of the settings count again
+        ):
+            self._cool_until_s = None
         settings = self._settings().warmth
         trigger, self._trigger = self._trigger, Trigger.TIMER
         cache = self._turns.cache(engine.key, is_adopted=self._owner.is_adopted)
@@ -468,8 +484,17 @@ class KeepWarm:
         return judge_limits(engine.weights_bytes, self._host.lock_limits(None), memory.wired_bytes)[0]
 
     def _is_locked_outside(self) -> bool:
-        """Tell whether the toucher that was told to lock still lives; the lock dies with it."""
-        return self._locked_by is not None and self._locked_by == self._toucher.pid
+        """Tell whether the toucher that was told to lock still maps the same file; the lock ends with either."""
+        return self._locked_by is not None and self._locked_by == self._lockable()
+
+    def _lockable(self) -> tuple[int | None, tuple[Any, ...] | None]:
+        """Return what tells a lock on these weights by this toucher from any other."""
+        model = self._owner.sample().model
+        try:
+            facts = None if model is None else model.stat()
+        except OSError:
+            facts = None
+        return self._toucher.pid, facts and (model, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
     def _is_holding(self) -> bool:
         is_warming = self._settings().warmth.mode != "off" and self._last_pass_s is not None
@@ -560,7 +585,7 @@ class KeepWarm:
         try:
             while calm < _CALM_ROUNDS and time.monotonic() - began_s < _LONGEST_DWELL_S:
                 await asyncio.sleep(_DWELL_PAUSE_S)
-                if self._owner.port is None or self._must_rest():
+                if self._owner.port is None or self._must_rest() or warmth.saves_power(await self._read_power()):
                     break
                 if self._acting.locked():
                     continue  # a pass touches them now
@@ -648,11 +673,10 @@ class KeepWarm:
         locked = await self._giving_way(self._toucher.lock(self._note_progress), self._toucher.stop)
         self._note_reading(locked.cold_bytes, locked.elapsed_s)
         if locked.is_complete:
-            self._locked_by = self._toucher.pid
+            self._locked_by = self._lockable()
             self._log.info("locked_outside", locked_bytes=locked.locked_bytes)
-        elif locked.error is None:  # a user came, or the guard lets go: nothing else would free a part of a lock
-            if self._letting_go.is_set():
-                await self._toucher.unlock()
+        elif locked.error is None:  # a user came, or it lets go: nothing else would free a part of a lock
+            await self._toucher.unlock()
             return None
         else:
             self._refused_lock_of = engine.key

@@ -102,7 +102,7 @@ class Places:
         self._turns = Line(gate.engine.most_at_work)
         self._since: dict[object, float] = {}
         self.next_arrival = asyncio.Event()
-        """Set when the next request comes; another one stands here then."""
+        """Set when the next request for the model comes; another one stands here then."""
 
     @property
     def waiting(self) -> int:
@@ -115,19 +115,23 @@ class Places:
         return time.monotonic() - min(self._since.values()) if self._since else 0.0
 
     @asynccontextmanager
-    async def taken(self, hold: Hold, *, is_work: bool, goes_first: bool) -> AsyncIterator[int]:
+    async def taken(
+        self, hold: Hold, *, is_work: bool, goes_first: bool, uses_model: bool = True
+    ) -> AsyncIterator[int]:
         """Wait for a ready engine and for a place; yields the engine's port, and leaves the place at the end.
 
         Args:
             hold: how long to wait for an engine that is not ready.
             is_work: the engine works on few such requests at a time.
             goes_first: it was cut, and others came later.
+            uses_model: it is somebody who waits for the model, not a page that polls.
 
         Raises:
             NotReady: there is no engine in time, or too many wait already.
         """
-        arrival, self.next_arrival = self.next_arrival, asyncio.Event()
-        arrival.set()
+        if uses_model:
+            arrival, self.next_arrival = self.next_arrival, asyncio.Event()
+            arrival.set()
         lines = [self._turns, self._connections] if is_work else [self._connections]
         ticket = object()
         self._since[ticket] = time.monotonic()

@@ -58,7 +58,8 @@ class SwapMeter:
         last, self._last = self._last, (reading, engine)
         if last is None:
             return SwapWrites()
-        was_idle = engine.key is not None and engine.is_idle and engine.requests == last[1].requests
+        is_same = engine.key is not None and (engine.key, engine.requests) == (last[1].key, last[1].requests)
+        was_idle = is_same and engine.is_idle and last[1].is_idle
         writes = attribute(last[0], reading, is_idle=was_idle)
         await self._accounts.add(writes)
         return writes
