@@ -275,6 +275,31 @@ async def test_a_user_who_comes_stops_a_touch_and_not_those_after_it(rig: Rig, m
     assert told["rounds"] >= 25
 
 
+async def test_it_goes_on_while_a_pass_sends_its_replay(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    rig.hears(Turn("/api/v1/generate", {"prompt": "Once"}, " upon a time"))
+    touch, is_sending, touched = rig.toucher.touch, False, asyncio.Event()
+
+    async def seen_touch(*args: Any) -> Touched:
+        if is_sending:
+            touched.set()
+        return await touch(*args)
+
+    async def send(*_: Any) -> bool:
+        nonlocal is_sending
+        is_sending = True
+        await touched.wait()
+        return True
+
+    monkeypatch.setattr(rig.toucher, "touch", seen_touch)
+    rig.engine.engine.send = send
+    rig.service._memory = SystemMemory(pressure=Pressure.WARN)
+    async with asyncio.timeout(LIMIT_S):
+        dwelling = asyncio.create_task(rig.service._dwell())
+        assert "replay" in (await rig.service.warm())["steps"]
+        dwelling.cancel()
+
+
 async def test_it_stays_while_there_is_pressure(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
     rig.service._memory = SystemMemory(pressure=Pressure.WARN)
