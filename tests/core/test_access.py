@@ -76,6 +76,7 @@ def test_two_hosts_are_nobodys():
         ("https://evil.example", "localhost:5001", False),
         ("http://localhost.evil.example", "localhost:5001", False),
         ("http://localhost@evil.example", "localhost:5001", False),
+        ("http://[x", "localhost:5001", False),
         ("null", "localhost:5001", False),
         ("file://", "localhost:5001", False),
         ("", "localhost:5001", False),
@@ -124,6 +125,11 @@ def test_a_link_may_be_followed_but_no_page_can_generate_with_an_image(path: str
 )
 def test_a_key_is_wanted_as_a_bearer_token(sent: str, code: str):
     assert refusal(AccessRules(key="s3cret"), host="localhost", authorization=sent) == code
+
+
+def test_a_key_of_other_letters_is_compared_as_it_was_sent():
+    sent = "Bearer schlüssel".encode().decode("latin-1")
+    assert refusal(AccessRules(key="schlüssel"), host="localhost", authorization=sent) == ""
 
 
 def test_without_the_key_only_a_preflight_passes():

@@ -118,7 +118,10 @@ def _is_own_page(
         return not is_foreign or is_visit or "*" in allowed
     if "*" in allowed or origin in allowed:
         return True
-    parts = urlsplit(origin)
+    try:
+        parts = urlsplit(origin)
+    except ValueError:  # "http://[x"
+        return False
     if parts.scheme not in {"http", "https"} or not parts.netloc:
         return False
     name = _name_of(parts.netloc)
@@ -131,7 +134,7 @@ def _has_key(headers: Sequence[tuple[bytes, bytes]], key: str) -> bool:
     sent = _only(headers, b"authorization") or ""
     scheme, _, value = sent.partition(" ")
     given = value.strip() if scheme.lower() == "bearer" else ""
-    return hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
+    return hmac.compare_digest(given.encode("latin-1", "replace"), key.encode())  # the bytes as they were sent
 
 
 def _only(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str | None:
