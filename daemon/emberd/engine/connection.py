@@ -59,6 +59,17 @@ class ReplyHead:
         return next((value for each, value in self.headers if each == name), None)
 
 
+class _Reader(asyncio.StreamReader):
+    """Gives what had come when the connection was lost before it tells of the loss."""
+
+    lost: Exception | None = None
+
+    def set_exception(self, exc: Exception) -> None:
+        """Hear of the loss."""
+        self.lost = exc
+        self.feed_eof()
+
+
 class EngineConnection:
     """A connection that serves one request; KoboldCPP gives every open one of its 24 threads, so none is kept.
 
@@ -69,7 +80,7 @@ class EngineConnection:
     def __init__(self, port: int) -> None:
         self._port = port
         self._protocol = h11.Connection(h11.CLIENT, max_incomplete_event_size=_LARGEST_HEAD_BYTES)
-        self._reader: asyncio.StreamReader
+        self._reader: _Reader
         self._writer: asyncio.StreamWriter | None = None
 
     async def ask(self, request: EngineRequest) -> ReplyHead:
@@ -81,13 +92,14 @@ class EngineConnection:
         """
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+                await self._connect()
         except (OSError, TimeoutError) as error:
             raise EngineRefused from error
         try:
             # An engine may answer and close without having read everything; its answer counts then.
-            with contextlib.suppress(ConnectionError):
-                await self._send(self._writer, request)
+            if self._writer is not None:
+                with contextlib.suppress(ConnectionError):
+                    await self._send(self._writer, request)
             while True:
                 event = await self._next_event()
                 if isinstance(event, h11.Response):
@@ -129,6 +141,13 @@ class EngineConnection:
         if self._writer is not None:
             self._writer.transport.abort()
 
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._reader = _Reader(loop=loop)
+        protocol = asyncio.StreamReaderProtocol(self._reader, loop=loop)
+        transport, _ = await loop.create_connection(lambda: protocol, "127.0.0.1", self._port)
+        self._writer = asyncio.StreamWriter(transport, protocol, self._reader, loop)
+
     async def _send(self, writer: asyncio.StreamWriter, request: EngineRequest) -> None:
         head = self._bytes(h11.Request(method=request.method, target=request.target, headers=request.headers))
         if isinstance(request.body, bytes):
@@ -152,5 +171,8 @@ class EngineConnection:
 
     async def _next_event(self) -> Any:
         while (event := self._protocol.next_event()) is h11.NEED_DATA:
-            self._protocol.receive_data(await self._reader.read(_READ_BYTES))
+            data = await self._reader.read(_READ_BYTES)
+            if not data and self._reader.lost is not None:
+                raise self._reader.lost
+            self._protocol.receive_data(data)
         return event
