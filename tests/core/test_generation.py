@@ -46,6 +46,7 @@ def chunk(text: str | None, reason: str | None = None, **more: Any) -> bytes:
         ("/v1/completions", Dialect.COMPLETIONS),
         ("/v1/chat/completions", Dialect.CHAT),
         ("/chat/completions", Dialect.CHAT),
+        ("/v1/completion", Dialect.COMPLETIONS),
         ("/completion", Dialect.LLAMA),
         ("/api/generate", Dialect.OLLAMA),
         ("/api/chat", Dialect.OLLAMA),
@@ -60,9 +61,18 @@ def test_a_path_tells_the_dialect(path: str, dialect: Dialect | None):
     assert changes_cache("GET", path) is False
 
 
+@pytest.mark.parametrize("path", ["/api/admin/load_state", "/api/admin/clear_state/", "/slots/0", "/slots/12"])
+def test_a_state_that_is_brought_back_takes_the_place_of_the_last_turn(path: str):
+    assert changes_cache("POST", path)
+    assert not changes_cache("GET", path)
+    assert not changes_cache("POST", "/api/admin/check_state")
+    assert dialect_of(path) is None
+
+
 def test_other_ways_to_make_text_cost_the_cache_too():
     assert changes_cache("GET", "/noscript")
     assert changes_cache("POST", "/v1/responses")
+    assert changes_cache("POST", "/request")
     assert is_ollama("/api/tags")
     assert not is_ollama("/api/v1/generate")
 
@@ -273,7 +283,10 @@ def test_a_stop_sequence_that_spans_the_cut_ends_the_reply():
     reply.begin_again(3)
     ended = reply.take(event(token="er: hello", finish_reason=None))
     assert reply.is_finished
+    assert reply.is_over
     assert json.loads(ended.split(b"data: ")[1]) == {"token": "", "finish_reason": "stop"}
+    assert reply.take(event(token=" and more", finish_reason=None)) == b"", "nothing comes behind the end"
+    assert reply.text == "Bye\nUser:"
 
 
 def test_a_stop_sequence_that_only_seemed_to_begin_changes_nothing():

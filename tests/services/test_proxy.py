@@ -14,7 +14,9 @@ import structlog
 
 from emberd.core.access import AccessRules
 from emberd.core.errors import NotReady
+from emberd.core.replay import Turn
 from emberd.core.settings import EndpointSettings, Settings
+from emberd.core.warmth import Cache
 from emberd.engine.http import EngineHttp
 from emberd.engine.koboldcpp import KoboldCpp
 from emberd.host import ThisHost
@@ -846,3 +848,155 @@ async def test_a_reply_that_runs_when_emberd_stops_is_cut_at_both_ends(front: Fr
         with pytest.raises(httpx.RemoteProtocolError):
             await anext(chunks)
     await until(lambda: engine.connections == front.gate.in_flight == 0)
+
+
+_EVENTS_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(event: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(event), event)
+
+
+def generate(front: Front, user: httpx.AsyncClient, path: str = "/api/v1/generate", **body: Any) -> Any:
+    return user.post(front.url + path, json={"prompt": "Once", **body})
+
+
+async def seen_until_broken(front: Front, path: str) -> bytes:
+    """Ask for a stream that ends as a broken one, and return what of it came."""
+    request = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    body = b'{"prompt": "Once", "stream": true}'
+    answer = await front.exchange(f"{request}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert not answer.endswith(b"0\r\n\r\n"), "it has no normal end"
+    return answer
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 503])
+async def test_a_generation_that_the_engine_refuses_changes_nothing_of_what_is_remembered(
+    front: Front, status: int
+):
+    answers = [b"200 OK", b"%d No" % status]
+
+    async def answer(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        content = b'{"results": [{"text": " upon a time"}]}'
+        writer.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (answers.pop(0), len(content), content))
+        await writer.drain()
+
+    await serve(front, answer)
+    async with client() as user:
+        assert (await generate(front, user)).status_code == 200
+        ended_s = front.turns.ended_s
+        assert (await generate(front, user, prompt="Twice")).status_code == status
+    assert front.turns.cache("1:a", is_adopted=False) is Cache.KNOWN
+    last = front.turns.last
+    assert last is not None
+    assert (last.body["prompt"], last.reply) == ("Once", " upon a time")
+    assert front.turns.ended_s == ended_s, "a refusal warms nothing"
+
+
+async def test_what_an_engine_was_doing_when_it_failed_is_not_known(front: Front):
+    async def fail(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 500 Broken\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+
+    await serve(front, fail)
+    async with client() as user:
+        await generate(front, user)
+    assert front.turns.cache("1:a", is_adopted=False) is Cache.UNKNOWN
+
+
+async def test_a_generation_that_reached_no_engine_changes_nothing_either(front: Front):
+    front.turns.begin("1:a")
+    front.turns.end(lambda: Turn("/api/v1/generate", {"prompt": "Once"}, " upon a time"))
+    dead = bind("127.0.0.1", 0)
+    front.gate.port = dead.getsockname()[1]
+    dead.close()
+    front.gate.ready.set()
+    front.hold_s = 0.2
+    async with client() as user:
+        assert (await generate(front, user, prompt="Twice")).status_code == 503
+    assert front.turns.cache("1:a", is_adopted=False) is Cache.KNOWN
+    assert front.turns.last is not None
+    assert front.turns.last.body["prompt"] == "Once"
+
+
+async def test_the_time_an_engine_computed_is_no_time_of_waiting_for_the_next(front: Front):
+    front.hold_s, sent = 0.5, 0
+    reopening: list[asyncio.TimerHandle] = []
+
+    async def die_late_once(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        sent += 1
+        if sent > 1:
+            await hello(b"", __, writer)
+            return
+        await asyncio.sleep(front.hold_s + 0.1)
+        writer.transport.abort()
+        reopening.append(asyncio.get_running_loop().call_later(0.1, front.gate.ready.set))
+
+    await serve(front, die_late_once)
+    async with client() as user:
+        assert (await generate(front, user)).text == "hello"
+    assert sent == 2
+
+
+async def test_a_stream_that_lacks_no_word_does_not_wait_for_the_next_engine(front: Front):
+    said = b'data: {"choices": [{"index": 0, "text": " upon", "finish_reason": "stop"}]}\n\n'
+
+    async def finish_and_die(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(_EVENTS_HEAD + chunk(said))
+        await writer.drain()
+        writer.transport.abort()
+
+    engine = await serve(front, finish_and_die)
+    async with client() as user:
+        answer = await generate(front, user, "/v1/completions", stream=True)
+    assert answer.content == said + b"data: [DONE]\n\n"
+    assert len(engine.heads) == 1
+    assert front.gate.refused == [front.gate.port]
+
+
+async def test_words_in_a_form_that_is_not_known_are_never_said_twice(front: Front):
+    said = b'data: {"choices": [{"index": 0, "text": " upon"}]}\n\n'
+
+    async def speak_and_die(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(_EVENTS_HEAD + chunk(said))
+        await writer.drain()
+        writer.transport.abort()
+
+    engine = await serve(front, speak_and_die)
+    seen = await seen_until_broken(front, "/completions")
+    assert seen.count(said) == 1
+    assert b"engine_died" in seen
+    assert len(engine.heads) == 1
+
+
+async def test_an_engine_that_refuses_the_rest_of_a_reply_is_not_doubted(front: Front):
+    async def speak_then_refuse(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(engine.heads) == 1:
+            writer.write(_EVENTS_HEAD + chunk(b'data: {"choices": [{"index": 0, "text": " upon"}]}\n\n'))
+            await writer.drain()
+            writer.transport.abort()
+            asyncio.get_running_loop().call_later(0.05, front.gate.ready.set)
+            return
+        writer.write(b"HTTP/1.1 400 Too long\r\nContent-Length: 2\r\n\r\n{}")
+        await writer.drain()
+
+    engine = await serve(front, speak_then_refuse)
+    seen = await seen_until_broken(front, "/v1/completions")
+    assert b"a rest that the engine refuses" in seen
+    assert front.gate.refused == [front.gate.port], "only its death was"
+
+
+async def test_the_answer_of_an_engine_that_did_not_read_the_whole_body_counts(front: Front):
+    async def refuse_unread(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 5\r\n\r\nlarge")
+        await writer.drain()
+        writer.transport.abort()
+
+    engine = await serve(front, refuse_unread)
+    async with client() as user:
+        for _ in range(20):
+            answer = await user.post(front.url + "/api/v1/generate", json={"prompt": "Once " * 1_000_000})
+            assert (answer.status_code, answer.text) == (413, "large")
+    assert len(engine.heads) == 20
+    assert front.gate.refused == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -32,13 +33,23 @@ _ENDINGS: tuple[tuple[str, Dialect], ...] = (
     ("/api/extra/generate/stream", Dialect.KOBOLD),
     ("/chat/completions", Dialect.CHAT),
     ("/v1/completions", Dialect.COMPLETIONS),
+    ("/v1/completion", Dialect.COMPLETIONS),
     ("/completion", Dialect.LLAMA),
     ("/completions", Dialect.LLAMA),
     ("/api/generate", Dialect.OLLAMA),
     ("/api/chat", Dialect.OLLAMA),
 )
 """KoboldCPP matches paths by their ends (its docs; tested with 1.76 and 1.104); the first that fits counts."""
-_OTHER_GENERATIONS = ("/v1/responses", "/v1/messages", "/infill", "/noscript")
+_OTHER_GENERATIONS = (
+    "/v1/responses",
+    "/v1/messages",
+    "/infill",
+    "/noscript",
+    "/request",
+    "/sdapi/v1/interrogate",
+)
+_OTHER_CHANGES = re.compile(r"/api/admin/(load|clear)_state$|^/slots/\d+$")
+"""A state of the cache is brought back or thrown away: KoboldCPP 1.104, llama.cpp's server (or only saved)."""
 _OLLAMA_PATHS = ("/api/generate", "/api/chat", "/api/tags", "/api/show", "/api/ps", "/api/embed", "/api/embeddings")
 _BUDGETS = {
     Dialect.KOBOLD: ("max_length",),
@@ -151,10 +162,12 @@ def dialect_of(path: str) -> Dialect | None:
 
 
 def changes_cache(method: str, path: str) -> bool:
-    """Tell whether a request makes the engine generate text, and so replaces what its KV cache holds."""
-    if path.rstrip("/").endswith("/noscript"):
+    """Tell whether a request replaces what is in the engine's KV cache: it makes text, or brings a state back."""
+    path = path.rstrip("/")
+    if path.endswith("/noscript"):
         return True  # a GET there can generate
-    return method == "POST" and (dialect_of(path) is not None or path.rstrip("/").endswith(_OTHER_GENERATIONS))
+    is_generation = dialect_of(path) is not None or path.endswith(_OTHER_GENERATIONS)
+    return method == "POST" and (is_generation or _OTHER_CHANGES.search(path) is not None)
 
 
 def is_ollama(path: str) -> bool:

@@ -70,7 +70,7 @@ _SAMPLING = frozenset(
 )
 """Fields that change what is generated, or how it is told, and not what is in the cache before."""
 _KOBOLD = ("/api/v1/generate", "/api/latest/generate", "/api/extra/generate/stream")
-_COMPLETIONS = ("/v1/completions",)
+_COMPLETIONS = ("/v1/completions", "/v1/completion")
 _CHAT = ("/v1/chat/completions", "/chat/completions")
 _LLAMA = ("/completion", "/completions")
 _UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_prefix", "input_suffix"})

@@ -33,6 +33,7 @@ class StreamedReply:
         events: events with text in them.
         is_finished: the engine said that the reply is over.
         obstacle: why it could not be continued, empty if it can.
+        is_over: it ended at a stop sequence that the engine did not see; what comes behind is nobody's.
     """
 
     generation: Generation = field(repr=False)
@@ -41,6 +42,7 @@ class StreamedReply:
     events: int = 0
     is_finished: bool = False
     obstacle: str = ""
+    is_over: bool = False
     _envelope: dict[str, Any] = field(default_factory=dict, repr=False)
     _unread: list[bytes] = field(default_factory=list, repr=False)
     _unread_bytes: int = 0
@@ -150,22 +152,38 @@ class StreamedReply:
 
     def _rewritten(self, event: bytes) -> bytes:
         """Return an event of a second stream as the first would have had it, empty for one that must not show."""
-        data = _data_of(event)
+        if self.is_over:
+            return b""
         before = len(self.text)
-        content = self._note(data)
+        content = self._note(_data_of(event))
         if content is None:
             return event
-        text = self.text[before:]
-        if self._awaited and text:
-            if text.startswith(self._awaited):
-                # The stop sequence began before the cut and ends behind it: the engine cannot know.
-                self.is_finished = True
-                return self._ending("stop")
-            self._awaited = self._awaited[len(text) :] if self._awaited.startswith(text) else ""
+        if self._ends_stop(before):
+            return self._ending("stop")
         if self.generation.dialect is Dialect.KOBOLD:
             return event
         if self.generation.dialect is Dialect.LLAMA:
             return _with_count(event, content, "tokens_predicted", self._used_before)
+        return self._as_openai(content)
+
+    def _ends_stop(self, before: int) -> bool:
+        """Tell whether a stop sequence that began before the cut ends with what came behind: no engine can know.
+
+        Args:
+            before: length of the text without the last event's.
+        """
+        text = self.text[before:]
+        if not self._awaited or not text:
+            return False
+        if text.startswith(self._awaited):
+            self.is_finished = self.is_over = True
+            self.text = self.text[: before + len(self._awaited)]
+            return True
+        self._awaited = self._awaited[len(text) :] if self._awaited.startswith(text) else ""
+        return False
+
+    def _as_openai(self, content: dict[str, Any]) -> bytes:
+        """Return an event as if the first stream went on: one role, its names, its counts."""
         choices = content.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
         if choice is not None and isinstance(choice.get("delta"), dict) and choice["delta"].pop("role", None):
@@ -199,7 +217,9 @@ def _said(dialect: Dialect, content: dict[str, Any]) -> tuple[str, bool, str]:
     if dialect is Dialect.KOBOLD:
         return _as_text(content.get("token")), bool(content.get("finish_reason")), ""
     if dialect is Dialect.LLAMA:
-        return _as_text(content.get("content")), content.get("stop") is True, ""
+        # KoboldCPP answers /completions as OpenAI does: what its events say is not known then.
+        obstacle = "" if "content" in content else "an event that is not understood"
+        return _as_text(content.get("content")), content.get("stop") is True, obstacle
     choices = content.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     is_last = bool(choice.get("finish_reason"))

@@ -39,7 +39,7 @@ _LONGEST_ABORT_S = 10.0
 _ABORT_AGAIN_S = 0.1
 _ASK_S = 2.0
 """Questions between two streams: what is this text in tokens, can this engine continue."""
-_HTTP_OK = 200
+_HTTP_OK, _HTTP_UNAVAILABLE = 200, 503
 
 
 class Gate(Protocol):
@@ -111,6 +111,7 @@ class Exchange:
         self._generation: Generation | None = None
         self._stream: StreamedReply | None = None
         self._whole: bytearray | None = None
+        self._status: int | None = None
         self._port = 0
         self._asked_s: float | None = None
 
@@ -150,6 +151,7 @@ class Exchange:
                         self._log.warning("reply_cut", can_continue=True)
                     except EngineBrokeOff as error:
                         sends += 1
+                        hold.renew()  # what the engine took to compute is no time of waiting for one
                         self._log.warning("request_failed", error=_cause(error), was_sent=sends)
                     self._gate.doubt(port)
                 if not hold.left_s:
@@ -197,24 +199,34 @@ class Exchange:
             if self._generation is None and body.in_hand is not None:
                 self._generation = recognise(scope["method"], scope["path"], body.in_hand)
         connection = EngineConnection(self._port)
-        self._asked_s = time.monotonic()
+        self._asked_s, self._status = time.monotonic(), None
+        was_sent = True
         try:
             head = await connection.ask(engine_request(scope, body, self._port, content))
             body.let_go()
+            self._status = head.status
             await self._reply(head, connection, client, flowed)
+        except EngineRefused:
+            was_sent = False
+            raise
         except (asyncio.CancelledError, ClientGone):
             if self._gate.engine.is_work(scope["method"], scope["path"]):
                 await self._abandon(connection)
             raise
         finally:
             connection.close()
-            if replaces:
+            if replaces and was_sent and not _is_refusal(self._status):
                 self._turns.end(self._turn)
+            elif replaces:
+                self._turns.end_unheard()
 
     async def _reply(
         self, head: ReplyHead, connection: EngineConnection, client: Client, flowed: Callable[[int], None]
     ) -> None:
         if self._stream is not None and not _is_stream(head):
+            if _is_refusal(head.status) and head.status != _HTTP_UNAVAILABLE:
+                self._stream.obstacle = "a rest that the engine refuses"
+                await self._give_up(client, None)
             raise EngineBrokeOff  # it did not continue
         if self._stream is None:
             headers = end_to_end(head.headers)
@@ -225,8 +237,13 @@ class Exchange:
             async for chunk in connection.parts():
                 flowed(len(chunk))
                 await client.send_part(self._taken(chunk))
+                if stream is not None and stream.is_over:
+                    await client.end()
+                    await self._abandon(connection)
+                    return
         except EngineBrokeOff as error:
             await self._break_off(client, _cause(error), error)
+            return
         is_whole = _tells_its_length(head)
         if not is_whole and stream is not None:
             stream.read()
@@ -259,7 +276,7 @@ class Exchange:
             self._whole = bytearray()
 
     async def _break_off(self, client: Client, error_name: str, error: Exception | None = None) -> None:
-        """Decide what a cut reply means.
+        """Decide what a cut reply means; one that lacks no word ends as if nothing had happened.
 
         Raises:
             _Cut: it can be continued.
@@ -268,6 +285,11 @@ class Exchange:
         stream = self._stream
         if stream is not None:
             stream.read()
+            if stream.is_finished:
+                self._gate.doubt(self._port)
+                await client.send_part(stream.farewell())
+                await client.end()
+                return
             if not stream.obstacle:
                 raise _Cut from error
         self._log.warning("reply_broken_off", error=error_name)
@@ -279,7 +301,7 @@ class Exchange:
     async def _rest_to_ask(self, port: int) -> bytes | None:
         """Return the body that asks for the rest of a cut reply, None if none was cut or there is no rest."""
         stream = self._stream
-        if stream is None or stream.is_finished:
+        if stream is None:
             return None
         engine, generation = self._gate.engine, stream.generation
         if not stream.text:
@@ -303,7 +325,7 @@ class Exchange:
         if stream.obstacle:
             await self._give_up(client, None)
             return
-        await client.send_part(stream.farewell() if stream.is_finished else stream.end_by_length())
+        await client.send_part(stream.end_by_length())
         await client.end()
 
     async def _give_up(self, client: Client, not_ready: NotReady | None) -> None:
@@ -322,7 +344,7 @@ class Exchange:
     def _turn(self) -> Turn | None:
         """Return what the engine's cache holds now, None if that is not known."""
         generation = self._generation
-        if generation is None:
+        if generation is None or self._status not in {None, _HTTP_OK}:
             return None
         text = ""
         if self._stream is not None:
@@ -342,6 +364,11 @@ def _text_of(generation: Generation, whole: bytearray) -> str:
 
 def _cause(error: EngineBrokeOff) -> str:
     return type(error.__cause__ or error).__name__
+
+
+def _is_refusal(status: int | None) -> bool:
+    """Tell whether an engine that answers so has not begun to work: the client's mistake, or it is busy."""
+    return status is not None and (400 <= status < 500 or status == _HTTP_UNAVAILABLE)  # noqa: PLR2004  # RFC 9110
 
 
 def _is_stream(head: ReplyHead) -> bool:

@@ -579,8 +579,8 @@ class KeepWarm:
 
         Between two passes 5 s apart a busy program took two thirds of a model of 2 GiB (0.3 GiB short); pages
         that are used as often as its own stay. A user's generations do not keep them: the third and fourth in a row
-        took 4 to 5 times as long as a hot one, and mostly 1.4 to 2.4 times with the weights touched meanwhile. Nor do
-        replays: who came while they were made, and nobody touched, took up to 14 times as long (845 major faults).
+        took 4 to 5 times as long as a hot one, and mostly 1.4 to 2.4 times with the weights touched meanwhile. Nor
+        do replays: who came while they were made, and nobody touched, waited 14 times as long (845 major faults).
         """
         began_s, calm, rounds, used_s = time.monotonic(), 0, 0, 0.0
         try:

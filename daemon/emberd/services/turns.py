@@ -34,6 +34,8 @@ class Turns:
         self._holder: str | None = None
         self._is_known = False
         self._running = 0
+        self._before: tuple[str | None, bool] = (None, False)
+        self._has_changed = False
         self.first_token_s: float | None = None
         """How long the last streamed reply made its user wait for its first words, in seconds."""
         self.streamed = 0
@@ -76,6 +78,8 @@ class Turns:
 
     def begin(self, engine_key: str | None) -> None:
         """Hear that a generation of a user's is sent to this engine."""
+        if not self._running:
+            self._before, self._has_changed = (self._holder, self._is_known), False
         self._running += 1
         self._holder, self._is_known = engine_key, False
 
@@ -90,8 +94,21 @@ class Turns:
         self.ended_s = time.monotonic()
         if self._slots() > 1:
             _ = self.all  # the turn before may be of another conversation
-        self._tell = tell
+        self._tell, self._has_changed = tell, True
         self._is_known = not self._running
+
+    def end_unheard(self) -> None:
+        """Hear that the engine did not work on a generation: it refused it, or could not be reached.
+
+        What it holds is what it held before, and what was remembered of that stays.
+        """
+        self._running -= 1
+        if self._running:
+            return
+        if self._has_changed:
+            self._is_known = True
+        else:
+            self._holder, self._is_known = self._before
 
     def spoke(self, seconds: float) -> None:
         """Hear how long after its request a streamed reply began."""
