@@ -46,6 +46,14 @@ def test_a_replay_of_the_prompt_alone_loses_the_reply(server: Server) -> None:
     assert 25 <= server.processed_tokens() <= 40
 
 
+def test_a_prompt_cut_for_its_reply_is_processed_again_by_a_replay_with_another_length(server: Server) -> None:
+    prompt = "ra " + LONG_PROMPT
+    reply = server.generate(prompt, 1000, stop_sequence=list("aeiou"))
+    assert server.processed_tokens() > 1000
+    server.generate(prompt + reply, 1)
+    assert server.processed_tokens() > 1000, "it begins at another word"
+
+
 def test_a_shorter_prefix_truncates_the_cache(server: Server) -> None:
     prompt = "ta " + LONG_PROMPT
     server.generate(prompt, 1)

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from emberd.core.replay import GENKEY, Replay, Turn, is_replayable, make_replay, shortened, tiny
+from emberd.core.replay import (
+    GENKEY,
+    Replay,
+    Turn,
+    fits,
+    is_replayable,
+    make_replay,
+    prompt_text,
+    shortened,
+    tiny,
+)
 
 
 def replay_of(path: str, body: dict[str, Any], reply: str = " there", engine: str = "koboldcpp") -> Replay | None:
@@ -132,6 +142,41 @@ def test_koboldcpp_is_sent_no_replay_where_the_model_keeps_a_state(
 ):
     turn = Turn("/v1/completions", {"prompt": "Hello"}, " there")
     assert is_replayable(turn, engine, keeps_state=keeps_state) is expected
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hello"}, {"role": "user", "content": [{"text": "you"}]}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "tokens", "is_whole"),
+    [
+        ("/api/v1/generate", {"max_length": 100}, 4096 - 100 - 32, True),
+        ("/api/v1/generate", {"max_length": 100}, 4096 - 100 - 31, False),
+        ("/api/v1/generate", {"max_length": 100, "max_context_length": 2048}, 2048 - 100 - 32, True),
+        ("/api/v1/generate", {"max_length": 100, "max_context_length": 2048}, 2048 - 100 - 31, False),
+        ("/api/v1/generate", {"max_length": 100, "max_context_length": 99999}, 4096 - 100 - 31, False),
+        ("/api/v1/generate", {"max_length": 5000}, 1, False),
+        ("/api/v1/generate", {}, 4096 - 1024 - 32, True),
+        ("/api/v1/generate", {}, 4096 - 1024 - 31, False),
+        ("/v1/completions", {"max_tokens": 100}, 4096 - 100 - 32, True),
+        ("/v1/chat/completions", CHAT | {"max_tokens": 100}, 4096 - 100 - 96, True),
+        ("/v1/chat/completions", CHAT | {"max_tokens": 100}, 4096 - 100 - 95, False),
+    ],
+)
+def test_a_prompt_was_taken_whole_if_it_and_the_longest_reply_had_room(
+    path: str, body: dict[str, Any], tokens: int, *, is_whole: bool
+):
+    assert fits(Turn(path, body, ""), tokens, 4096) is is_whole
+
+
+def test_half_of_a_small_context_is_the_longest_reply_where_none_is_asked_for():
+    assert fits(Turn("/api/v1/generate", {}, ""), 512 - 32, 1024)
+    assert not fits(Turn("/api/v1/generate", {}, ""), 512 - 31, 1024)
+
+
+def test_a_prompt_is_counted_with_its_memory_and_all_messages():
+    assert prompt_text(Turn("/api/v1/generate", {"prompt": "b", "memory": "a"}, "c")) == "ab"
+    assert prompt_text(Turn("/v1/chat/completions", CHAT, "")) == 'Hello\n[{"text": "you"}]'
 
 
 def test_neither_prompt_nor_reply_is_in_a_repr():

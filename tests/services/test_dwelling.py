@@ -49,9 +49,8 @@ class ReadyEngine:
     is_idle = True
 
     def __init__(self, model: Path) -> None:
-        self.engine: Any = type(
-            "Engine", (), {"name": "koboldcpp", "most_connections": 4, "most_at_work": 1, "send": self._send}
-        )()
+        parts = {"name": "koboldcpp", "most_connections": 4, "most_at_work": 1}
+        self.engine: Any = type("Engine", (), {**parts, "send": self._send, "took_whole": self._send})()
         self._model = model
 
     @staticmethod

@@ -89,6 +89,16 @@ def test_a_prompt_that_cannot_be_replayed_is_never_replaced_by_a_foreign_one(mak
     assert timed(daemon, STORY)[0] < 0.6
 
 
+def test_a_prompt_that_did_not_fit_is_kept_by_no_replay_for_that_would_begin_elsewhere(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon, {"engine.context_size": 512, "engine.lock": "never"})
+    prompt, length = STORY + STORY, 12
+    timed(daemon, prompt, length)
+    touches = passes(daemon, "touch")
+    wait_for_pass(daemon, "touch", touches + 2)
+    assert not passes(daemon, "replay")
+    assert timed(daemon, prompt, length)[0] < 0.6, "the prompt was processed again"
+
+
 def test_a_model_that_keeps_a_state_is_touched_and_never_sent_a_replay(make_daemon: MakeDaemon, tmp_path: Path):
     model = write_gguf(tmp_path / "state.gguf", architecture="mamba").path
     daemon = warm_daemon(make_daemon, {"model.path": str(model), "engine.lock": "never"})

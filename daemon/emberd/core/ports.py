@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from emberd.core.health_facts import HostHealth
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
-    from emberd.core.replay import Replay
+    from emberd.core.replay import Replay, Turn
     from emberd.core.residency import Paging
     from emberd.core.service import ServiceStatus, WantedService
     from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness
@@ -90,6 +90,10 @@ class Engine(Protocol):
 
     async def count_tokens(self, port: int, text: str, timeout_s: float) -> int | None:
         """Return how many tokens a text is, None if the engine does not tell. Never raises; bounded."""
+        ...
+
+    async def took_whole(self, port: int, turn: Turn, timeout_s: float) -> bool | None:
+        """Tell whether a turn's prompt is in the cache as a whole; None if not known. Never raises; bounded."""
         ...
 
     async def continues_turns(self, port: int, timeout_s: float) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from emberd.core.errors import ConfigError
 from emberd.core.generation import Dialect
+from emberd.core.replay import fits, prompt_text
 from emberd.core.types import Activity, LaunchPlan, Readiness
 from emberd.engine import llama_log
 from emberd.engine.http import NOTHING_LISTENS
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from emberd.core.generation import Generation
     from emberd.core.ports import Host
-    from emberd.core.replay import Replay
+    from emberd.core.replay import Replay, Turn
     from emberd.core.settings import Settings
     from emberd.core.types import LoadProgress
     from emberd.engine.http import Answer, EngineHttp
@@ -215,6 +216,17 @@ class KoboldCpp:
             counts.append(answer.get("value"))
         empty, whole = counts
         return whole - max(empty, 0) if isinstance(whole, int) and isinstance(empty, int) else None
+
+    async def took_whole(self, port: int, turn: Turn, timeout_s: float) -> bool | None:
+        """Compare prompt and greatest reply with the context; a text has no more tokens than bytes."""
+        told = (await self._http.get(port, "/api/extra/true_max_context_length", timeout_s)).get("value")
+        if not isinstance(told, int):
+            return None
+        text = prompt_text(turn)
+        if fits(turn, len(text.encode("utf-8", "surrogatepass")), told):
+            return True
+        counted = await self.count_tokens(port, text, timeout_s)
+        return None if counted is None else fits(turn, counted, told)
 
     async def continues_turns(self, port: int, timeout_s: float) -> bool:
         """Tell whether `continue_assistant_turn` is known (1.104; not in 1.76)."""

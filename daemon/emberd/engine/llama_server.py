@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from emberd.core.generation import Generation
     from emberd.core.ports import Host
-    from emberd.core.replay import Replay
+    from emberd.core.replay import Replay, Turn
     from emberd.core.settings import Settings
     from emberd.core.types import LoadProgress
     from emberd.engine.http import EngineHttp
@@ -129,6 +129,10 @@ class LlamaServer:
         answer = await self._http.post(port, "/tokenize", {"content": text}, timeout_s)
         tokens = answer.get("tokens")
         return len(tokens) if isinstance(tokens, list) else None
+
+    async def took_whole(self, port: int, turn: Turn, timeout_s: float) -> bool | None:  # noqa: ARG002
+        """Return True: a prompt that is too long is refused (tools/server, exceed_context_size_error)."""
+        return True
 
     async def continues_turns(self, port: int, timeout_s: float) -> bool:  # noqa: ARG002  # the Engine protocol
         """Return True: an assistant's last message is continued (llama.cpp, common/chat.cpp, since 2025)."""

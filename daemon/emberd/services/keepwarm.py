@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from emberd.core.memory import EngineMemory, Power, SystemMemory
     from emberd.core.ports import Engine, Host
+    from emberd.core.replay import Turn
     from emberd.core.settings import Settings, WarmthSettings
     from emberd.core.types import EngineSample
     from emberd.host.toucher import Toucher
@@ -168,6 +169,7 @@ class KeepWarm:
         self._locked_by: tuple[int | None, tuple[Any, ...] | None] | None = None
         self._refused_lock_of: str | None = None
         self._last_critical_s: float | None = None
+        self._taken_whole: tuple[Turn, str | None, bool] | None = None
         self._last_pass_s: float | None = None
         self._seen_engine: str | None = None
         self._seen_faults: tuple[str | None, int | None] = (None, None)
@@ -437,8 +439,10 @@ class KeepWarm:
         trigger, self._trigger = self._trigger, Trigger.TIMER
         cache = self._turns.cache(engine.key, is_adopted=self._owner.is_adopted)
         last = self._turns.last
-        can_replay = last is not None and is_replayable(
-            last, self._owner.engine.name, keeps_state=engine.keeps_state
+        can_replay = (
+            last is not None
+            and is_replayable(last, self._owner.engine.name, keeps_state=engine.keeps_state)
+            and await self._was_taken_whole(last, engine.key)
         )
         if cache is Cache.KNOWN and not can_replay:
             cache = Cache.UNKNOWN
@@ -465,6 +469,15 @@ class KeepWarm:
             interval_s=self._interval_s,
             loss_wait_s=self._loss_wait_s,
         )
+
+    async def _was_taken_whole(self, turn: Turn, key: str | None) -> bool:
+        """Tell whether the engine took the whole prompt; asked once for each turn."""
+        port, known = self._owner.port, self._taken_whole
+        if known is not None and known[0] is turn and known[1] == key:
+            return known[2]
+        is_whole = None if port is None else await self._owner.engine.took_whole(port, turn, _ABORT_S)
+        self._taken_whole = None if is_whole is None else (turn, key, is_whole)
+        return bool(is_whole)
 
     def _cool_hours_end_s(self, settings: WarmthSettings) -> float | None:
         """Return when the hours for other work end, None if it is not their time or somebody needs the model."""
