@@ -21,7 +21,7 @@ from emberd.engine.http import EngineHttp
 from emberd.engine.koboldcpp import KoboldCpp
 from emberd.host import ThisHost
 from emberd.host.listener import bind
-from emberd.services import messages, places
+from emberd.services import endpoint, messages, places
 from emberd.services.endpoint import Endpoint
 from emberd.services.knocks import Knocks
 from emberd.services.proxy import Proxy, make_app
@@ -166,13 +166,12 @@ async def front() -> AsyncIterator[Front]:
     made.port = listener.getsockname()[1]
     made.url = f"http://127.0.0.1:{made.port}"
     proxy = Proxy(gate, made.settings, lambda: made.rules, made.turns, made.knocks, structlog.get_logger())
-    endpoint = made.endpoint
-    serving = asyncio.create_task(endpoint.serve(make_app(proxy, lambda: "READY", lambda: True), [listener]))
+    serving = asyncio.create_task(made.endpoint.serve(make_app(proxy, lambda: "READY", lambda: True), [listener]))
     try:
         yield made
     finally:
         async with asyncio.timeout(LIMIT_S):
-            await endpoint.stop(1)
+            await made.endpoint.stop(1)
             await serving
             for engine in made.engines:
                 await engine.close()
@@ -592,6 +591,13 @@ async def test_a_killed_engine_is_seen_as_truncation_although_its_streams_have_n
         sys.executable, "-c", _ENGINE_TO_KILL, stdout=asyncio.subprocess.PIPE
     )
     assert child.stdout is not None
+
+    async def is_alive(_: int) -> bool:
+        """Wait for its end, as the supervisor does: a dying process still accepts connections for a moment."""
+        async with asyncio.timeout(LIMIT_S):
+            return await child.wait() == 0
+
+    front.gate.is_alive = is_alive  # type: ignore[method-assign]
     try:
         async with asyncio.timeout(LIMIT_S):
             front.gate.port = int(await child.stdout.readline())
@@ -776,6 +782,7 @@ async def test_a_client_that_stops_within_its_body_is_told_and_lets_the_engine_g
 
 async def test_a_client_that_reads_nothing_does_not_keep_the_engine(front: Front, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(messages, "CLIENT_SILENCE_S", 0.2)
+    monkeypatch.setattr(endpoint, "UNREAD_S", 0.1)
 
     async def flood(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.0 200 OK\r\n\r\n")
@@ -789,6 +796,9 @@ async def test_a_client_that_reads_nothing_does_not_keep_the_engine(front: Front
     writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     await until(lambda: len(engine.heads) == 1)
     await until(lambda: engine.connections == front.gate.in_flight == 0)
+    server = front.endpoint._server
+    assert server is not None
+    await until(lambda: not server.server_state.connections)  # nor a file descriptor
     writer.transport.abort()
 
 

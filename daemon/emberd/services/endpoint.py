@@ -26,6 +26,8 @@ _CANCEL_LIMIT_S = 1.0
 _SHUTDOWN_POLL_S = 0.01
 _FIRST_WORDS_S = 0.05
 """Who was let in last may have a request on its way; closed without it, that connection would be a lost request."""
+UNREAD_S = 30.0
+"""So long may a connection that is to be closed keep what its client does not read."""
 _TRUNCATED = "ASGI callable returned without completing response."
 
 
@@ -43,6 +45,7 @@ class _Protocol(H11Protocol):
 
     silent_since_s: float | None = None
     _has_begun_head = False
+    _looks_after_unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -54,6 +57,15 @@ class _Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn forgets it after a reset
+        self._let_be_read()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look_after_unread()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._let_be_read()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -107,6 +119,18 @@ class _Protocol(H11Protocol):
         if not self.transport.is_closing():
             end_s = (self.silent_since_s or self.loop.time()) + self.timeout_keep_alive
             self.timeout_keep_alive_task = self.loop.call_at(end_s, self.timeout_keep_alive_handler)
+
+    def _look_after_unread(self) -> None:
+        """End what is to be closed: asyncio would wait as long as a client that reads nothing lives."""
+        if self.transport.is_closing():
+            self.transport.abort()
+            return
+        self._looks_after_unread = self.loop.call_later(UNREAD_S, self._look_after_unread)
+
+    def _let_be_read(self) -> None:
+        if self._looks_after_unread is not None:
+            self._looks_after_unread.cancel()
+            self._looks_after_unread = None
 
     def _unsupported_upgrade_warning(self) -> None:
         """Say nothing: the proxy answers, and uvicorn would advise to install a WebSocket library."""
