@@ -377,6 +377,18 @@ async def test_a_loss_that_comes_too_soon_is_looked_after_when_that_is_due(rig: 
     assert [each["reason"] for each in told] == [Reason.LOSING.value]
 
 
+@pytest.mark.parametrize("is_dwelling", [True, False])
+async def test_a_loss_that_the_touching_kept_away_makes_no_later_one_wait(rig: Rig, *, is_dwelling: bool):
+    if is_dwelling:
+        rig.service._begin_to_dwell()
+    rig.service._trigger = Trigger.LOSING
+    await rig.service._look()
+    shortest_s = Settings().warmth.min_interval_s
+    assert rig.service._loss_wait_s == (shortest_s if is_dwelling else 2 * shortest_s)
+    if rig.service._dwelling is not None:
+        rig.service._dwelling.cancel()
+
+
 @contextlib.asynccontextmanager
 async def watching(rig: Rig) -> AsyncIterator[None]:
     task = asyncio.create_task(rig.service._keep_watch())
@@ -457,7 +469,13 @@ TURN = Turn(
 
 @pytest.mark.parametrize(
     ("pressure", "swapped_bytes", "count"),
-    [(Pressure.NORMAL, 0, 1), (Pressure.WARN, 0, 2), (Pressure.NORMAL, MIB, 2), (Pressure.NORMAL, None, 1)],
+    [
+        (Pressure.NORMAL, 0, 1),
+        (Pressure.WARN, 16 * MIB, 1),
+        (Pressure.NORMAL, 17 * MIB, 2),
+        (Pressure.NORMAL, None, 1),
+        (Pressure.WARN, None, 2),
+    ],
 )
 async def test_a_replay_has_several_tokens_to_process_where_the_buffers_for_them_are_taken(
     rig: Rig, pressure: Pressure, swapped_bytes: int | None, count: int

@@ -577,7 +577,7 @@ class KeepWarm:
     def _note_pass(self, seen: Snapshot, found: Found) -> None:
         self._last_pass_s = time.monotonic()
         self._interval_s = warmth.next_interval(self._interval_s, found, self._settings().warmth)
-        if seen.trigger is Trigger.LOSING:
+        if seen.trigger is Trigger.LOSING and not self._is_dwelling():  # else nothing is missing because of that
             self._loss_wait_s = warmth.next_loss_wait(self._loss_wait_s, found, self._settings().warmth)
 
     def _is_dwelling(self) -> bool:
