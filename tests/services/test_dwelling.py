@@ -489,6 +489,41 @@ async def test_a_replay_has_several_tokens_to_process_where_the_buffers_for_them
     assert prompts == [whole[:-32], whole][-count:]
 
 
+@pytest.mark.parametrize(("answer", "asked"), [(True, 1), (False, 1), (None, 2)])
+async def test_the_engine_is_asked_once_for_each_turn_whether_it_took_all_of_the_prompt(
+    rig: Rig, answer: bool | None, asked: int
+):
+    prompts, turns = rig.hears(TURN), []
+
+    async def took_whole(_: int, turn: Turn, __: float) -> bool | None:
+        turns.append(turn)
+        return answer
+
+    rig.engine.engine.took_whole = took_whole
+    for _ in range(2):
+        steps = (await rig.service.warm())["steps"]
+        assert steps == (["touch", "replay"] if answer else ["touch"])
+    assert turns == [TURN] * asked
+    assert len(prompts) == (2 if answer else 0)
+    rig.turns.begin(rig.engine.engine_key)
+    rig.turns.end(lambda: replace(TURN, reply=" another"))
+    await rig.service.warm()
+    assert turns[-1].reply == " another"
+
+
+async def test_a_turn_that_came_while_the_engine_was_asked_about_another_is_not_sent(rig: Rig):
+    prompts = rig.hears(TURN)
+
+    async def took_whole(*_: Any) -> bool:
+        rig.turns.begin(rig.engine.engine_key)
+        rig.turns.end(lambda: replace(TURN, reply=" another"))
+        return True
+
+    rig.engine.engine.took_whole = took_whole
+    assert (await rig.service.warm())["steps"] == ["touch"]
+    assert prompts == []
+
+
 async def test_what_a_replay_leaves_in_swap_is_a_loss_only_once(rig: Rig):
     rig.hears(TURN)
 

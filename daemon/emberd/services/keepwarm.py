@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from emberd.core.memory import EngineMemory, Power, SystemMemory
     from emberd.core.ports import Engine, Host
-    from emberd.core.replay import Turn
     from emberd.core.settings import Settings, WarmthSettings
     from emberd.core.types import EngineSample
     from emberd.host.toucher import Toucher
@@ -169,7 +168,6 @@ class KeepWarm:
         self._locked_by: tuple[int | None, tuple[Any, ...] | None] | None = None
         self._refused_lock_of: str | None = None
         self._last_critical_s: float | None = None
-        self._taken_whole: tuple[Turn, str | None, bool] | None = None
         self._last_pass_s: float | None = None
         self._seen_engine: str | None = None
         self._seen_faults: tuple[str | None, int | None] = (None, None)
@@ -426,6 +424,9 @@ class KeepWarm:
         return is_losing
 
     async def _snapshot(self) -> Snapshot:
+        power = await self._read_power()
+        await self._learn_what_was_taken_whole()
+        # Nothing is awaited from here on: all of it is of one moment.
         engine = self._owner.sample()
         memory = self._memory
         if memory is None:
@@ -442,7 +443,7 @@ class KeepWarm:
         can_replay = (
             last is not None
             and is_replayable(last, self._owner.engine.name, keeps_state=engine.keeps_state)
-            and await self._was_taken_whole(last, engine.key)
+            and self._turns.taken_whole == (engine.key, True)
         )
         if cache is Cache.KNOWN and not can_replay:
             cache = Cache.UNKNOWN
@@ -460,7 +461,7 @@ class KeepWarm:
             cache=cache,
             pressure=memory.pressure,
             last_critical_s=self._last_critical_s,
-            power=await self._read_power(),
+            power=power,
             paused_until_s=self._paused_until_s,
             cool_until_s=self._cool_until_s or self._cool_hours_end_s(settings),
             hold=self._guard.hold,
@@ -470,14 +471,15 @@ class KeepWarm:
             loss_wait_s=self._loss_wait_s,
         )
 
-    async def _was_taken_whole(self, turn: Turn, key: str | None) -> bool:
-        """Tell whether the engine took the whole prompt; asked once for each turn."""
-        port, known = self._owner.port, self._taken_whole
-        if known is not None and known[0] is turn and known[1] == key:
-            return known[2]
-        is_whole = None if port is None else await self._owner.engine.took_whole(port, turn, _ABORT_S)
-        self._taken_whole = None if is_whole is None else (turn, key, is_whole)
-        return bool(is_whole)
+    async def _learn_what_was_taken_whole(self) -> None:
+        """Ask the engine, once for each turn, whether it took all of the last prompt."""
+        port, key, turn = self._owner.port, self._owner.sample().key, self._turns.last
+        known = self._turns.taken_whole
+        if port is None or key is None or turn is None or (known is not None and known[0] == key):
+            return
+        is_whole = await self._owner.engine.took_whole(port, turn, _ABORT_S)
+        if is_whole is not None and self._turns.last is turn:
+            self._turns.taken_whole = (key, is_whole)
 
     def _cool_hours_end_s(self, settings: WarmthSettings) -> float | None:
         """Return when the hours for other work end, None if it is not their time or somebody needs the model."""

@@ -36,6 +36,8 @@ class Turns:
         self._running = 0
         self._before: tuple[str | None, bool] = (None, False)
         self._has_changed = False
+        self.taken_whole: tuple[str, bool] | None = None
+        """Which engine was asked whether it took all of the last prompt, and what it said; None if none was."""
         self.first_token_s: float | None = None
         """How long the last streamed reply made its user wait for its first words, in seconds."""
         self.streamed = 0
@@ -122,7 +124,7 @@ class Turns:
 
     def forget(self) -> bool:
         """Forget request and reply; True if there was something to forget. The engine's cache keeps what it has."""
-        had, self._turns = self.last is not None, []
+        had, self._turns, self.taken_whole = self.last is not None, [], None
         return had
 
     def with_room(self, whole: bytearray, chunk: bytes) -> bytearray | None:
@@ -134,6 +136,7 @@ class Turns:
 
     def _remember(self, turn: Turn | None) -> None:
         """Put a turn in the place of the one before it; what is not known may have taken any slot."""
+        self.taken_whole = None
         if turn is None or _size_of(turn) > self.most_bytes:
             self._turns = []
             return
