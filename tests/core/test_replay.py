@@ -148,30 +148,44 @@ CHAT = {"messages": [{"role": "user", "content": "Hello"}, {"role": "user", "con
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "tokens", "is_whole"),
+    ("path", "body", "limit_tokens", "wanted_tokens"),
     [
-        ("/api/v1/generate", {"max_length": 100}, 4096 - 100 - 32, True),
-        ("/api/v1/generate", {"max_length": 100}, 4096 - 100 - 31, False),
-        ("/api/v1/generate", {"max_length": 100, "max_context_length": 2048}, 2048 - 100 - 32, True),
-        ("/api/v1/generate", {"max_length": 100, "max_context_length": 2048}, 2048 - 100 - 31, False),
-        ("/api/v1/generate", {"max_length": 100, "max_context_length": 99999}, 4096 - 100 - 31, False),
-        ("/api/v1/generate", {"max_length": 5000}, 1, False),
-        ("/api/v1/generate", {}, 4096 - 1024 - 32, True),
-        ("/api/v1/generate", {}, 4096 - 1024 - 31, False),
-        ("/v1/completions", {"max_tokens": 100}, 4096 - 100 - 32, True),
-        ("/v1/chat/completions", CHAT | {"max_tokens": 100}, 4096 - 100 - 96, True),
-        ("/v1/chat/completions", CHAT | {"max_tokens": 100}, 4096 - 100 - 95, False),
+        ("/api/v1/generate", {"max_length": 100}, 4096, 100),
+        ("/api/v1/generate", {"max_length": "100"}, 4096, 100),
+        ("/api/v1/generate", {"max_length": 100, "max_context_length": 2048}, 2048, 100),
+        ("/api/v1/generate", {"max_length": 100, "max_context_length": 99999}, 4096, 100),
+        ("/api/v1/generate", {"max_length": 0, "max_tokens": 7}, 4096, 1024),
+        ("/api/v1/generate", {"max_length": "many"}, 4096, 1024),
+        ("/v1/completions", {"max_tokens": 100, "max_completion_tokens": 7}, 4096, 100),
+        ("/v1/completions", {"n_predict": 7}, 4096, 1024),
+        ("/v1/chat/completions", {"max_completion_tokens": 100}, 4096, 100),
     ],
 )
 def test_a_prompt_was_taken_whole_if_it_and_the_longest_reply_had_room(
-    path: str, body: dict[str, Any], tokens: int, *, is_whole: bool
+    path: str, body: dict[str, Any], limit_tokens: int, wanted_tokens: int
 ):
-    assert fits(Turn(path, body, ""), tokens, 4096) is is_whole
+    most = limit_tokens - wanted_tokens - 32
+    turn = Turn(path, body, "")
+    assert fits(turn, most, 4096, 1024, keeps_a_fifth=False)
+    assert not fits(turn, most + 1, 4096, 1024, keeps_a_fifth=False)
+
+
+def test_each_message_of_a_chat_takes_some_room_of_its_own():
+    turn = Turn("/v1/chat/completions", CHAT | {"max_tokens": 100}, "")
+    assert fits(turn, 4096 - 100 - 96, 4096, 1024, keeps_a_fifth=False)
+    assert not fits(turn, 4096 - 100 - 95, 4096, 1024, keeps_a_fifth=False)
 
 
 def test_half_of_a_small_context_is_the_longest_reply_where_none_is_asked_for():
-    assert fits(Turn("/api/v1/generate", {}, ""), 512 - 32, 1024)
-    assert not fits(Turn("/api/v1/generate", {}, ""), 512 - 31, 1024)
+    assert fits(Turn("/api/v1/generate", {}, ""), 512 - 32, 1024, 1024, keeps_a_fifth=False)
+    assert not fits(Turn("/api/v1/generate", {}, ""), 512 - 31, 1024, 1024, keeps_a_fifth=False)
+
+
+def test_new_versions_leave_a_fifth_of_the_context_to_the_prompt_whatever_is_asked_for():
+    turn = Turn("/api/v1/generate", {"max_length": 8192}, "")
+    assert fits(turn, 819 - 32, 4096, 1024, keeps_a_fifth=True)
+    assert not fits(turn, 820 - 32, 4096, 1024, keeps_a_fifth=True)
+    assert not fits(turn, 1, 4096, 1024, keeps_a_fifth=False)
 
 
 def test_a_prompt_is_counted_with_its_memory_and_all_messages():

@@ -489,6 +489,17 @@ async def test_a_replay_has_several_tokens_to_process_where_the_buffers_for_them
     assert prompts == [whole[:-32], whole][-count:]
 
 
+async def test_buffers_that_are_taken_a_little_at_a_time_are_used_again_too(rig: Rig):
+    prompts = rig.hears(TURN)
+    sent = []
+    for swapped in (10, 20, 30, 40, 50):
+        rig.host.of_engine = EngineMemory(swapped_bytes=swapped * MIB, footprint_bytes=100 * MIB)
+        before = len(prompts)
+        await rig.service.warm()
+        sent.append(len(prompts) - before)
+    assert sent == [1, 2, 1, 2, 1]
+
+
 @pytest.mark.parametrize(("answer", "asked"), [(True, 1), (False, 1), (None, 2)])
 async def test_the_engine_is_asked_once_for_each_turn_whether_it_took_all_of_the_prompt(
     rig: Rig, answer: bool | None, asked: int

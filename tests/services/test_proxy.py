@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sys
 import tracemalloc
 from typing import TYPE_CHECKING, Any
@@ -871,16 +872,16 @@ def generate(front: Front, user: httpx.AsyncClient, path: str = "/api/v1/generat
     return user.post(front.url + path, json={"prompt": "Once", **body})
 
 
-async def seen_until_broken(front: Front, path: str) -> bytes:
+async def seen_until_broken(front: Front, path: str, **more: Any) -> bytes:
     """Ask for a stream that ends as a broken one, and return what of it came."""
     request = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    body = b'{"prompt": "Once", "stream": true}'
+    body = json.dumps({"prompt": "Once", "stream": True, **more}).encode()
     answer = await front.exchange(f"{request}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     assert not answer.endswith(b"0\r\n\r\n"), "it has no normal end"
     return answer
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 503])
+@pytest.mark.parametrize("status", [400, 401, 404, 500, 503])
 async def test_a_generation_that_the_engine_refuses_changes_nothing_of_what_is_remembered(
     front: Front, status: int
 ):
@@ -905,7 +906,7 @@ async def test_a_generation_that_the_engine_refuses_changes_nothing_of_what_is_r
 
 async def test_what_an_engine_was_doing_when_it_failed_is_not_known(front: Front):
     async def fail(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 500 Broken\r\nContent-Length: 0\r\n\r\n")
+        writer.write(b"HTTP/1.1 502 Broken\r\nContent-Length: 0\r\n\r\n")
         await writer.drain()
 
     await serve(front, fail)
@@ -965,6 +966,37 @@ async def test_a_stream_that_lacks_no_word_does_not_wait_for_the_next_engine(fro
     assert front.gate.refused == [front.gate.port]
 
 
+async def test_of_several_replies_one_that_is_whole_does_not_end_the_stream(front: Front):
+    said = b'data: {"choices": [{"index": 0, "text": " upon", "finish_reason": "stop"}]}\n\n'
+
+    async def finish_one_and_die(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(_EVENTS_HEAD + chunk(said))
+        await writer.drain()
+        writer.transport.abort()
+
+    await serve(front, finish_one_and_die)
+    seen = await seen_until_broken(front, "/v1/completions", n=2)
+    assert b"several replies at once" in seen
+
+
+async def test_a_turn_that_was_cut_is_remembered_although_its_rest_is_refused(front: Front):
+    async def speak_then_refuse(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(engine.heads) == 1:
+            writer.write(_EVENTS_HEAD + chunk(b'data: {"choices": [{"index": 0, "text": " upon"}]}\n\n'))
+            await writer.drain()
+            writer.transport.abort()
+            asyncio.get_running_loop().call_later(0.05, front.gate.ready.set)
+            return
+        writer.write(b"HTTP/1.1 400 Too long\r\nContent-Length: 2\r\n\r\n{}")
+        await writer.drain()
+
+    engine = await serve(front, speak_then_refuse)
+    assert b"a rest that the engine refuses" in await seen_until_broken(front, "/v1/completions")
+    assert front.gate.refused == [front.gate.port], "only its death was doubted"
+    assert front.turns.last is not None
+    assert front.turns.last.reply == " upon"
+
+
 async def test_words_in_a_form_that_is_not_known_are_never_said_twice(front: Front):
     said = b'data: {"choices": [{"index": 0, "text": " upon"}]}\n\n'
 
@@ -980,26 +1012,10 @@ async def test_words_in_a_form_that_is_not_known_are_never_said_twice(front: Fro
     assert len(engine.heads) == 1
 
 
-async def test_an_engine_that_refuses_the_rest_of_a_reply_is_not_doubted(front: Front):
-    async def speak_then_refuse(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(engine.heads) == 1:
-            writer.write(_EVENTS_HEAD + chunk(b'data: {"choices": [{"index": 0, "text": " upon"}]}\n\n'))
-            await writer.drain()
-            writer.transport.abort()
-            asyncio.get_running_loop().call_later(0.05, front.gate.ready.set)
-            return
-        writer.write(b"HTTP/1.1 400 Too long\r\nContent-Length: 2\r\n\r\n{}")
-        await writer.drain()
-
-    engine = await serve(front, speak_then_refuse)
-    seen = await seen_until_broken(front, "/v1/completions")
-    assert b"a rest that the engine refuses" in seen
-    assert front.gate.refused == [front.gate.port], "only its death was"
-
-
-async def test_the_answer_of_an_engine_that_did_not_read_the_whole_body_counts(front: Front):
+@pytest.mark.parametrize("length", [b"Content-Length: 5\r\n", b""])
+async def test_the_answer_of_an_engine_that_did_not_read_the_whole_body_counts(front: Front, length: bytes):
     async def refuse_unread(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 5\r\n\r\nlarge")
+        writer.write(b"HTTP/1.1 413 Too Large\r\n" + length + b"\r\nlarge")
         await writer.drain()
         writer.transport.abort()
 

@@ -117,12 +117,16 @@ class Generation:
         value = self.body.get("genkey")
         return value if isinstance(value, str) else ""
 
+    @property
+    def is_several(self) -> bool:
+        """Whether several replies are asked for at once."""
+        values = [self.body.get(name) for name in _SEVERAL]
+        return any(isinstance(value, int) and value > 1 for value in values)
+
     def obstacle(self) -> str:
         """Return why a cut reply cannot be continued honestly, empty if it can."""
-        for name in _SEVERAL:
-            value = self.body.get(name)
-            if isinstance(value, int) and value > 1:
-                return "several replies at once"
+        if self.is_several:
+            return "several replies at once"
         for name, words in _STATEFUL.items():
             if self.body.get(name):
                 return words

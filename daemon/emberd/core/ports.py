@@ -34,6 +34,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def refusals(self) -> frozenset[int]:
+        """Statuses, besides 4xx and 503, that say that it has not begun to work on a request."""
+        ...
+
+    @property
     def conversations(self) -> int:
         """How many conversations its cache holds."""
         ...

@@ -12,8 +12,6 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.generation import Generation, dialect_of
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -80,8 +78,6 @@ _UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_pr
 _SIMILARITY = 0.1
 _TAIL_CHARACTERS = 32
 """Some eight tokens. On a CPU (KoboldCPP, 2 GiB, two cores) ten took 0.38 s and one 0.22."""
-_DEFAULT_LENGTH_TOKENS = 1024
-"""Greatest length of a reply where none is asked for: 896 with KoboldCPP 1.104, and at most half of the context."""
 _MESSAGE_TOKENS = 32
 """What a template puts around a message, and some to spare."""
 GENKEY = "emberd-replay"
@@ -133,7 +129,7 @@ def prompt_text(turn: Turn) -> str:
     return "\n".join(each if isinstance(each, str) else json.dumps(each) for each in contents)
 
 
-def fits(turn: Turn, prompt_tokens: int, context_tokens: int) -> bool:
+def fits(turn: Turn, prompt_tokens: int, context_tokens: int, default_tokens: int, *, keeps_a_fifth: bool) -> bool:
     """Tell whether KoboldCPP took a turn's prompt as a whole.
 
     It cuts from the beginning what prompt and greatest reply have too much (gpttype_adapter.cpp, 1.104: prompt +
@@ -144,17 +140,27 @@ def fits(turn: Turn, prompt_tokens: int, context_tokens: int) -> bool:
         turn: request and reply.
         prompt_tokens: `prompt_text` in tokens, or more than that.
         context_tokens: length of the engine's context.
+        default_tokens: greatest reply where none is asked for (`--defaultgenamt`; at most half of the context).
+        keeps_a_fifth: of the context is never given to the reply (koboldcpp.py: min_remain_hardlimit; 1.104).
     """
-    dialect = dialect_of(turn.path)
-    asked = (
-        None if dialect is None else Generation(dialect, turn.path, is_streamed=False, body=turn.body).budget_tokens
-    )
-    wanted_tokens = min(_DEFAULT_LENGTH_TOKENS, context_tokens // 2) if asked is None else asked
-    own_limit = turn.body.get("max_context_length")
-    limit_tokens = min(own_limit, context_tokens) if isinstance(own_limit, int) else context_tokens
+    own_limit = _as_count(turn.body.get("max_context_length"))
+    limit_tokens = min(own_limit, context_tokens) if own_limit else context_tokens
+    names = ("max_length",) if turn.path.rstrip("/").endswith(_KOBOLD) else ("max_tokens", "max_completion_tokens")
+    asked = next((turn.body[name] for name in names if turn.body.get(name) is not None), None)
+    wanted_tokens = _as_count(asked) or min(default_tokens, context_tokens // 2)
+    if keeps_a_fifth:
+        wanted_tokens = min(wanted_tokens, limit_tokens - limit_tokens // 5)
     messages = turn.body.get("messages")
     added_tokens = _MESSAGE_TOKENS * (1 + (len(messages) if isinstance(messages, list) else 0))
     return prompt_tokens + added_tokens + wanted_tokens <= limit_tokens
+
+
+def _as_count(value: Any) -> int:
+    """Read a number as KoboldCPP does, 0 if it is none."""
+    try:
+        return max(int(value), 0)
+    except (TypeError, ValueError, OverflowError):
+        return 0
 
 
 def shortened(turn: Turn) -> Turn:

@@ -139,7 +139,7 @@ class StreamedReply:
             return None
         text, is_last, obstacle = _said(self.generation.dialect, content)
         self.obstacle = self.obstacle or obstacle
-        self.is_finished = self.is_finished or is_last
+        self.is_finished = self.is_finished or (is_last and not self.generation.is_several)
         if not self._envelope:
             names = ("id", "object", "created", "model", "system_fingerprint")
             self._envelope = {name: content[name] for name in names if name in content}

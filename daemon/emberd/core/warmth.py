@@ -292,6 +292,7 @@ class Found:
     Attributes:
         cold_share: share of the weights' pages that had gone.
         swapped_bytes: what of the engine was written to swap, and not what an earlier pass already left there.
+        buffers_bytes: the same without what a replay left there that used the buffers for several tokens.
         engine_bytes: the engine's footprint, to compare that with.
         replay_ratio: time of the replay, divided by that of a hot one.
         major_faults: of the engine since the last pass; a replay that is slow without any met a busy processor.
@@ -299,6 +300,7 @@ class Found:
 
     cold_share: float | None = None
     swapped_bytes: int | None = None
+    buffers_bytes: int | None = None
     engine_bytes: int | None = None
     replay_ratio: float | None = None
     major_faults: int | None = None
@@ -320,9 +322,9 @@ def must_use_buffers(seen: Snapshot, found: Found) -> bool:
     The other takes twice as long, and who comes meanwhile waits for it. Sent every 5 s in a storm it spared the
     next first token 20 to 90 major faults.
     """
-    if found.swapped_bytes is None:
+    if found.buffers_bytes is None:
         return seen.pressure in {Pressure.WARN, Pressure.CRITICAL}
-    return found.swapped_bytes > BUFFERS_BYTES
+    return found.buffers_bytes > BUFFERS_BYTES
 
 
 def may_dwell(seen: Snapshot, found: Found) -> bool:

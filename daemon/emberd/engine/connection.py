@@ -20,6 +20,7 @@ _CONNECT_TIMEOUT_S = 5.0
 _WRITE_TIMEOUT_S = 120.0
 """An engine reads a body as soon as it has the head; one that does not for so long is hung."""
 _LARGEST_HEAD_BYTES = 128 * 1024
+_LEAST_ERROR = 400
 _READ_BYTES = 256 * 1024
 
 
@@ -81,6 +82,7 @@ class EngineConnection:
         self._port = port
         self._protocol = h11.Connection(h11.CLIENT, max_incomplete_event_size=_LARGEST_HEAD_BYTES)
         self._reader: _Reader
+        self._ends_with_loss = False
         self._writer: asyncio.StreamWriter | None = None
 
     async def ask(self, request: EngineRequest) -> ReplyHead:
@@ -103,6 +105,8 @@ class EngineConnection:
             while True:
                 event = await self._next_event()
                 if isinstance(event, h11.Response):
+                    if event.status_code >= _LEAST_ERROR:
+                        self._ends_with_loss = True  # it may not have read all of what it refuses
                     return ReplyHead(event.status_code, list(event.headers))
                 if not isinstance(event, h11.InformationalResponse):
                     raise EngineBrokeOff
@@ -172,7 +176,7 @@ class EngineConnection:
     async def _next_event(self) -> Any:
         while (event := self._protocol.next_event()) is h11.NEED_DATA:
             data = await self._reader.read(_READ_BYTES)
-            if not data and self._reader.lost is not None:
+            if not data and self._reader.lost is not None and not self._ends_with_loss:
                 raise self._reader.lost
             self._protocol.receive_data(data)
         return event

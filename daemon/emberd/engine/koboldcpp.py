@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -64,6 +65,8 @@ _LIGHT_POSTS = (
 """POSTs that do not wait for the model (1.76 to 1.104, `do_POST`)."""
 _UNITS_OF_A_GENERATION = 1_000_000
 """Keeps the count of finished generations above any length of a running reply."""
+_DEFAULT_LENGTH_TOKENS = 1024
+"""Above 896, 1.104's (`--defaultgenamt`), and what older versions take."""
 
 
 class KoboldCpp:
@@ -100,6 +103,8 @@ class KoboldCpp:
         self._kcpps_target = kcpps_target
         self.password = ""
 
+    refusals = frozenset({500})
+    """It cannot read the request, or that is too long (1.104, do_POST); within a generation it fails silently."""
     conversations = 1
     most_at_work = 1
     """It works on one. Six more may wait in its queue, further ones get 503; `--multiuser` varies that."""
@@ -222,11 +227,12 @@ class KoboldCpp:
         told = (await self._http.get(port, "/api/extra/true_max_context_length", timeout_s)).get("value")
         if not isinstance(told, int):
             return None
-        text = prompt_text(turn)
-        if fits(turn, len(text.encode("utf-8", "surrogatepass")), told):
+        keeps_a_fifth = await self.continues_turns(port, timeout_s)
+        text, default = prompt_text(turn), self._default_length()
+        if fits(turn, len(text.encode("utf-8", "surrogatepass")), told, default, keeps_a_fifth=keeps_a_fifth):
             return True
         counted = await self.count_tokens(port, text, timeout_s)
-        return None if counted is None else fits(turn, counted, told)
+        return None if counted is None else fits(turn, counted, told, default, keeps_a_fifth=keeps_a_fifth)
 
     async def continues_turns(self, port: int, timeout_s: float) -> bool:
         """Tell whether `continue_assistant_turn` is known (1.104; not in 1.76)."""
@@ -260,6 +266,15 @@ class KoboldCpp:
     def is_fatal(self, line: str) -> bool:
         """Recognise that the port was taken."""
         return any(text in line for text in _WILL_NEVER_SERVE)
+
+    def _default_length(self) -> int:
+        """Return the greatest reply in tokens where none is asked for: the owner's, or above the usual one."""
+        words = [each for word in self._settings.engine.extra_args for each in word.split("=", 1)]
+        named: list[object] = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--defaultgenamt"]
+        with contextlib.suppress(ConfigError):
+            named.append((self._read_kcpps() or {}).get("defaultgenamt"))
+        counts = [int(str(value)) for value in named if str(value).isdecimal()]
+        return max([_DEFAULT_LENGTH_TOKENS, *counts])
 
     def _is_our_model(self, name: str) -> bool:
         """Compare names, unless the model is named elsewhere or --hordemodelname renames it."""

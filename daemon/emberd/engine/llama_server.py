@@ -63,6 +63,7 @@ class LlamaServer:
         self._settings = settings
         self._host = host
         self._http = http
+        self.refusals: frozenset[int] = frozenset()
         self.conversations = 1
 
     @property

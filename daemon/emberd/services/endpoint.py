@@ -27,7 +27,7 @@ _SHUTDOWN_POLL_S = 0.01
 _FIRST_WORDS_S = 0.05
 """Who was let in last may have a request on its way; closed without it, that connection would be a lost request."""
 UNREAD_S = 30.0
-"""So long may a connection that is to be closed keep what its client does not read."""
+"""A connection that is to be closed is ended when its client has read nothing for so long."""
 _TRUNCATED = "ASGI callable returned without completing response."
 
 
@@ -57,15 +57,13 @@ class _Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn forgets it after a reset
-        self._let_be_read()
+        if self._looks_after_unread is not None:
+            self._looks_after_unread.cancel()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._look_after_unread()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._let_be_read()
+        if self._looks_after_unread is None:
+            self._look_after_unread(None)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -120,17 +118,18 @@ class _Protocol(H11Protocol):
             end_s = (self.silent_since_s or self.loop.time()) + self.timeout_keep_alive
             self.timeout_keep_alive_task = self.loop.call_at(end_s, self.timeout_keep_alive_handler)
 
-    def _look_after_unread(self) -> None:
-        """End what is to be closed: asyncio would wait as long as a client that reads nothing lives."""
-        if self.transport.is_closing():
-            self.transport.abort()
-            return
-        self._looks_after_unread = self.loop.call_later(UNREAD_S, self._look_after_unread)
+    def _look_after_unread(self, before_bytes: int | None) -> None:
+        """End what is to be closed: asyncio would wait as long as a client that reads nothing lives.
 
-    def _let_be_read(self) -> None:
-        if self._looks_after_unread is not None:
-            self._looks_after_unread.cancel()
-            self._looks_after_unread = None
+        Args:
+            before_bytes: what was unread UNREAD_S ago.
+        """
+        self._looks_after_unread = None
+        unread_bytes = self.transport.get_write_buffer_size()
+        if self.transport.is_closing() and unread_bytes == before_bytes:
+            self.transport.abort()
+        elif unread_bytes:
+            self._looks_after_unread = self.loop.call_later(UNREAD_S, self._look_after_unread, unread_bytes)
 
     def _unsupported_upgrade_warning(self) -> None:
         """Say nothing: the proxy answers, and uvicorn would advise to install a WebSocket library."""

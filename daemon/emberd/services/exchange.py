@@ -215,7 +215,7 @@ class Exchange:
             raise
         finally:
             connection.close()
-            if replaces and was_sent and not _is_refusal(self._status):
+            if replaces and was_sent and not self._was_refused():
                 self._turns.end(self._turn)
             elif replaces:
                 self._turns.end_unheard()
@@ -224,7 +224,7 @@ class Exchange:
         self, head: ReplyHead, connection: EngineConnection, client: Client, flowed: Callable[[int], None]
     ) -> None:
         if self._stream is not None and not _is_stream(head):
-            if _is_refusal(head.status) and head.status != _HTTP_UNAVAILABLE:
+            if self._was_refused() and head.status != _HTTP_UNAVAILABLE:
                 self._stream.obstacle = "a rest that the engine refuses"
                 await self._give_up(client, None)
             raise EngineBrokeOff  # it did not continue
@@ -253,6 +253,14 @@ class Exchange:
         if stream is not None:
             await client.send_part(stream.rest())
         await client.end()
+
+    def _was_refused(self) -> bool:
+        """Tell whether the engine answered without having begun to work: the client's mistake, or it is busy."""
+        status = self._status
+        if status is None:
+            return False
+        is_mistake = 400 <= status < 500  # noqa: PLR2004  # RFC 9110
+        return is_mistake or status == _HTTP_UNAVAILABLE or status in self._gate.engine.refusals
 
     def _taken(self, chunk: bytes) -> bytes:
         """Follow what the engine says; return what the client is to be sent now."""
@@ -344,7 +352,7 @@ class Exchange:
     def _turn(self) -> Turn | None:
         """Return what the engine's cache holds now, None if that is not known."""
         generation = self._generation
-        if generation is None or self._status not in {None, _HTTP_OK}:
+        if generation is None or (self._stream is None and self._status not in {None, _HTTP_OK}):
             return None
         text = ""
         if self._stream is not None:
@@ -364,11 +372,6 @@ def _text_of(generation: Generation, whole: bytearray) -> str:
 
 def _cause(error: EngineBrokeOff) -> str:
     return type(error.__cause__ or error).__name__
-
-
-def _is_refusal(status: int | None) -> bool:
-    """Tell whether an engine that answers so has not begun to work: the client's mistake, or it is busy."""
-    return status is not None and (400 <= status < 500 or status == _HTTP_UNAVAILABLE)  # noqa: PLR2004  # RFC 9110
 
 
 def _is_stream(head: ReplyHead) -> bool:

@@ -173,7 +173,7 @@ class KeepWarm:
         self._seen_faults: tuple[str | None, int | None] = (None, None)
         self._memory: SystemMemory | None = None
         self._engine_best: EngineMemory | None = None
-        self._unused_swap_bytes = 0
+        self._unused_swap_bytes = self._useless_swap_bytes = 0
         self._loss_wait_s = self._interval_s
         self._letting_go = asyncio.Event()
         self._recalling: asyncio.Task[None] | None = None
@@ -411,9 +411,11 @@ class KeepWarm:
         memory = self._host.engine_memory(engine.pids)
         if self._owner.port is not None and engine.key is not None and engine.key != self._seen_engine:
             self._seen_engine, self._interval_s = engine.key, self._settings().warmth.min_interval_s
-            self._engine_best, self._unused_swap_bytes = None, 0
+            self._engine_best, self._unused_swap_bytes, self._useless_swap_bytes = None, 0, 0
             self.wake(Trigger.RESTARTED)
-        self._unused_swap_bytes = min(self._unused_swap_bytes, memory.swapped_bytes or 0)
+        swapped_bytes = memory.swapped_bytes or 0
+        self._unused_swap_bytes = min(self._unused_swap_bytes, swapped_bytes)
+        self._useless_swap_bytes = min(self._useless_swap_bytes, swapped_bytes)
         # What a generation needed and gave back, a user's or emberd's own, was not taken.
         is_idle = self._is_free() and not self._acting.locked()
         is_losing = is_idle and warmth.is_losing(self._engine_best, memory)
@@ -472,14 +474,19 @@ class KeepWarm:
         )
 
     async def _learn_what_was_taken_whole(self) -> None:
-        """Ask the engine, once for each turn, whether it took all of the last prompt."""
-        port, key, turn = self._owner.port, self._owner.sample().key, self._turns.last
+        """Ask the engine, once for each turn, whether it took all of the last prompt; not where that is idle."""
+        port, engine, turn = self._owner.port, self._owner.sample(), self._turns.last
         known = self._turns.taken_whole
-        if port is None or key is None or turn is None or (known is not None and known[0] == key):
+        if port is None or engine.key is None or turn is None or (known is not None and known[0] == engine.key):
             return
+        may_replay = self._settings().warmth.replay and is_replayable(
+            turn, self._owner.engine.name, keeps_state=engine.keeps_state
+        )
+        if not may_replay or self._must_rest() or not self._is_free():
+            return  # letting go waits for no answer
         is_whole = await self._owner.engine.took_whole(port, turn, _ABORT_S)
         if is_whole is not None and self._turns.last is turn:
-            self._turns.taken_whole = (key, is_whole)
+            self._turns.taken_whole = (engine.key, is_whole)
 
     def _cool_hours_end_s(self, settings: WarmthSettings) -> float | None:
         """Return when the hours for other work end, None if it is not their time or somebody needs the model."""
@@ -543,13 +550,14 @@ class KeepWarm:
         began_s, cpu_s = time.monotonic(), self._cpu_s()
         found = self._before()
         done: list[str] = []
+        is_thorough = warmth.must_use_buffers(seen, found)
         is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)
         for step in decision.steps:
             if step in {Step.REPLAY, Step.TINY} and not self._is_free():
                 break  # a user is here: the generation warms better than any replay
             if is_warming and self._letting_go.is_set():
                 break
-            outcome = await self._do(step, is_thorough=warmth.must_use_buffers(seen, found))
+            outcome = await self._do(step, is_thorough=is_thorough)
             if outcome is None:
                 break
             found = replace(found, **outcome)
@@ -558,7 +566,7 @@ class KeepWarm:
         if is_warming and (len(done) == len(decision.steps) or self._is_free()):
             # What failed although nobody came is tried again after the interval, not at once.
             if len(done) == len(decision.steps):
-                self._note_unused_swap()
+                self._note_unused_swap(is_thorough=is_thorough)
             self._note_pass(seen, found)
             if Step.TOUCH.value in done and warmth.may_dwell(seen, found):
                 self._begin_to_dwell()
@@ -635,18 +643,24 @@ class KeepWarm:
         """Read what was taken from the engine since the last pass."""
         pids = self._owner.sample().pids
         memory = self._host.engine_memory(pids)
-        swapped_bytes = memory.swapped_bytes
-        if swapped_bytes is not None:
-            swapped_bytes = max(swapped_bytes - self._unused_swap_bytes, 0)
-        return Found(swapped_bytes=swapped_bytes, engine_bytes=memory.footprint_bytes)
+        swapped_bytes, buffers_bytes = (
+            None if memory.swapped_bytes is None else max(memory.swapped_bytes - left_bytes, 0)
+            for left_bytes in (self._unused_swap_bytes, self._useless_swap_bytes)
+        )
+        return Found(swapped_bytes=swapped_bytes, buffers_bytes=buffers_bytes, engine_bytes=memory.footprint_bytes)
 
-    def _note_unused_swap(self) -> None:
+    def _note_unused_swap(self, *, is_thorough: bool) -> None:
         """Remember what a pass has left in swap: the next one would not bring it back either.
 
         After a replay nobody uses it: some 100 MiB of KoboldCPP's own memory, from loading the model. Without a
         replay it may be a cache that emberd cannot reach.
+
+        Args:
+            is_thorough: it used the buffers for several tokens, too; what others leave may be needed for those.
         """
         self._unused_swap_bytes = self._host.engine_memory(self._owner.sample().pids).swapped_bytes or 0
+        if is_thorough:
+            self._useless_swap_bytes = self._unused_swap_bytes
 
     def _faults(self) -> int | None:
         """Return the engine's major faults since the last question, None if they are not told."""
