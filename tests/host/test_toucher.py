@@ -19,7 +19,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 
 from emberd.core.residency import SAMPLED_PAGES, Source, from_pages
@@ -152,13 +151,6 @@ async def test_touching_brings_cold_pages_in_and_says_how_many(toucher: Toucher,
 
 
 @on_linux
-async def test_touching_leaves_the_processor_to_the_engine(toucher: Toucher, tmp_path: Path):
-    toucher.use([write(tmp_path / "model", MIB)])
-    await toucher.touch()
-    assert toucher.pid is not None
-    assert psutil.Process(toucher.pid).nice() == min(os.nice(0) + 5, 19)
-
-
 async def test_only_the_named_stretches_are_touched(toucher: Toucher, tmp_path: Path):
     path = write(tmp_path / "file", 64 * MIB)
     evict(path)

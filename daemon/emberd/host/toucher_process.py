@@ -66,8 +66,6 @@ MARK_AGAIN_S = 0.5
 MARK_AGAIN_FACTOR = 10.0
 """never for more than a tenth of the time."""
 PROGRESS_S = 0.1
-NICENESS = 5
-"""A third of a usual program's share of a busy processor (nice(2)): people wait for what the engine does."""
 _RESIDENT_BIT = bytes(number & 1 for number in range(256))
 """Bit 0 of each byte is residency; macOS sets others as well (mincore(2); xnu, bsd/sys/mman.h: MINCORE_INCORE)."""
 _PROT_READ, _PROT_EXEC, _MAP_SHARED = 1, 4, 1
@@ -565,21 +563,7 @@ def say(content: Json) -> None:
         os._exit(0)  # the daemon has gone
 
 
-def step_back() -> None:
-    """Leave the processor to others where there is too little of it.
-
-    Linux shares it among sessions first (sched(7), autogroup), and the toucher has one of its own.
-    """
-    os.nice(NICENESS)
-    try:
-        with open("/proc/self/autogroup", "w") as group:  # noqa: PTH123  # no pathlib here
-            group.write(str(NICENESS))
-    except OSError:
-        pass  # no Linux, or no such groups
-
-
 if __name__ == "__main__":
     # Death by SIGBUS is foreseen: no core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    step_back()
     Toucher(json.loads(sys.argv[1])).serve()
