@@ -868,6 +868,12 @@ def chunk(event: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(event), event)
 
 
+async def say_and_die(writer: asyncio.StreamWriter, event: bytes) -> None:
+    writer.write(_EVENTS_HEAD + chunk(event))
+    await writer.drain()
+    writer.transport.abort()
+
+
 def generate(front: Front, user: httpx.AsyncClient, path: str = "/api/v1/generate", **body: Any) -> Any:
     return user.post(front.url + path, json={"prompt": "Once", **body})
 
@@ -934,11 +940,11 @@ async def test_the_time_an_engine_computed_is_no_time_of_waiting_for_the_next(fr
     front.hold_s, sent = 0.5, 0
     reopening: list[asyncio.TimerHandle] = []
 
-    async def die_late_once(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def die_late_once(_: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal sent
         sent += 1
         if sent > 1:
-            await hello(b"", __, writer)
+            await hello(b"", reader, writer)
             return
         await asyncio.sleep(front.hold_s + 0.1)
         writer.transport.abort()
@@ -954,9 +960,7 @@ async def test_a_stream_that_lacks_no_word_does_not_wait_for_the_next_engine(fro
     said = b'data: {"choices": [{"index": 0, "text": " upon", "finish_reason": "stop"}]}\n\n'
 
     async def finish_and_die(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(_EVENTS_HEAD + chunk(said))
-        await writer.drain()
-        writer.transport.abort()
+        await say_and_die(writer, said)
 
     engine = await serve(front, finish_and_die)
     async with client() as user:
@@ -970,9 +974,7 @@ async def test_of_several_replies_one_that_is_whole_does_not_end_the_stream(fron
     said = b'data: {"choices": [{"index": 0, "text": " upon", "finish_reason": "stop"}]}\n\n'
 
     async def finish_one_and_die(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(_EVENTS_HEAD + chunk(said))
-        await writer.drain()
-        writer.transport.abort()
+        await say_and_die(writer, said)
 
     await serve(front, finish_one_and_die)
     seen = await seen_until_broken(front, "/v1/completions", n=2)
@@ -982,9 +984,7 @@ async def test_of_several_replies_one_that_is_whole_does_not_end_the_stream(fron
 async def test_a_turn_that_was_cut_is_remembered_although_its_rest_is_refused(front: Front):
     async def speak_then_refuse(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(engine.heads) == 1:
-            writer.write(_EVENTS_HEAD + chunk(b'data: {"choices": [{"index": 0, "text": " upon"}]}\n\n'))
-            await writer.drain()
-            writer.transport.abort()
+            await say_and_die(writer, b'data: {"choices": [{"index": 0, "text": " upon"}]}\n\n')
             asyncio.get_running_loop().call_later(0.05, front.gate.ready.set)
             return
         writer.write(b"HTTP/1.1 400 Too long\r\nContent-Length: 2\r\n\r\n{}")
@@ -1001,9 +1001,7 @@ async def test_words_in_a_form_that_is_not_known_are_never_said_twice(front: Fro
     said = b'data: {"choices": [{"index": 0, "text": " upon"}]}\n\n'
 
     async def speak_and_die(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(_EVENTS_HEAD + chunk(said))
-        await writer.drain()
-        writer.transport.abort()
+        await say_and_die(writer, said)
 
     engine = await serve(front, speak_and_die)
     seen = await seen_until_broken(front, "/completions")

@@ -30,7 +30,7 @@ FRESH_S = 2.0
 LOSS_BYTES = 4 * 1024 * 1024
 """An idle engine that has shrunk by more than this was made to."""
 BUFFERS_BYTES = 16 * 1024 * 1024
-"""So much in swap is more than what a replay of one token leaves unused within 5 s of a storm (0.1 to 13 MiB)."""
+"""Replays of one token leave some 3 MiB more in swap than longer ones (KoboldCPP, in a storm); this is more."""
 SOON_S = 0.05
 """A look is planned no sooner: the scheduler drops one that is due before the present one has ended."""
 _LONGER, _SHORTER = 1.5, 0.5
