@@ -94,14 +94,13 @@ class EngineConnection:
         """
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                await self._connect()
+                self._writer = writer = await self._connect()
         except (OSError, TimeoutError) as error:
             raise EngineRefused from error
         try:
             # An engine may answer and close without having read everything; its answer counts then.
-            if self._writer is not None:
-                with contextlib.suppress(ConnectionError):
-                    await self._send(self._writer, request)
+            with contextlib.suppress(ConnectionError):
+                await self._send(writer, request)
             while True:
                 event = await self._next_event()
                 if isinstance(event, h11.Response):
@@ -145,12 +144,12 @@ class EngineConnection:
         if self._writer is not None:
             self._writer.transport.abort()
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> asyncio.StreamWriter:
         loop = asyncio.get_running_loop()
         self._reader = _Reader(loop=loop)
         protocol = asyncio.StreamReaderProtocol(self._reader, loop=loop)
         transport, _ = await loop.create_connection(lambda: protocol, "127.0.0.1", self._port)
-        self._writer = asyncio.StreamWriter(transport, protocol, self._reader, loop)
+        return asyncio.StreamWriter(transport, protocol, self._reader, loop)
 
     async def _send(self, writer: asyncio.StreamWriter, request: EngineRequest) -> None:
         head = self._bytes(h11.Request(method=request.method, target=request.target, headers=request.headers))
