@@ -174,7 +174,7 @@ class Rig:
 
         self.engine.engine.send, self.engine.engine.continues_turns = send, continues_turns
         self.turns.begin(self.engine.engine_key)
-        self.turns.end(lambda: turn)
+        self.turns.end(self.engine.engine_key, lambda: turn)
         return prompts
 
     async def is_watching(self) -> None:
@@ -517,7 +517,7 @@ async def test_the_engine_is_asked_once_for_each_turn_whether_it_took_all_of_the
     assert turns == [TURN] * asked
     assert len(prompts) == (2 if answer else 0)
     rig.turns.begin(rig.engine.engine_key)
-    rig.turns.end(lambda: replace(TURN, reply=" another"))
+    rig.turns.end(rig.engine.engine_key, lambda: replace(TURN, reply=" another"))
     await rig.service.warm()
     assert turns[-1].reply == " another"
 
@@ -527,7 +527,7 @@ async def test_a_turn_that_came_while_the_engine_was_asked_about_another_is_not_
 
     async def took_whole(*_: Any) -> bool:
         rig.turns.begin(rig.engine.engine_key)
-        rig.turns.end(lambda: replace(TURN, reply=" another"))
+        rig.turns.end(rig.engine.engine_key, lambda: replace(TURN, reply=" another"))
         return True
 
     rig.engine.engine.took_whole = took_whole
@@ -550,7 +550,7 @@ async def test_what_a_replay_leaves_in_swap_is_a_loss_only_once(rig: Rig):
     assert await has_lost(60 * MIB), "a user's generation had brought some of it back"
     rig.engine.engine_key = "2:b"
     rig.turns.begin("2:b")
-    rig.turns.end(lambda: TURN)
+    rig.turns.end("2:b", lambda: TURN)
     assert await has_lost(60 * MIB), "of another engine nothing is known"
 
 

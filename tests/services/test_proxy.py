@@ -923,7 +923,7 @@ async def test_what_an_engine_was_doing_when_it_failed_is_not_known(front: Front
 
 async def test_a_generation_that_reached_no_engine_changes_nothing_either(front: Front):
     front.turns.begin("1:a")
-    front.turns.end(lambda: Turn("/api/v1/generate", {"prompt": "Once"}, " upon a time"))
+    front.turns.end("1:a", lambda: Turn("/api/v1/generate", {"prompt": "Once"}, " upon a time"))
     dead = bind("127.0.0.1", 0)
     front.gate.port = dead.getsockname()[1]
     dead.close()
@@ -938,7 +938,6 @@ async def test_a_generation_that_reached_no_engine_changes_nothing_either(front:
 
 async def test_the_time_an_engine_computed_is_no_time_of_waiting_for_the_next(front: Front):
     front.hold_s, sent = 0.5, 0
-    reopening: list[asyncio.TimerHandle] = []
 
     async def die_late_once(_: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal sent
@@ -948,7 +947,7 @@ async def test_the_time_an_engine_computed_is_no_time_of_waiting_for_the_next(fr
             return
         await asyncio.sleep(front.hold_s + 0.1)
         writer.transport.abort()
-        reopening.append(asyncio.get_running_loop().call_later(0.1, front.gate.ready.set))
+        asyncio.get_running_loop().call_later(0.1, front.gate.ready.set)
 
     await serve(front, die_late_once)
     async with client() as user:

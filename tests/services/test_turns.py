@@ -23,7 +23,7 @@ def turn(prompt: str, reply: str = " Yes.") -> Turn:
 def after(turns: Turns, *told: Turn | None) -> tuple[Turn, ...]:
     for each in told:
         turns.begin(ENGINE)
-        turns.end(lambda each=each: each)  # type: ignore[misc]  # the default binds the loop's variable
+        turns.end(ENGINE, lambda each=each: each)  # type: ignore[misc]  # the default binds the loop's variable
     return turns.all
 
 
@@ -62,7 +62,7 @@ def test_a_reply_is_taken_apart_only_when_somebody_wants_it():
 
     for _ in range(3):
         turns.begin(ENGINE)
-        turns.end(tell)
+        turns.end(ENGINE, tell)
     assert not asked
     assert turns.last == turn(SEA)
     assert turns.last == turn(SEA)
@@ -72,7 +72,7 @@ def test_a_reply_is_taken_apart_only_when_somebody_wants_it():
 def test_what_is_forgotten_is_gone_also_what_nobody_has_looked_at():
     turns = Turns(lambda: MANY, lambda: 2)
     turns.begin(ENGINE)
-    turns.end(lambda: turn(SEA))
+    turns.end(ENGINE, lambda: turn(SEA))
     assert turns.forget()
     assert turns.last is None
     assert not turns.forget()
@@ -90,3 +90,37 @@ def test_what_is_forgotten_is_gone_also_what_nobody_has_looked_at():
 )
 def test_a_conversation_is_told_by_how_its_prompt_begins(new: dict[str, Any], old: dict[str, Any], same: bool):
     assert is_of_same_conversation(Turn("/completion", new, ""), Turn("/completion", old, "")) is same
+
+
+def test_a_generation_that_was_refused_leaves_what_others_left():
+    turns = Turns(lambda: MANY)
+    after(turns, turn(SEA))
+    turns.begin(ENGINE)
+    turns.end_unheard()
+    assert turns.cache(ENGINE, is_adopted=False) is Cache.KNOWN
+    turns.begin(ENGINE)
+    turns.begin(ENGINE)
+    turns.end(ENGINE, lambda: turn(HILLS))
+    assert turns.cache(ENGINE, is_adopted=False) is Cache.UNKNOWN, "the other may still replace it"
+    turns.end_unheard()
+    assert turns.cache(ENGINE, is_adopted=False) is Cache.KNOWN
+    assert turns.last == turn(HILLS)
+
+
+def test_what_ends_late_on_an_engine_that_died_tells_nothing_of_the_next_one():
+    turns, second = Turns(lambda: MANY), "2:b"
+    turns.begin(ENGINE)
+    turns.begin(ENGINE)
+    turns.end(ENGINE, lambda: turn(SEA))
+    turns.begin(second)
+    turns.end(ENGINE, lambda: turn(HILLS))
+    assert turns.cache(second, is_adopted=False) is Cache.UNKNOWN
+    turns.end_unheard()
+    assert turns.cache(second, is_adopted=False) is Cache.EMPTY, "it refused the only one"
+    assert turns.last == turn(SEA)
+    turns.begin(ENGINE)
+    turns.begin(second)
+    turns.end(second, lambda: turn(HILLS))
+    turns.end(ENGINE, lambda: turn(SEA))
+    assert turns.cache(second, is_adopted=False) is Cache.KNOWN
+    assert turns.last == turn(HILLS)

@@ -193,9 +193,9 @@ class Exchange:
     async def _send(
         self, scope: Scope, body: Body, client: Client, content: bytes | None, flowed: Callable[[int], None]
     ) -> None:
-        replaces = changes_cache(scope["method"], scope["path"])
+        replaces, engine_key = changes_cache(scope["method"], scope["path"]), self._gate.engine_key
         if replaces:
-            self._turns.begin(self._gate.engine_key)
+            self._turns.begin(engine_key)
             if self._generation is None and body.in_hand is not None:
                 self._generation = recognise(scope["method"], scope["path"], body.in_hand)
         connection = EngineConnection(self._port)
@@ -216,7 +216,7 @@ class Exchange:
         finally:
             connection.close()
             if replaces and was_sent and not self._was_refused():
-                self._turns.end(self._turn)
+                self._turns.end(engine_key, self._turn)
             elif replaces:
                 self._turns.end_unheard()
 

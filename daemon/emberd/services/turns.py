@@ -80,18 +80,22 @@ class Turns:
 
     def begin(self, engine_key: str | None) -> None:
         """Hear that a generation of a user's is sent to this engine."""
-        if not self._running:
+        if not self._running or engine_key != self._holder:
             self._before, self._has_changed = (self._holder, self._is_known), False
         self._running += 1
         self._holder, self._is_known = engine_key, False
 
-    def end(self, tell: Callable[[], Turn | None]) -> None:
+    def end(self, engine_key: str | None, tell: Callable[[], Turn | None]) -> None:
         """Hear that a generation ended.
 
         Args:
+            engine_key: of the engine it was sent to; what another one holds by now is not changed by its end.
             tell: returns what the cache holds now, None if that is not known. Called when somebody wants to know:
                 to take a reply apart costs more than to pass it on, and only the last one counts.
         """
+        if engine_key != self._holder:
+            self.end_unheard()
+            return
         self._running -= 1
         self.ended_s = time.monotonic()
         if self._slots() > 1:
@@ -100,7 +104,7 @@ class Turns:
         self._is_known = not self._running
 
     def end_unheard(self) -> None:
-        """Hear that the engine did not work on a generation: it refused it, or could not be reached.
+        """Hear that the engine did not work on a generation: it refused it, could not be reached, or was another.
 
         What it holds is what it held before, and what was remembered of that stays.
         """
