@@ -58,12 +58,12 @@ class LlamaServer:
 
     name = "llama-server"
     stop_signals = STOP_SIGNALS
+    refusals: frozenset[int] = frozenset()
 
     def __init__(self, settings: Settings, host: Host, http: EngineHttp) -> None:
         self._settings = settings
         self._host = host
         self._http = http
-        self.refusals: frozenset[int] = frozenset()
         self.conversations = 1
 
     @property
