@@ -137,12 +137,15 @@ class _Daemon:
         from emberd.services.knocks import Knocks  # noqa: PLC0415
         from emberd.services.memory_meter import MemoryMeter  # noqa: PLC0415
         from emberd.services.notifier import Notifier  # noqa: PLC0415
+        from emberd.services.pressure_watch import PressureWatch  # noqa: PLC0415
         from emberd.services.proxy import Proxy  # noqa: PLC0415
         from emberd.services.residency_meter import ResidencyMeter  # noqa: PLC0415
         from emberd.services.sleep_blocker import SleepBlocker  # noqa: PLC0415
+        from emberd.services.spending import Spending  # noqa: PLC0415
         from emberd.services.supervisor import Paths, Supervisor  # noqa: PLC0415
         from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
         from emberd.services.turns import Turns  # noqa: PLC0415
+        from emberd.services.warming import Warming  # noqa: PLC0415
 
         logs.configure_for(self._settings, self._host)
         self._log = logs.logger("daemon")
@@ -155,9 +158,7 @@ class _Daemon:
         most_connections = (self._host.raise_open_files() - _OWN_FILES) // 2
         self._endpoint = Endpoint(most_connections=min(most_connections, MOST_CONNECTIONS))
         self._knocks = Knocks()
-        self._turns = Turns(
-            lambda: self._settings.endpoint.remember_kib * 1024, lambda: supervisor.engine.conversations
-        )
+        self._turns = Turns(lambda: self._settings.endpoint.remember_kib * 1024, lambda: supervisor.room)
         self._proxy = Proxy(
             supervisor,
             lambda: self._settings.endpoint,
@@ -170,19 +171,19 @@ class _Daemon:
         self._accounts = Accounts(self._paths.history, logs.logger("history"))
         self._swap = SwapMeter(self._host, self._accounts, logs.logger("swap"), supervisor.sample)
         self._residency = ResidencyMeter(self._host, logs.logger("residency"), supervisor.sample)
-        self._keepwarm = KeepWarm(
+        log = logs.logger("keepwarm")
+        warming = Warming(
             self._host,
-            logs.logger("keepwarm"),
-            lambda: self._settings,
+            log,
             supervisor,
-            self._memory,
             self._residency.toucher,
             self._turns,
-            self._knocks,
             self._proxy.places,
-            self._accounts,
             Forecaster(self._host, logs.logger("forecast"), supervisor.sample, self._turns, self._residency.status),
+            Spending(self._accounts),
         )
+        watch = PressureWatch(self._host, log, lambda: self._settings.warmth, supervisor, self._memory, warming)
+        self._keepwarm = KeepWarm(log, lambda: self._settings.warmth, supervisor, warming, watch, self._knocks)
         self._sleep = SleepBlocker(self._host, logs.logger("power"), lambda: self._settings, supervisor)
         self._notifier = Notifier(NotifySocket(os.environ, os.getpid()), self._log)
 

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING
 
+import pytest
+
 from contract.targets import LONG_PROMPT
+from emberd.engine.koboldcpp import read_counts
 from engine_process import wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from contract.targets import Server, Target
+    from emberd.core.turn import PromptCounts
 
 
 def timed_s(server: Server, prompt: str, length: int = 1) -> float:
@@ -92,3 +97,38 @@ def test_the_perf_counter_tells_tokens_of_the_whole_prompt(server: Server) -> No
     assert server.processed_tokens() <= 3
     if not server.target.is_old:
         assert server.perf()["last_input_count"] > 1000
+
+
+def counts(server: Server) -> PromptCounts:
+    """Return what the log tells of the last generation; its line need not be ended."""
+    wait_until(server.is_idle)
+    told = [read_counts(line.strip()) for line in re.split(r"[\r\n]", server.process.output)]
+    return [each for each in told if each is not None][-1]
+
+
+def test_the_log_tells_what_was_reused_and_processed(server: Server) -> None:
+    server.generate("xu", 1)
+    prompt = "pa " + LONG_PROMPT
+    reply = server.generate(prompt, 12)
+    first = counts(server)
+    whole = server.processed_tokens()
+    assert first.processed == pytest.approx(whole, rel=0.02)
+    assert first.reused == pytest.approx(0, abs=0.02 * whole)
+    assert first.generated == 12
+    server.generate(prompt + reply, 1)
+    again = counts(server)
+    assert again.processed is not None
+    assert again.processed <= 3
+    assert again.reused == pytest.approx(whole + 12, abs=4)
+
+
+def test_continuous_batching_keeps_no_prompt_and_the_log_says_so(target: Target, model: Path) -> None:
+    if target.version < (1, 113):
+        pytest.skip("not in this version")
+    with target.serving(model, "--parallelrequests", "4", "--quiet") as server:
+        for _ in range(2):
+            server.generate(LONG_PROMPT, 1)
+            told = counts(server)
+            assert told.reused == 0
+            assert told.processed is not None
+            assert told.processed > 1000

@@ -132,6 +132,8 @@ PROVOKED: dict[str, Facts] = {
     "LOCK_PARTIAL": engine(lock=LockState.PARTIAL, lock_message="a half is locked"),
     "WEIGHTS_COPIED": engine(is_mapped=False),
     "LET_GO": memory(hold="no_warming"),
+    "RELIEF_IMPOSSIBLE": memory(is_helpless=True),
+    "WARMTH_WASTED": memory(waste="1 of 1 replays did not find its prompt"),
     "WARMTH_OFF": memory(warmth_mode="off"),
     "WARMTH_PAUSED": memory(paused_for_s=60.0),
     "MODEL_COLD": memory(resident_share=0.5),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberd.core.memory import Pressure, SystemMemory
-from emberd.core.pressure import SwapRates, judge_pressure, swap_rates
+from emberd.core.pressure import SwapRates, is_sign_of_storm, judge_pressure, swap_rates
 
 NORMAL, WARN, CRITICAL, UNKNOWN = Pressure.NORMAL, Pressure.WARN, Pressure.CRITICAL, Pressure.UNKNOWN
 ORDER = [NORMAL, WARN, CRITICAL]
@@ -64,3 +64,27 @@ def test_a_rate_is_unknown_where_a_counter_is_missing_went_back_or_had_no_time()
     assert swap_rates(memory(None, 10), memory(10, 30), 10) == SwapRates(None, 2)
     assert swap_rates(memory(0, 100), memory(10, 30), 10) == SwapRates(1, None)
     assert swap_rates(memory(0, 0), memory(10, 30), 0.5) == SwapRates()
+
+
+@pytest.mark.parametrize(
+    ("was_bytes", "now", "is_sign"),
+    [
+        (0, SystemMemory(swapped_out_bytes=4 << 20), True),
+        (0, SystemMemory(swapped_out_bytes=1 << 20), False),
+        (0, SystemMemory(swapped_out_bytes=0, stall_some_share=0.07), True),
+        (0, SystemMemory(swapped_out_bytes=0, stall_some_share=0.06), False),
+        (0, SystemMemory(swapped_out_bytes=0, pressure=WARN), False),
+        (9 << 20, SystemMemory(swapped_out_bytes=0), False),
+        (None, SystemMemory(swapped_out_bytes=4 << 20), False),
+        (0, SystemMemory(), False),
+    ],
+)
+def test_a_storm_is_told_by_what_is_written_and_who_waits_and_not_by_a_level(
+    was_bytes: int | None, now: SystemMemory, is_sign: bool
+):
+    assert is_sign_of_storm(SystemMemory(swapped_out_bytes=was_bytes), now, 2.0) is is_sign
+
+
+def test_the_first_reading_is_a_sign_only_if_somebody_waits():
+    assert not is_sign_of_storm(None, SystemMemory(swapped_out_bytes=1 << 40), 2.0)
+    assert is_sign_of_storm(None, SystemMemory(stall_some_share=0.5), 2.0)

@@ -9,14 +9,13 @@ import pytest
 from emberd.core.replay import (
     GENKEY,
     Replay,
-    Turn,
     fits,
     is_replayable,
     make_replay,
-    prompt_text,
     shortened,
     tiny,
 )
+from emberd.core.turn import Turn, prompt_text
 
 
 def replay_of(path: str, body: dict[str, Any], reply: str = " there", engine: str = "koboldcpp") -> Replay | None:

@@ -18,6 +18,7 @@ from emberd.core.warmth import (
     CALM_AFTER_CRITICAL_S,
     FRESH_S,
     Cache,
+    Decision,
     Found,
     Reason,
     Snapshot,
@@ -27,7 +28,7 @@ from emberd.core.warmth import (
     decide,
     is_calm,
     is_losing,
-    may_dwell,
+    may_keep_touching,
     next_interval,
     next_loss_wait,
 )
@@ -62,6 +63,8 @@ snapshots = st.builds(
     last_use_s=times,
     last_pass_s=times,
     interval_s=st.floats(0.1, 10_000),
+    is_storming=st.booleans(),
+    budget_wait_s=st.sampled_from([0.0, 10.0]),
 )
 settings = st.builds(
     WarmthSettings,
@@ -69,6 +72,7 @@ settings = st.builds(
     replay=st.booleans(),
     lock_outside=st.booleans(),
     may_restart=st.booleans(),
+    priority=st.sampled_from(["auto", "machine-first", "model-first"]),
     on_battery=st.sampled_from(["stretch", "off", "same"]),
     min_interval_s=st.floats(1, 60),
     max_interval_s=st.floats(60, 3600),
@@ -108,7 +112,7 @@ def test_on_battery_it_is_off_or_stretched_as_its_owner_wishes(seen: Snapshot, w
         assert not steps
     warmed = [when for when in (seen.last_use_s, seen.last_pass_s) if when is not None]
     interval_s = max(seen.interval_s, wish.min_interval_s)
-    if seen.pressure is Pressure.WARN:
+    if seen.pressure is Pressure.WARN or seen.is_storming:
         interval_s = wish.min_interval_s
     if wish.on_battery == "stretch" and steps and warmed:
         longest_s = wish.max_interval_s * BATTERY_STRETCH
@@ -161,10 +165,14 @@ def test_steps_and_reasons_agree(seen: Snapshot, wish: WarmthSettings):
 
 
 @given(
-    st.floats(1, 3600), st.builds(Found, st.none() | st.floats(0, 1), st.none() | st.integers(0, 1 << 40)), settings
+    st.floats(1, 3600),
+    st.builds(Found, st.none() | st.floats(0, 1), st.none() | st.integers(0, 1 << 40)),
+    settings,
+    st.booleans(),
 )
-def test_intervals_stay_within_bounds(interval_s: float, found: Found, wish: WarmthSettings):
-    assert wish.min_interval_s <= next_interval(interval_s, found, wish) <= wish.max_interval_s
+def test_intervals_stay_within_bounds(interval_s: float, found: Found, wish: WarmthSettings, is_storming: bool):
+    next_s = next_interval(interval_s, found, wish, is_storming=is_storming)
+    assert wish.min_interval_s <= next_s <= wish.max_interval_s
 
 
 # --- situations ---------------------------------------------------------------------------------------------------
@@ -278,10 +286,11 @@ def test_an_estimate_of_swap_is_no_proof_of_a_loss():
 def test_passes_for_losses_that_find_nothing_missing_come_later_each_time():
     waits = [AUTO.min_interval_s]
     for _ in range(10):
-        waits.append(next_loss_wait(waits[-1], Found(cold_share=0.0), AUTO))
+        waits.append(next_loss_wait(waits[-1], Found(cold_share=0.0), AUTO, is_storming=False))
     assert waits[1:4] == [10, 20, 40]
     assert waits[-1] == AUTO.max_interval_s
-    assert next_loss_wait(waits[-1], Found(cold_share=0.5), AUTO) == AUTO.min_interval_s
+    for found, is_storming in ((Found(cold_share=0.5), False), (Found(cold_share=0.0), True)):
+        assert next_loss_wait(waits[-1], found, AUTO, is_storming=is_storming) == AUTO.min_interval_s
     seen = Snapshot(NOW_S, trigger=Trigger.LOSING, last_pass_s=NOW_S - 30, interval_s=300)
     assert decide(seen, AUTO).reason is Reason.LOSING
     assert decide(replace(seen, loss_wait_s=40), AUTO).reason is Reason.NOT_DUE
@@ -342,17 +351,63 @@ def test_pressure_shortens_the_wait_for_the_next_pass():
     ],
 )
 def test_the_interval_follows_what_was_taken(found: Found, interval_s: float):
-    assert next_interval(100, found, AUTO) == interval_s
+    assert next_interval(100, found, AUTO, is_storming=False) == interval_s
 
 
-@given(snapshots, st.booleans())
-def test_the_weights_are_touched_without_a_pause_only_while_something_takes_them(seen: Snapshot, has_lost: bool):
-    found = Found(cold_share=0.5 if has_lost else 0.0)
-    if may_dwell(seen, found):
-        assert has_lost
+@given(st.floats(5, 900), st.builds(Found, cold_share=st.none() | st.floats(0, 1)))
+def test_while_the_computer_swaps_the_interval_never_grows_whatever_a_pass_has_found(
+    interval_s: float, found: Found
+):
+    assert next_interval(interval_s, found, AUTO, is_storming=True) <= interval_s
+    seen = Snapshot(NOW_S, last_pass_s=NOW_S - AUTO.min_interval_s, interval_s=interval_s, is_storming=True)
+    assert decide(seen, AUTO).reason is Reason.DUE
+
+
+@given(snapshots, settings, st.booleans())
+def test_the_weights_are_touched_without_a_pause_only_while_they_may_be_taken(
+    seen: Snapshot, wish: WarmthSettings, has_lost: bool
+):
+    if may_keep_touching(seen, wish, has_lost=has_lost):
+        assert has_lost or seen.is_storming
         assert seen.hold is Hold.ALL
         assert seen.pressure is not Pressure.CRITICAL
+        assert seen.lock is not LockState.HELD
+        assert not seen.is_locked_outside
         assert seen.power.source is not PowerSource.BATTERY
         assert seen.power.is_low_power is not True
-    calm = replace(seen, hold=Hold.ALL, pressure=Pressure.WARN, power=Power(PowerSource.MAINS))
-    assert may_dwell(calm, found) == has_lost
+
+
+@pytest.mark.parametrize(
+    ("priority", "is_storming", "has_lost", "touches"),
+    [
+        ("auto", False, False, False),
+        ("auto", False, True, True),
+        ("auto", True, False, True),
+        ("model-first", True, False, True),
+        ("machine-first", True, False, False),
+        ("machine-first", True, True, True),
+    ],
+)
+def test_the_computer_tells_that_the_weights_are_taken_before_a_pass_has_found_it(
+    priority: Any, is_storming: bool, has_lost: bool, touches: bool
+):
+    seen = Snapshot(NOW_S, is_storming=is_storming, power=Power(PowerSource.MAINS))
+    assert may_keep_touching(seen, replace(AUTO, priority=priority), has_lost=has_lost) is touches
+
+
+@pytest.mark.parametrize(
+    ("trigger", "reason"),
+    [
+        (Trigger.TIMER, Reason.OVER_BUDGET),
+        (Trigger.KNOCK, Reason.OVER_BUDGET),
+        (Trigger.LOSING, Reason.LOSING),
+        (Trigger.RESTARTED, Reason.RESTARTED),
+        (Trigger.ASKED, Reason.ASKED),
+    ],
+)
+def test_what_took_too_much_for_nothing_waits_unless_memory_is_missing(trigger: Trigger, reason: Reason):
+    seen = Snapshot(NOW_S, trigger=trigger, budget_wait_s=30)
+    decision = decide(seen, AUTO)
+    assert decision.reason is reason
+    if reason is Reason.OVER_BUDGET:
+        assert decision == Decision((), reason, 30)

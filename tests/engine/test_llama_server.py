@@ -16,7 +16,9 @@ import pytest
 
 import emberd
 from emberd.core.errors import ConfigError
+from emberd.core.reuse import MOST_PROCESSED_TOKENS
 from emberd.engine.llama_server import check_arguments, read_options
+from llama_server_standin import write_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,6 +176,41 @@ def test_each_of_several_conversations_is_kept_in_its_own_slot(
     assert len(before) == 2
     daemon.wait_for(lambda _: all(task > before[slot] for slot, task in tasks().items()), "a replay in each slot")
     assert max(map(new_tokens, talks)) < 10, "a replay took the other conversation's slot"
+
+
+@needs_xllamacpp
+def test_conversations_that_do_not_fit_into_the_cells_together_are_not_replayed_together(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+):
+    """Four replays of 360 tokens into 1,024 cells threw each other out, pass after pass."""
+    daemon = make_daemon(
+        {
+            "engine.kind": "llama-server",
+            "engine.path": str(write_program(tmp_path)),
+            "engine.context_size": 1024,
+            "warmth.mode": "auto",
+            "warmth.min_interval_s": 1.0,
+            "warmth.max_interval_s": 1.0,
+        }
+    )
+    daemon.start()
+    daemon.wait_ready()
+
+    def say(word: str) -> dict[str, Any]:
+        body = {"prompt": f"{word} " + " ".join(["ba", "ke", "li", "mo"] * 90), "n_predict": 4, "temperature": 0}
+        answer = httpx.post(f"{daemon.url}/completion", json=body, timeout=60, trust_env=False).json()
+        timings: dict[str, Any] = answer["timings"]
+        return timings
+
+    for word in ("zu", "wo", "xe", "ny"):
+        assert say(word)["prompt_n"] > 300
+    done = len(daemon.events("keepwarm"))
+    daemon.wait_for(lambda _: len(daemon.events("keepwarm")) >= done + 4, "four passes")
+    warmth = daemon.status()["warmth"]
+    assert warmth["reuse"]["misses"] == 0
+    assert warmth["reuse"]["last_replay"]["processed"] <= MOST_PROCESSED_TOKENS
+    assert warmth["cost"]["processed_tokens"] < 400, "the latest one and the one before fit, the others do not"
+    assert say("ny")["prompt_n"] <= MOST_PROCESSED_TOKENS, "the latest one is never lost"
 
 
 @needs_xllamacpp

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switches import die
+from switches import BATCHING, die
 
 if TYPE_CHECKING:
     import argparse
@@ -177,7 +177,7 @@ class Model:
         room = self.options.contextsize - max(job.length, 0)
         if len(tokens) > room > 0:
             tokens = tokens[-room:]
-        kept = _common_prefix(self._cache, tokens)
+        kept = 0 if self._is_batched(job) else _common_prefix(self._cache, tokens)
         if self._weights is not None and self._weights.keeps_state and kept < len(self._cache):
             kept = 0  # a state cannot be cut back
         self._cache = tokens[:kept]
@@ -197,6 +197,12 @@ class Model:
         self._counters["stop_reason"] = reason
         self._counters["last_seed"] = 1
         self._report(job, prompt_s, eval_s, processed)
+        if self._is_batched(job):
+            self._cache = []  # the sequence is thrown away with the request
+
+    def _is_batched(self, job: Job) -> bool:
+        """Whether the worker of the continuous batching takes it; the original leaves some samplers out."""
+        return getattr(self.options, "parallelrequests", 1) > 1 and job.length > 0
 
     def _process_prompt(self, job: Job, tokens: list[str], kept: int) -> int:
         new = len(tokens) - kept
@@ -252,16 +258,23 @@ class Model:
             sys.stdout.flush()
 
     def _report(self, job: Job, prompt_s: float, eval_s: float, processed: int) -> None:
+        """Print the counts; the original ends the line when it begins the next one."""
         used = len(self._cache) if processed else 0
         stamp = "" if self.switches.is_old else time.strftime("[%H:%M:%S] ")
-        lines = (
-            f"\n{stamp}CtxLimit:{used}/{self.options.contextsize}, Amt:{job.produced}/{max(job.length, 0)}, "
-            f"Init:0.00s, Process:{prompt_s:.2f}s ({_rate(processed, prompt_s)}), "
-            f"Generate:{eval_s:.2f}s ({_rate(job.produced, eval_s)}), Total:{prompt_s + eval_s:.2f}s\n"
-        )
+        context = f"CtxLimit:{used}/{self.options.contextsize}"
+        made, total_s = f"{job.produced}/{max(job.length, 0)}", prompt_s + eval_s
+        made_rate = f"{eval_s:.2f}s ({_rate(job.produced, eval_s)})"
+        if self._is_batched(job):
+            words = f"BatchRequest:1, Prompt:{job.prompt_tokens}, Generated:{made} in {made_rate}, Stop:0"
+        elif self.switches.version == BATCHING:
+            processing = f"Processed:{processed} in {prompt_s:.2f}s ({_rate(processed, prompt_s)})"
+            words = f"{context}, Init:0.00s, {processing}, Generated:{made} in {made_rate}, Total:{total_s:.2f}s"
+        else:
+            processing = f"Process:{prompt_s:.2f}s ({_rate(processed, prompt_s)})"
+            words = f"{context}, Amt:{made}, Init:0.00s, {processing}, Generate:{made_rate}, Total:{total_s:.2f}s"
+        sys.stdout.write(f"\n{stamp}{words}")
         if not self.options.quiet:
-            lines += f"Output: {job.text}\n"
-        sys.stdout.write(lines)
+            sys.stdout.write(f"\nOutput: {job.text}\n")
         sys.stdout.flush()
 
     def announce(self, body: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from switches import OLD
+from switches import BATCHING, OLD
 
 DEFAULT_PORT = 5001
 MOST_CONTEXT, LEAST_CONTEXT = 262144, 256
@@ -110,7 +110,7 @@ class _Flags:
     """Fills a parser. The help is one word per flag: it is there to be searched for names."""
 
     def __init__(self, version: str) -> None:
-        self.is_old = version == OLD
+        self.is_old, self.can_batch = version == OLD, version == BATCHING
         self.parser = argparse.ArgumentParser(
             prog="koboldcpp.py", description=f"KoboldCpp Server - Version {version} (stand-in for tests)"
         )
@@ -209,6 +209,8 @@ class _Flags:
         self._value("--maingpu", "--main-gpu", "-mg", type=int, default=-1)
         self._value("--genlimit", "--promptlimit", type=int, default=0)
         self._value("--ratelimit", type=int, default=0)
+        if self.can_batch:
+            self._value("--parallelrequests", "--continuous-batching", "--contbatch", type=int, default=1)
         self._value("--defaultgenamt", type=int, default=896)
         self._value("--maxrequestsize", type=int, default=32)
         self._value("--moeexperts", type=int, default=-1)

@@ -1,7 +1,7 @@
 """What the environment asks of the stand-in: speed, version and misbehaviour.
 
 =============================  ======================================================================
-`STANDIN_VERSION`              personality: `1.76` or `1.104` (default)
+`STANDIN_VERSION`              personality: `1.76`, `1.104` (default) or `1.115.1`
 `STANDIN_LOAD_SECONDS`         extra seconds of loading, default 0
 `STANDIN_PROMPT_BASE_MS`       milliseconds before any prompt, default 5
 `STANDIN_PROMPT_MS_PER_TOKEN`  milliseconds per prompt token that is not in the cache, default 1
@@ -35,7 +35,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-OLD, NEW = "1.76", "1.104"
+OLD, NEW, BATCHING = "1.76", "1.104", "1.115.1"
+"""The last can work on several requests at once, and then keeps no prompt (`--parallelrequests`)."""
 
 
 @dataclass(frozen=True, slots=True)

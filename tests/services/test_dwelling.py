@@ -1,4 +1,4 @@
-"""Touching the weights without a pause while something takes them: it ends by itself, and for who comes."""
+"""Keep-warm between looks and within one: what it watches, when it touches, how it gives way, what it replays."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ import structlog
 
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
-from emberd.core.replay import Replay, Turn
+from emberd.core.reuse import CacheRoom
 from emberd.core.settings import Settings, WarmthSettings
 from emberd.core.thrash import Guard, Hold
+from emberd.core.turn import UNTOLD, PromptCounts, Turn
 from emberd.core.types import EngineSample
 from emberd.core.warmth import Reason, Trigger
 from emberd.host import ThisHost
 from emberd.host.toucher import Locked, Touched, Toucher
-from emberd.services import keepwarm, places
+from emberd.services import places, pressure_watch, touching
 from emberd.services.accounts import Accounts
 from emberd.services.forecaster import Forecaster
 from emberd.services.keepwarm import KeepWarm
 from emberd.services.knocks import Knocks
 from emberd.services.memory_meter import MemoryMeter
 from emberd.services.places import Places
+from emberd.services.pressure_watch import PressureWatch
+from emberd.services.spending import Spending
 from emberd.services.turns import Turns
+from emberd.services.warming import Warming
 from page_cache import MIB, write
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from emberd.core.replay import Replay
 
 LIMIT_S = 20
 
@@ -50,12 +56,24 @@ class ReadyEngine:
 
     def __init__(self, model: Path) -> None:
         parts = {"name": "koboldcpp", "most_connections": 4, "most_at_work": 1}
-        self.engine: Any = type("Engine", (), {**parts, "send": self._send, "took_whole": self._send})()
+        self.engine: Any = type("Engine", (), {**parts, "send": self._send, "took_whole": self._agree})()
+        self.engine.counts_in_reply = lambda told: told.get("counts", UNTOLD)
+        self.in_log = UNTOLD
         self._model = model
 
     @staticmethod
-    async def _send(*_: Any) -> bool:
+    async def _send(*_: Any) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    async def _agree(*_: Any) -> bool:
         return True
+
+    def forget_counts(self) -> None:
+        self.in_log = UNTOLD
+
+    def counts_in_log(self) -> PromptCounts:
+        return self.in_log
 
     def sample(self) -> EngineSample:
         return EngineSample(self.engine_key, (os.getpid(),), is_idle=self.is_idle, requests=1, model=self._model)
@@ -108,7 +126,7 @@ class DictatedHost(ThisHost):
         self.stalls: DictatedStalls | None = None
 
     def watch_stalls(self, longest_s: int) -> Any:
-        assert longest_s > keepwarm.GUARD_S
+        assert longest_s > pressure_watch.WATCH_INTERVAL_S
         return self.stalls
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
@@ -141,40 +159,50 @@ class Rig:
         log: Any = structlog.wrap_logger(self.log, processors=[])
         self.toucher = Toucher(host.paging)
         self.toucher.use([model])
-        self.turns = turns = Turns(lambda: MIB)
+        self.room = CacheRoom()
+        self.turns = turns = Turns(lambda: MIB, lambda: self.room)
         self.places = Places(engine, lambda: 4)
 
         async def nothing() -> None:
             return None
 
-        self.service = KeepWarm(
+        self.settings = Settings().warmth
+        self.warming = Warming(
             host,
             log,
-            Settings,
             engine,
-            MemoryMeter(host, log, engine.sample),
             self.toucher,
             turns,
-            Knocks(),
             self.places,
-            Accounts(folder / "history.db", log),
             Forecaster(host, log, engine.sample, turns, nothing),
+            Spending(Accounts(folder / "history.db", log)),
         )
+        meter = MemoryMeter(host, log, engine.sample)
+        self.watch = PressureWatch(host, log, lambda: self.settings, engine, meter, self.warming)
+        self.service = KeepWarm(log, lambda: self.settings, engine, self.warming, self.watch, Knocks())
+        self.touching = self.service._touching
 
-    def hears(self, turn: Turn) -> list[str]:
-        """Have a user's turn in the engine's cache; return a list to which the prompts of replays will be added."""
+    def hears(self, *told: Turn, counts: Sequence[PromptCounts] = ()) -> list[str]:
+        """Have users' turns in the engine's cache; return a list to which the prompts of replays will be added.
+
+        Args:
+            told: the turns.
+            counts: what the engine tells of each replay, nothing when they are used up.
+        """
         prompts: list[str] = []
+        left = list(counts)
 
-        async def send(_: int, request: Replay, __: float) -> bool:
+        async def send(_: int, request: Replay, __: float) -> Mapping[str, Any]:
             prompts.append(request.body["prompt"])
-            return True
+            return {"counts": left.pop(0)} if left else {}
 
         async def continues_turns(*_: Any) -> bool:
             return True
 
         self.engine.engine.send, self.engine.engine.continues_turns = send, continues_turns
-        self.turns.begin(self.engine.engine_key)
-        self.turns.end(self.engine.engine_key, lambda: turn)
+        for turn in told:
+            self.turns.begin(self.engine.engine_key)
+            self.turns.end(self.engine.engine_key, lambda turn=turn: turn)  # type: ignore[misc]  # the loop's variable
         return prompts
 
     async def is_watching(self) -> None:
@@ -196,9 +224,9 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
 
 async def test_it_ends_when_nothing_has_been_taken_for_a_while(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    monkeypatch.setattr(touching, "PAUSE_S", 0.001)
     async with asyncio.timeout(LIMIT_S):
-        await rig.service._dwell()
+        await rig.touching.run()
     told = rig.dwelt()
     assert told is not None
     assert 25 <= told["rounds"] <= 26
@@ -206,34 +234,34 @@ async def test_it_ends_when_nothing_has_been_taken_for_a_while(rig: Rig, monkeyp
 
 @pytest.mark.parametrize("reason", ["hold", "pause", "cool", "engine", "battery"])
 async def test_it_ends_when_it_may_no_longer(rig: Rig, reason: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    monkeypatch.setattr(touching, "PAUSE_S", 0.001)
     if reason == "hold":
-        rig.service._guard = replace(Guard(), hold=Hold.NO_WARMING)
+        rig.watch.guard = replace(Guard(), hold=Hold.NO_WARMING)
     elif reason == "engine":
         rig.engine.port = None
     elif reason == "battery":
-        rig.service._power = (time.monotonic(), Power(source=PowerSource.BATTERY))
+        rig.watch._power = (time.monotonic(), Power(source=PowerSource.BATTERY))
     else:
         await rig.service.cool(60) if reason == "cool" else rig.service.pause(60)
     async with asyncio.timeout(LIMIT_S):
-        await rig.service._dwell()
+        await rig.touching.run()
     told = rig.dwelt()
     assert told is not None
     assert told["rounds"] == 0
 
 
 async def test_it_goes_on_while_a_user_is_served(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    monkeypatch.setattr(touching, "PAUSE_S", 0.001)
     rig.engine.is_idle = False
     async with asyncio.timeout(LIMIT_S):
-        await rig.service._dwell()
+        await rig.touching.run()
     told = rig.dwelt()
     assert told is not None
     assert told["rounds"] >= 25
 
 
 async def test_what_the_engine_does_for_a_user_meanwhile_is_not_its_cost(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    monkeypatch.setattr(touching, "PAUSE_S", 0.001)
     touch = rig.toucher.touch
 
     async def touch_beside_a_busy_engine() -> Touched:
@@ -244,14 +272,14 @@ async def test_what_the_engine_does_for_a_user_meanwhile_is_not_its_cost(rig: Ri
 
     monkeypatch.setattr(rig.toucher, "touch", touch_beside_a_busy_engine)
     async with asyncio.timeout(LIMIT_S):
-        await rig.service._dwell()
+        await rig.touching.run()
     told = rig.dwelt()
     assert told is not None
     assert told["cpu_s"] < 25 * 0.02
 
 
 async def test_a_user_who_comes_stops_a_touch_and_not_those_after_it(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    monkeypatch.setattr(touching, "PAUSE_S", 0.001)
     begun, stopped, touch = asyncio.Event(), asyncio.Event(), rig.toucher.touch
 
     async def stopped_touch() -> Touched:
@@ -262,7 +290,7 @@ async def test_a_user_who_comes_stops_a_touch_and_not_those_after_it(rig: Rig, m
     monkeypatch.setattr(rig.toucher, "touch", stopped_touch)
     monkeypatch.setattr(rig.toucher, "stop", stopped.set)
     async with asyncio.timeout(LIMIT_S):
-        dwelling = asyncio.create_task(rig.service._dwell())
+        dwelling = asyncio.create_task(rig.touching.run())
         await begun.wait()
         await rig.is_watching()
         async with rig.places.taken(places.Hold(LIMIT_S), is_work=True, goes_first=False):
@@ -275,7 +303,7 @@ async def test_a_user_who_comes_stops_a_touch_and_not_those_after_it(rig: Rig, m
 
 
 async def test_it_goes_on_while_a_pass_sends_its_replay(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
+    monkeypatch.setattr(touching, "PAUSE_S", 0.001)
     rig.hears(Turn("/api/v1/generate", {"prompt": "Once"}, " upon a time"))
     touch, is_sending, touched = rig.toucher.touch, False, asyncio.Event()
 
@@ -284,36 +312,36 @@ async def test_it_goes_on_while_a_pass_sends_its_replay(rig: Rig, monkeypatch: p
             touched.set()
         return await touch(*args)
 
-    async def send(*_: Any) -> bool:
+    async def send(*_: Any) -> dict[str, Any] | None:
         nonlocal is_sending
         is_sending = True
         await touched.wait()
-        return True
+        return {}
 
     monkeypatch.setattr(rig.toucher, "touch", seen_touch)
     rig.engine.engine.send = send
-    rig.service._memory = SystemMemory(pressure=Pressure.WARN)
+    rig.watch.memory = SystemMemory(pressure=Pressure.WARN)
     async with asyncio.timeout(LIMIT_S):
-        dwelling = asyncio.create_task(rig.service._dwell())
+        dwelling = asyncio.create_task(rig.touching.run())
         assert "replay" in (await rig.service.warm())["steps"]
         dwelling.cancel()
 
 
 async def test_it_stays_while_there_is_pressure(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(keepwarm, "_DWELL_PAUSE_S", 0.001)
-    rig.service._memory = SystemMemory(pressure=Pressure.WARN)
+    monkeypatch.setattr(touching, "PAUSE_S", 0.001)
+    rig.watch.memory = SystemMemory(pressure=Pressure.WARN)
     touch, rounds = rig.toucher.touch, 0
 
     async def counted() -> Touched:
         nonlocal rounds
         rounds += 1
         if rounds == 60:
-            rig.service._memory = SystemMemory(pressure=Pressure.NORMAL)
+            rig.watch.memory = SystemMemory(pressure=Pressure.NORMAL)
         return await touch()
 
     monkeypatch.setattr(rig.toucher, "touch", counted)
     async with asyncio.timeout(LIMIT_S):
-        await rig.service._dwell()
+        await rig.touching.run()
     assert 60 + 24 <= rounds <= 60 + 26
 
 
@@ -328,50 +356,50 @@ async def test_it_stays_while_there_is_pressure(rig: Rig, monkeypatch: pytest.Mo
 async def test_a_look_is_taken_at_once_when_memory_of_the_idle_engine_is_taken(
     rig: Rig, memory: EngineMemory, is_losing: bool
 ):
-    await rig.service._watch()
+    await rig.watch.read()
     rig.service._trigger = Trigger.TIMER  # the first look is for the new engine
     rig.host.of_engine = memory
-    await rig.service._watch()
+    await rig.watch.read()
     assert rig.service._trigger is (Trigger.LOSING if is_losing else Trigger.TIMER)
 
 
 async def test_what_a_generation_needed_and_gave_back_is_no_loss(rig: Rig):
-    await rig.service._watch()
+    await rig.watch.read()
     rig.service._trigger = Trigger.TIMER
     rig.engine.is_idle = False
     rig.host.of_engine = EngineMemory(resident_bytes=300 * MIB)
-    await rig.service._watch()
+    await rig.watch.read()
     rig.engine.is_idle = True
     rig.host.of_engine = EngineMemory(resident_bytes=100 * MIB)
-    await rig.service._watch()
+    await rig.watch.read()
     assert rig.service._trigger is Trigger.TIMER
 
 
 async def test_what_a_pass_of_emberds_own_needed_is_no_loss(rig: Rig):
-    await rig.service._watch()
+    await rig.watch.read()
     rig.service._trigger = Trigger.TIMER
-    async with rig.service._acting:
+    async with rig.warming.passing:
         rig.host.of_engine = EngineMemory(resident_bytes=300 * MIB)
-        await rig.service._watch()
+        await rig.watch.read()
     rig.host.of_engine = EngineMemory(resident_bytes=100 * MIB)
-    await rig.service._watch()
+    await rig.watch.read()
     assert rig.service._trigger is Trigger.TIMER
 
 
 async def test_a_new_engine_is_not_held_against_the_old_one(rig: Rig):
-    await rig.service._watch()
+    await rig.watch.read()
     rig.engine.engine_key = "2:b"
     rig.host.of_engine = EngineMemory(resident_bytes=MIB)
-    await rig.service._watch()
+    await rig.watch.read()
     assert rig.service._trigger is Trigger.RESTARTED
 
 
 async def test_a_loss_that_comes_too_soon_is_looked_after_when_that_is_due(rig: Rig):
-    rig.service._last_pass_s = time.monotonic()
+    rig.warming.last_pass_s = time.monotonic()
     rig.service._trigger = Trigger.LOSING
     await rig.service._look()
     assert rig.service._trigger is Trigger.LOSING
-    rig.service._last_pass_s -= Settings().warmth.min_interval_s
+    rig.warming.last_pass_s -= Settings().warmth.min_interval_s
     await rig.service._look()
     told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "keepwarm"]
     assert [each["reason"] for each in told] == [Reason.LOSING.value]
@@ -380,18 +408,17 @@ async def test_a_loss_that_comes_too_soon_is_looked_after_when_that_is_due(rig: 
 @pytest.mark.parametrize("is_dwelling", [True, False])
 async def test_a_loss_that_the_touching_kept_away_makes_no_later_one_wait(rig: Rig, *, is_dwelling: bool):
     if is_dwelling:
-        rig.service._begin_to_dwell()
+        rig.touching.begin()
     rig.service._trigger = Trigger.LOSING
     await rig.service._look()
     shortest_s = Settings().warmth.min_interval_s
     assert rig.service._loss_wait_s == (shortest_s if is_dwelling else 2 * shortest_s)
-    if rig.service._dwelling is not None:
-        rig.service._dwelling.cancel()
+    rig.touching.stop()
 
 
 @contextlib.asynccontextmanager
 async def watching(rig: Rig) -> AsyncIterator[None]:
-    task = asyncio.create_task(rig.service._keep_watch())
+    task = asyncio.create_task(rig.watch.run(rig.service._after_reading))
     try:
         async with asyncio.timeout(LIMIT_S):
             yield
@@ -402,14 +429,14 @@ async def watching(rig: Rig) -> AsyncIterator[None]:
 async def test_a_calm_computer_is_looked_at_when_programs_wait_for_memory_and_then_all_the_time(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(keepwarm, "GUARD_S", 0.001)
-    monkeypatch.setattr(keepwarm, "_CALM_AFTER_S", 0)
+    monkeypatch.setattr(pressure_watch, "WATCH_INTERVAL_S", 0.001)
+    monkeypatch.setattr(pressure_watch, "_CALM_AFTER_S", 0)
     stalls = rig.host.stalls = DictatedStalls()
     async with watching(rig):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await rig.host.has_read(1)
-        monkeypatch.setattr(keepwarm, "_CALM_AFTER_S", LIMIT_S)
+        monkeypatch.setattr(pressure_watch, "_CALM_AFTER_S", LIMIT_S)
         stalls.news.set()
         await rig.host.has_read(5)
     assert stalls.is_closed
@@ -418,8 +445,8 @@ async def test_a_calm_computer_is_looked_at_when_programs_wait_for_memory_and_th
 async def test_where_the_kernel_tells_of_no_stalls_a_calm_computer_is_looked_at_all_the_time(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(keepwarm, "GUARD_S", 0.001)
-    monkeypatch.setattr(keepwarm, "_CALM_AFTER_S", 0)
+    monkeypatch.setattr(pressure_watch, "WATCH_INTERVAL_S", 0.001)
+    monkeypatch.setattr(pressure_watch, "_CALM_AFTER_S", 0)
     async with watching(rig):
         await rig.host.has_read(5)
 
@@ -427,14 +454,14 @@ async def test_where_the_kernel_tells_of_no_stalls_a_calm_computer_is_looked_at_
 async def test_a_computer_is_looked_at_all_the_time_for_a_while_after_something_has_happened(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(keepwarm, "GUARD_S", 0.001)
+    monkeypatch.setattr(pressure_watch, "WATCH_INTERVAL_S", 0.001)
     rig.host.stalls = DictatedStalls()
     async with watching(rig):
         await rig.host.has_read(5)
 
 
 async def test_a_reading_that_fails_is_logged_and_the_watch_goes_on(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(keepwarm, "GUARD_S", 0.001)
+    monkeypatch.setattr(pressure_watch, "WATCH_INTERVAL_S", 0.001)
     read = rig.host.system_memory
 
     def fail() -> SystemMemory:
@@ -451,7 +478,7 @@ async def test_a_reading_that_fails_is_logged_and_the_watch_goes_on(rig: Rig, mo
 async def test_a_new_engine_is_noticed_at_once(rig: Rig):
     changed = asyncio.Event()
     rig.engine.wait_for_change = changed.wait
-    following = asyncio.create_task(rig.service._follow_engine())
+    following = asyncio.create_task(rig.watch._follow_engine())
     rig.service._trigger = Trigger.TIMER
     await asyncio.sleep(0)
     changed.set()
@@ -481,7 +508,7 @@ async def test_a_replay_has_several_tokens_to_process_where_the_buffers_for_them
     rig: Rig, pressure: Pressure, swapped_bytes: int | None, count: int
 ):
     prompts = rig.hears(TURN)
-    rig.service._memory = SystemMemory(pressure=pressure)
+    rig.watch.memory = SystemMemory(pressure=pressure)
     rig.host.of_engine = EngineMemory(swapped_bytes=swapped_bytes, footprint_bytes=100 * MIB)
     told = await rig.service.warm()
     assert told["steps"] == ["touch", "replay"]
@@ -539,8 +566,10 @@ async def test_what_a_replay_leaves_in_swap_is_a_loss_only_once(rig: Rig):
     rig.hears(TURN)
 
     async def has_lost(swapped_bytes: int) -> bool:
-        rig.host.of_engine = EngineMemory(100 * MIB, swapped_bytes=swapped_bytes, footprint_bytes=200 * MIB)
-        rig.service._watch_engine()
+        rig.host.of_engine = EngineMemory(
+            100 * MIB, swapped_bytes=swapped_bytes, footprint_bytes=200 * MIB, major_faults=0
+        )
+        rig.watch._watch_engine()
         return bool((await rig.service.warm())["had_lost"])
 
     assert await has_lost(96 * MIB)
@@ -579,9 +608,9 @@ async def test_a_user_who_comes_at_the_moment_of_the_replay_is_seen(rig: Rig):
         users.append(asyncio.create_task(come()))  # its first step comes before those of what is created next
         return True
 
-    async def send(*_: Any) -> bool:
+    async def send(*_: Any) -> dict[str, Any] | None:
         await aborted.wait()
-        return False
+        return None
 
     async def abort(*_: Any) -> bool:
         aborted.set()
@@ -597,10 +626,10 @@ async def test_a_user_who_comes_at_the_moment_of_the_replay_is_seen(rig: Rig):
 async def test_a_page_that_polls_does_not_end_a_replay(rig: Rig):
     rig.hears(TURN)
 
-    async def send(*_: Any) -> bool:
+    async def send(*_: Any) -> dict[str, Any] | None:
         async with rig.places.taken(places.Hold(LIMIT_S), is_work=False, goes_first=False, uses_model=False):
             await asyncio.sleep(0)
-        return True
+        return {}
 
     rig.engine.engine.send = send
     assert (await rig.service.warm())["steps"] == ["touch", "replay"]
@@ -610,10 +639,10 @@ async def test_a_pass_under_way_ends_under_critical_pressure(rig: Rig):
     rig.hears(TURN)
     begun = asyncio.Event()
 
-    async def send(*_: Any) -> bool:
+    async def send(*_: Any) -> dict[str, Any] | None:
         begun.set()
         await asyncio.sleep(LIMIT_S)
-        return True
+        return {}
 
     async def abort(*_: Any) -> bool:
         return True
@@ -623,33 +652,32 @@ async def test_a_pass_under_way_ends_under_critical_pressure(rig: Rig):
         warming = asyncio.create_task(rig.service.warm())
         await begun.wait()
         rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.CRITICAL)
-        await rig.service._watch()
+        await rig.watch.read()
         assert (await warming)["steps"] == ["touch"]
     rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.NORMAL)
-    await rig.service._watch()
-    assert not rig.service._letting_go.is_set()
+    await rig.watch.read()
+    assert not rig.warming.letting_go.is_set()
 
 
 @pytest.mark.parametrize("trigger", [Trigger.KNOCK, Trigger.RELIEVED, Trigger.LOSING])
 @pytest.mark.parametrize("obstacle", ["user", "pressure"])
 async def test_what_woke_it_outlasts_an_obstacle_that_passes(rig: Rig, trigger: Trigger, obstacle: str):
-    rig.service._memory = SystemMemory(pressure=Pressure.NORMAL)
+    rig.watch.memory = SystemMemory(pressure=Pressure.NORMAL)
     if obstacle == "user":
         rig.engine.is_idle = False
     else:
-        rig.service._last_critical_s = time.monotonic()
+        rig.watch.last_critical_s = time.monotonic()
     rig.service._trigger = trigger
     await rig.service._look()
     assert rig.service._last is None
-    rig.engine.is_idle, rig.service._last_critical_s = True, None
+    rig.engine.is_idle, rig.watch.last_critical_s = True, None
     await rig.service._look()
     assert rig.service._last is not None
     assert rig.service._last["reason"] == trigger.value
 
 
 async def test_the_hours_of_the_settings_count_again_when_a_verb_has_ended(rig: Rig):
-    settings = Settings(warmth=replace(WarmthSettings(), cool_hours=("00:00-12:00", "12:00-00:00")))
-    rig.service._settings = lambda: settings
+    rig.settings = replace(WarmthSettings(), cool_hours=("00:00-12:00", "12:00-00:00"))
     rig.service._cool_until_s = time.monotonic() - 1
     assert (await rig.service._snapshot()).cool_until_s is not None
     assert (await rig.service._snapshot()).cool_until_s > time.monotonic()
@@ -657,12 +685,12 @@ async def test_the_hours_of_the_settings_count_again_when_a_verb_has_ended(rig: 
 
 async def test_a_clock_that_is_set_back_puts_off_no_look(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     planned: list[float] = []
-    rig.service._next_s = time.monotonic() + 5
     monkeypatch.setattr(rig.service, "_plan", planned.append)
-    monkeypatch.setattr(keepwarm, "_clock_gap_s", lambda: rig.service._gap_s - 7200)
-    await rig.service._watch()
-    assert planned
-    assert 4 < planned[-1] <= 5
+    await rig.watch.read()
+    planned.clear()
+    monkeypatch.setattr(pressure_watch, "clock_gap_s", lambda: rig.watch._gap_s - 7200)
+    await rig.watch.read()
+    assert planned == [0], "a look that is not due plans the next one by the clock as it is now"
 
 
 async def test_a_lock_that_a_user_ends_is_not_kept_in_part(rig: Rig, monkeypatch: pytest.MonkeyPatch):
@@ -678,53 +706,53 @@ async def test_a_lock_that_a_user_ends_is_not_kept_in_part(rig: Rig, monkeypatch
 
     monkeypatch.setattr(rig.toucher, "lock", lock)
     monkeypatch.setattr(rig.toucher, "unlock", unlock)
-    assert await rig.service._touch(locks=True) is None
+    assert await rig.warming._touch(locks=True) is None
     assert unlocked.is_set()
-    assert not rig.service._is_locked_outside()
+    assert not rig.warming.is_locked_outside
 
 
 async def test_a_lock_on_a_file_that_was_replaced_is_none(rig: Rig):
-    assert await rig.service._touch(locks=True) is not None
-    assert rig.service._is_locked_outside()
+    assert await rig.warming._touch(locks=True) is not None
+    assert rig.warming.is_locked_outside
     model = rig.engine.sample().model
     assert model is not None
     os.utime(model, (1, 1))
-    assert not rig.service._is_locked_outside()
+    assert not rig.warming.is_locked_outside
 
 
 async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig):
     begun, ended = asyncio.Event(), asyncio.Event()
 
-    async def send(*_: Any) -> bool:
+    async def send(*_: Any) -> dict[str, Any] | None:
         begun.set()
         try:
             await asyncio.sleep(LIMIT_S)
         finally:
             ended.set()
-        return True
+        return {}
 
     async def abort(*_: Any) -> None:
         return None
 
     rig.engine.engine.send, rig.engine.engine.abort = send, abort
-    await rig.service._watch()
+    await rig.watch.read()
     async with asyncio.timeout(LIMIT_S / 2):
         looking = asyncio.create_task(rig.service._look())
         await begun.wait()
-        rig.service._last_pass_s = time.monotonic()
+        rig.warming.last_pass_s = time.monotonic()
         rig.host.of_system = SystemMemory(swapped_out_bytes=1024 * MIB, pressure=Pressure.WARN)
-        await rig.service._watch()
+        await rig.watch.read()
         await looking
     assert ended.is_set()
-    assert rig.service._guard.hold is not Hold.ALL
+    assert rig.watch.guard.hold is not Hold.ALL
     assert rig.service._last is not None
     assert rig.service._last["steps"] == ["touch"]
 
 
 async def test_a_look_that_is_asked_for_during_another_one_comes_after_it(rig: Rig):
-    async def send(*_: Any) -> bool:
+    async def send(*_: Any) -> dict[str, Any] | None:
         rig.service.wake(Trigger.KNOCK)
-        return True
+        return {}
 
     rig.engine.engine.send = send
     await rig.service._look()
@@ -736,7 +764,157 @@ async def test_a_look_that_is_asked_for_during_another_one_comes_after_it(rig: R
 @pytest.mark.parametrize(("pressure", "times"), [(Pressure.NORMAL, 0), (Pressure.UNKNOWN, 0), (Pressure.WARN, 1)])
 async def test_emberds_own_memory_is_recalled_while_there_is_pressure(rig: Rig, pressure: Pressure, times: int):
     rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=pressure)
-    await rig.service._watch()
-    if rig.service._recalling is not None:
-        await rig.service._recalling
+    await rig.watch.read()
+    if rig.watch._recalling is not None:
+        await rig.watch._recalling
     assert rig.host.recalled == times
+
+
+# --- what the engine tells of replays -----------------------------------------------------------------------------
+
+HIT, MISS = PromptCounts(500, 1, 1), PromptCounts(0, 501, 1)
+
+
+def tale(name: str, tokens: int) -> Turn:
+    return Turn("/completion", {"prompt": name}, "", PromptCounts(0, tokens, 0))
+
+
+def missed(rig: Rig) -> list[dict[str, Any]]:
+    return [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "replay_missed"]
+
+
+async def test_a_replay_that_found_nothing_ends_the_pass_is_said_once_and_never_sent_again(rig: Rig):
+    rig.engine.engine.name = "llama-server"
+    prompts = rig.hears(tale("a", 500), counts=[MISS])
+    assert (await rig.service.warm())["steps"] == ["touch"]
+    for _ in range(3):
+        assert (await rig.service.warm())["steps"] == ["touch"]
+    assert prompts == ["a"]
+    assert [(each["kind"], each["processed_tokens"], each["is_barred"]) for each in missed(rig)] == [
+        ("llama", 501, True)
+    ]
+    status = await rig.service.status()
+    assert status["reuse"]["last_replay"]["processed"] == 501
+    assert (status["reuse"]["misses"], status["reuse"]["barred"]) == (1, ["llama"])
+    assert status["cost"]["processed_tokens"] == 501
+
+
+async def test_a_new_engine_may_be_sent_what_another_one_did_not_keep(rig: Rig):
+    rig.engine.engine.name = "llama-server"
+    prompts = rig.hears(tale("a", 500), counts=[MISS])
+    await rig.service.warm()
+    rig.engine.engine_key = "2:b"
+    assert (await rig.service.warm())["steps"] == ["touch", "replay"]
+    assert prompts == ["a", "a"]
+
+
+async def test_the_latest_conversation_is_sent_again_when_another_one_may_have_pushed_it_out(rig: Rig):
+    rig.room, rig.engine.engine.name = CacheRoom(4, 4096), "llama-server"
+    prompts = rig.hears(tale("a", 500), tale("b", 500), tale("c", 500), counts=[HIT, HIT, MISS, HIT])
+    assert (await rig.service.warm())["steps"] == ["touch"]
+    assert prompts == ["c", "a", "b", "c"]
+    prompts.clear()
+    assert (await rig.service.warm())["steps"] == ["touch", "replay"]
+    assert prompts == ["c", "a", "c"], "b is not there any more"
+    assert len(missed(rig)) == 1
+
+
+async def test_conversations_that_do_not_fit_together_are_not_replayed_together(rig: Rig):
+    rig.room, rig.engine.engine.name = CacheRoom(4, 4096), "llama-server"
+    prompts = rig.hears(tale("a", 3400), tale("b", 3400), tale("c", 1100))
+    await rig.service.warm()
+    assert prompts == ["c"]
+
+
+async def test_a_new_engine_gets_the_latest_conversation_only(rig: Rig):
+    rig.room, rig.engine.engine.name = CacheRoom(4, 4096), "llama-server"
+    prompts = rig.hears(tale("a", 500), tale("b", 500))
+    rig.engine.engine_key = "2:b"
+    await rig.service.warm()
+    await rig.service.warm()
+    assert prompts == ["b", "b"], "a is not in the new engine's cache"
+
+
+async def test_what_the_engines_log_tells_counts_where_its_replies_tell_nothing(rig: Rig):
+    rig.hears(TURN)
+
+    async def send(*_: Any) -> Mapping[str, Any]:
+        rig.engine.in_log = MISS
+        return {}
+
+    rig.engine.engine.send = send
+    await rig.service.warm()
+    assert missed(rig)[0]["processed_tokens"] == MISS.processed
+
+
+async def test_users_who_twice_did_not_find_what_was_kept_end_the_replays(rig: Rig):
+    rig.engine.engine.name = "llama-server"
+
+    async def next_turn(number: int) -> list[str]:
+        turn = Turn("/completion", {"prompt": "Once" + " more" * number}, "", PromptCounts(0, 500, 0))
+        rig.hears(turn, counts=[HIT] * 2)
+        steps: list[str] = (await rig.service.warm())["steps"]
+        return steps
+
+    steps = [await next_turn(number) for number in range(3)]
+    assert steps == [["touch", "replay"], ["touch", "replay"], ["touch"]]
+    assert (await rig.service.status())["reuse"]["lost_turns"] == 2
+
+
+async def test_passes_that_take_too_much_of_a_processor_for_nothing_are_made_less_often(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    used_s = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(rig.warming, "cpu_s", lambda **_: next(used_s))
+    rig.service._trigger = Trigger.KNOCK
+    await rig.service._look()
+    rig.warming.last_pass_s = time.monotonic() - 3600
+    for _ in range(2):
+        rig.service._trigger = Trigger.KNOCK
+        await rig.service._look()
+    told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "keepwarm_over_budget"]
+    assert len(told) == 1
+    assert 590 < told[0]["wait_s"] <= 600
+    assert (await rig.service.status())["over_budget_for_s"] > 590
+    rig.service._trigger = Trigger.LOSING
+    await rig.service._look()
+    assert rig.service._last is not None
+    assert rig.service._last["reason"] == "losing", "what was taken is brought back all the same"
+
+
+async def test_a_storm_makes_it_touch_at_once_and_all_the_time_before_anything_is_missing(rig: Rig):
+    await rig.watch.read()
+    rig.host.of_system = SystemMemory(swapped_out_bytes=1024 * MIB, pressure=Pressure.NORMAL)
+    await rig.watch.read()
+    await rig.service._after_reading()
+    assert rig.touching.is_on
+    assert (await rig.service._snapshot()).is_storming
+    rig.touching.stop()
+
+
+@pytest.mark.parametrize("obstacle", ["lock", "pause", "machine-first"])
+async def test_in_a_storm_nothing_is_touched_where_it_would_be_wrong(rig: Rig, obstacle: str):
+    if obstacle == "lock":
+        rig.engine.lock_state = LockState.HELD
+    elif obstacle == "pause":
+        rig.service.pause(60)
+    else:
+        rig.settings = replace(rig.settings, priority="machine-first")
+    await rig.watch.read()
+    rig.host.of_system = SystemMemory(swapped_out_bytes=32 * MIB, pressure=Pressure.NORMAL)
+    await rig.watch.read()
+    await rig.service._after_reading()
+    assert not rig.touching.is_on
+
+
+async def test_beside_a_lock_that_stays_the_cache_is_kept_and_it_is_said_that_nothing_helps(rig: Rig):
+    rig.engine.lock_state = LockState.HELD
+    rig.hears(TURN)
+    await rig.watch.read()
+    rig.host.of_system = SystemMemory(swapped_out_bytes=1024 * MIB, pressure=Pressure.NORMAL)
+    await rig.watch.read()
+    assert (await rig.service.warm())["steps"] == ["replay"]
+    status = await rig.service.status()
+    assert (status["hold"], status["is_helpless"]) == ("all", True)
+    told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "thrash_guard"]
+    assert [(each["hold"], each["is_helpless"]) for each in told] == [("all", True)]

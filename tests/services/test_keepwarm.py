@@ -266,3 +266,57 @@ def test_without_reprime_a_new_engine_gets_no_user_s_prompt_from_emberd(make_dae
     tinies = passes(daemon, "tiny")
     wait_for_pass(daemon, "tiny", tinies + 1)
     assert timed(daemon, STORY, 1)[0] > 1.4
+
+
+# --- proven by the engine's own counts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["1.76", "1.104", "1.115.1"])
+def test_the_status_tells_what_koboldcpp_reused_for_a_user_and_for_a_replay(make_daemon: MakeDaemon, version: str):
+    daemon = warm_daemon(make_daemon, STANDIN_VERSION=version)
+    _, reply = timed(daemon, STORY, 4)
+    told = daemon.status()["warmth"]["reuse"]["last_turn"]
+    assert told["processed"] == pytest.approx(301, abs=3)
+    done = passes(daemon, "replay")
+    wait_for_pass(daemon, "replay", done + 1)
+    reuse = daemon.status()["warmth"]["reuse"]
+    assert reuse["last_replay"]["processed"] <= 3
+    assert reuse["last_replay"]["reused"] > 290
+    assert (reuse["misses"], reuse["barred"]) == (0, [])
+    timed(daemon, f"{STORY}{reply} and then", 1)
+    status = daemon.status()["warmth"]
+    assert status["reuse"]["last_turn"]["processed"] < 10
+    assert status["reuse"]["lost_turns"] == 0
+    assert 300 < status["cost"]["processed_tokens"] + 300 < 400
+    assert "tokens reused" in daemon.verb("status").stdout
+
+
+def test_an_engine_that_keeps_no_prompt_is_sent_one_replay_and_no_more(make_daemon: MakeDaemon):
+    settings = {"engine.extra_args": ["--parallelrequests", "4"], "engine.lock": "never"}
+    daemon = warm_daemon(make_daemon, settings, STANDIN_VERSION="1.115.1")
+    timed(daemon, STORY, 4)
+    seen = daemon.wait_event("replay_missed")
+    assert seen["processed_tokens"] > 300
+    assert seen["is_barred"]
+    touches = passes(daemon, "touch")
+    wait_for_pass(daemon, "touch", touches + 2)
+    assert not passes(daemon, "replay")
+    assert len(daemon.events("replay_missed")) == 1
+    timed(daemon, STORY, 4)
+    touches = passes(daemon, "touch")
+    wait_for_pass(daemon, "touch", touches + 2)
+    assert len(daemon.events("replay_missed")) == 1
+    codes = {each["code"]: each for each in json.loads(daemon.verb("doctor", "--json").stdout)["conditions"]}
+    assert "1 of 1 replays" in codes["WARMTH_WASTED"]["evidence"]
+    assert "sent no more" in daemon.verb("status").stdout
+
+
+def test_a_user_who_left_while_the_prompt_was_processed_makes_no_replay_miss(make_daemon: MakeDaemon):
+    daemon = warm_daemon(make_daemon)
+    with pytest.raises(httpx.ReadTimeout):
+        daemon.complete(STORY, 4, timeout_s=0.4)
+    done = passes(daemon, "replay")
+    wait_for_pass(daemon, "replay", done + 2)
+    reuse = daemon.status()["warmth"]["reuse"]
+    assert (reuse["misses"], reuse["barred"]) == (0, [])
+    assert timed(daemon, STORY)[0] < 0.6, "the rest was processed in the background"

@@ -15,8 +15,8 @@ import structlog
 
 from emberd.core.access import AccessRules
 from emberd.core.errors import NotReady
-from emberd.core.replay import Turn
 from emberd.core.settings import EndpointSettings, Settings
+from emberd.core.turn import UNTOLD, PromptCounts, Turn
 from emberd.core.warmth import Cache
 from emberd.engine.http import EngineHttp
 from emberd.engine.koboldcpp import KoboldCpp
@@ -49,6 +49,7 @@ class OpenGate:
         self.asked = self.held = 0
         self.stays_ready = False
         self.engine_key = "1:a"
+        self.in_log = UNTOLD
         unused: Any = None
         self.engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused)
 
@@ -90,6 +91,13 @@ class OpenGate:
         self.refused.append(port)
         if not self.stays_ready:
             self.ready.clear()
+
+    def forget_counts(self) -> None:
+        """Forget."""
+        self.in_log = UNTOLD
+
+    def counts_in_log(self) -> PromptCounts:
+        return self.in_log
 
 
 class Engine:

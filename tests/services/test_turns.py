@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from emberd.core.replay import Turn, is_of_same_conversation
+from emberd.core.reuse import CacheRoom
+from emberd.core.turn import Turn, is_of_same_conversation
 from emberd.core.warmth import Cache
 from emberd.services.turns import Turns
 
@@ -34,7 +35,7 @@ def test_one_slot_keeps_the_last_turn_only():
 
 
 def test_several_slots_keep_one_turn_of_each_conversation_the_latest_last():
-    turns = Turns(lambda: MANY, lambda: 3)
+    turns = Turns(lambda: MANY, lambda: CacheRoom(3, 4096))
     second = turn(SEA + " Yes. And then?")
     assert after(turns, turn(SEA), turn(HILLS), second) == (turn(HILLS), second)
     assert turns.last == second
@@ -42,13 +43,17 @@ def test_several_slots_keep_one_turn_of_each_conversation_the_latest_last():
 
 def test_the_oldest_conversation_goes_when_the_slots_are_full_or_the_bytes_are():
     prompts = [f"{number}{number} is how it begins" for number in range(5)]
-    assert after(Turns(lambda: MANY, lambda: 2), *map(turn, prompts)) == tuple(map(turn, prompts[-2:]))
+    assert after(Turns(lambda: MANY, lambda: CacheRoom(2, 4096)), *map(turn, prompts)) == tuple(
+        map(turn, prompts[-2:])
+    )
     size = 2 * len('{"prompt": "00 is how it begins"}') + 2 * len(" Yes.")
-    assert after(Turns(lambda: size, lambda: 4), *map(turn, prompts)) == tuple(map(turn, prompts[-2:]))
+    assert after(Turns(lambda: size, lambda: CacheRoom(4, 4096)), *map(turn, prompts)) == tuple(
+        map(turn, prompts[-2:])
+    )
 
 
 def test_what_is_not_known_may_have_taken_any_slot():
-    turns = Turns(lambda: MANY, lambda: 4)
+    turns = Turns(lambda: MANY, lambda: CacheRoom(4, 4096))
     assert after(turns, turn(SEA), turn(HILLS), None) == ()
     assert turns.cache(ENGINE, is_adopted=False) is Cache.UNKNOWN
 
@@ -70,7 +75,7 @@ def test_a_reply_is_taken_apart_only_when_somebody_wants_it():
 
 
 def test_what_is_forgotten_is_gone_also_what_nobody_has_looked_at():
-    turns = Turns(lambda: MANY, lambda: 2)
+    turns = Turns(lambda: MANY, lambda: CacheRoom(2, 4096))
     turns.begin(ENGINE)
     turns.end(ENGINE, lambda: turn(SEA))
     assert turns.forget()

@@ -59,6 +59,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str, str]]:
         seen = status["residency"]
         rows.append(("resident", residency_words(seen), "dim" if seen["share"] is None else ""))
     rows.append(("warmth", _warmth_words(status["warmth"]), ""))
+    rows += _reuse_rows(status["warmth"]["reuse"])
     rows += _forecast_rows(status["warmth"])
     rows += _memory_rows(status["memory"])
     rows += [("sleep", "prevented while on mains (power.prevent_sleep)", "")] * status["prevents_sleep"]
@@ -97,6 +98,10 @@ def _warmth_words(warmth: dict[str, Any]) -> str:
     for key, word in (("cool_for_s", "cool for"), ("paused_for_s", "paused for")):
         if warmth[key]:
             words.append(f"{word} {duration(warmth[key])}")
+    if warmth["is_helpless"]:
+        words.append("the computer swaps, and nothing that emberd may let go would help")
+    if warmth["over_budget_for_s"]:
+        words.append(f"over its budget for {duration(warmth['over_budget_for_s'])}")
     if warmth["hold"] != "all":
         words.append(f"let go ({warmth['hold'].replace('_', ' ')}): the computer needs the memory")
     if warmth["last"]:
@@ -106,6 +111,19 @@ def _warmth_words(warmth: dict[str, Any]) -> str:
     if warmth["next_look_in_s"] is not None:
         words.append(f"next in {duration(warmth['next_look_in_s'])}")
     return "; ".join(words) or "not yet"
+
+
+def _reuse_rows(reuse: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Say what the engine told of its prompt cache; nothing before it has told anything."""
+    words = [
+        f"{name} {counts['reused']} tokens reused, {counts['processed']} processed"
+        for name, counts in (("last turn:", reuse["last_turn"]), ("last replay:", reuse["last_replay"]))
+        if counts["reused"] is not None and counts["processed"] is not None
+    ]
+    rows = [("cache", "; ".join(words), "")] if words else []
+    if reuse["barred"]:
+        rows.append(("", "replays do not find their prompt on this engine, and are sent no more", "yellow"))
+    return rows
 
 
 def _forecast_rows(warmth: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -120,6 +138,8 @@ def _forecast_rows(warmth: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("next", words, ""))
     if cost["passes"]:
         words = f"{cost['passes']} passes today, {cost['cpu_s']:.1f} s of processor time"
+        if cost["processed_tokens"]:
+            words += f", {cost['processed_tokens']} tokens of prompts"
         if cost["read_bytes"]:
             words += f", {cost['read_bytes'] / 1e9:.2f} GB read"
         rows.append(("cost", words, "dim"))

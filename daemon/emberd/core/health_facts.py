@@ -183,6 +183,8 @@ class MemoryHealth:
         choking: the preflight's words about a lock that would leave too little for everything else.
         swappiness: of the kernel, from 0 to 200.
         saves_power: on battery, or in low power mode, and the passes over the model are rarer for it; in words.
+        waste: what keep-warm has cost without saving anything, in words.
+        is_helpless: the computer swaps, and nothing that emberd may let go would help.
     """
 
     system: SystemMemory = field(default_factory=SystemMemory)
@@ -200,6 +202,8 @@ class MemoryHealth:
     choking: str = ""
     swappiness: int | None = None
     saves_power: str = ""
+    waste: str = ""
+    is_helpless: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

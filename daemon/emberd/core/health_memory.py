@@ -40,6 +40,12 @@ KINDS: dict[str, Kind] = {
     "LET_GO": Kind(
         _W, "emberd has let go of the model", ("PRESSURE_CRITICAL", "RAM_TOO_SMALL", "MODELS_OVERCOMMIT")
     ),
+    "RELIEF_IMPOSSIBLE": Kind(
+        _W,
+        "The computer swaps, and nothing that emberd may let go would help",
+        ("PRESSURE_CRITICAL", "RAM_TOO_SMALL", "MODELS_OVERCOMMIT"),
+    ),
+    "WARMTH_WASTED": Kind(_W, "Keep-warm costs more than it saves"),
     "WARMTH_OFF": Kind(_N, "Keeping warm is switched off"),
     "WARMTH_PAUSED": Kind(_N, "Keeping warm is paused"),
     "WARMTH_STRETCHED": Kind(_N, "The model is warmed less often, to save power"),
@@ -148,6 +154,20 @@ def _of_warmth(facts: Facts) -> Iterator[Condition]:
         "LET_GO",
         f"the computer needs the memory; held now: {(memory.hold or '').replace('_', ' ')}",
         'It takes hold again by itself. warmth.priority = "model-first" would not let go.',
+    )
+    yield from when(
+        memory.is_helpless,
+        "RELIEF_IMPOSSIBLE",
+        "more than 512 MiB a minute are written to swap while the model is kept whole",
+        "Close programs that use much memory. warmth.may_restart = true lets emberd end the engine's lock by a "
+        "restart; a smaller model leaves room.",
+    )
+    yield from when(
+        bool(memory.waste),
+        "WARMTH_WASTED",
+        memory.waste,
+        "KoboldCPP: remove --parallelrequests, which keeps no prompt. llama-server: a larger engine.context_size, "
+        "or fewer slots (--parallel). warmth.replay = false keeps only the weights warm.",
     )
     yield from when(memory.warmth_mode == "off", "WARMTH_OFF", 'warmth.mode = "off"', 'Set warmth.mode = "auto".')
     for seconds, why in ((memory.paused_for_s, "emberd pause"), (memory.cool_for_s, "emberd cool, or cool_hours")):

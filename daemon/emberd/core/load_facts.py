@@ -65,6 +65,7 @@ class LoadFacts:
         keep_alive_s: Metal: for how long residency is requested again after the last use.
         uses_residency_sets: Metal: whether the engine uses residency sets.
         working_set_bytes: Metal: what the system recommends as the greatest working set.
+        is_cache_shared: the slots share the cells of one KV cache, None if the log does not tell.
     """
 
     model: str = ""
@@ -74,6 +75,7 @@ class LoadFacts:
     keep_alive_s: int | None = None
     uses_residency_sets: bool | None = None
     working_set_bytes: int | None = None
+    is_cache_shared: bool | None = None
 
     def bytes_in(self, place: Place) -> int:
         """Return how many bytes of weights the log places there."""

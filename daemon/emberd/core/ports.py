@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from emberd.core.health_facts import HostHealth
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
-    from emberd.core.replay import Replay, Turn
+    from emberd.core.replay import Replay
     from emberd.core.residency import Paging
+    from emberd.core.reuse import CacheRoom
     from emberd.core.service import ServiceStatus, WantedService
+    from emberd.core.turn import PromptCounts, Turn
     from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness
 
 
@@ -39,8 +41,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def conversations(self) -> int:
-        """How many conversations its cache holds."""
+    def room(self) -> CacheRoom:
+        """How much its KV cache holds."""
         ...
 
     @property
@@ -105,8 +107,16 @@ class Engine(Protocol):
         """Tell whether the assistant's last message of a chat is continued. Never raises; bounded."""
         ...
 
-    async def send(self, port: int, request: Replay, timeout_s: float) -> bool:
-        """Send a request of emberd's own; True if it was answered well. Never raises; bounded."""
+    async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
+        """Send a request of emberd's own; return the reply's object, None if it failed. Never raises; bounded."""
+        ...
+
+    def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:
+        """Return what a reply, or the end of a streamed one, tells of its tokens."""
+        ...
+
+    def counts_in_line(self, line: str) -> PromptCounts | None:
+        """Return what a line of the engine's log tells of the generation that ended, None for any other line."""
         ...
 
     async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:

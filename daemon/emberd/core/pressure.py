@@ -22,6 +22,10 @@ _WARN_AVAILABLE = 0.10
 """earlyoom asks the largest program to end below this share of the memory (its default, -m 10)."""
 _CRITICAL_AVAILABLE = 0.05
 """earlyoom kills it below this one (half of -m)."""
+STORM_BYTES_PER_S = 1024 * 1024
+"""A computer that writes so much to swap takes memory from idle programs; below it, it tidies up."""
+STORM_LASTS_S = 10.0
+"""A storm goes on for so long after its last sign: a program that uses its memory once a second pauses, too."""
 _RATE_LEAST_S = 1.0
 """Counters move in bursts: a shorter time makes no rate."""
 
@@ -78,3 +82,15 @@ def swap_rates(before: SystemMemory, after: SystemMemory, seconds: float) -> Swa
 
 def _rate(before: int | None, after: int | None, seconds: float) -> float | None:
     return None if before is None or after is None or after < before else (after - before) / seconds
+
+
+def is_sign_of_storm(before: SystemMemory | None, now: SystemMemory, seconds: float) -> bool:
+    """Return True if a reading shows that memory is being taken: the computer swaps, or programs wait for memory.
+
+    The level of memory pressure is no sign: available memory can be low for weeks while nothing is taken.
+    """
+    if (now.stall_some_share or 0.0) >= _WARN_STALL_SOME:
+        return True
+    if before is None or seconds <= 0:
+        return False
+    return (_rate(before.swapped_out_bytes, now.swapped_out_bytes, seconds) or 0.0) >= STORM_BYTES_PER_S

@@ -8,27 +8,11 @@ replaces it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """The last request for a generation and what came back. Never printed: both are private.
-
-    Attributes:
-        path: the request's path, without a query.
-        body: its JSON object.
-        reply: the text that the client was sent.
-    """
-
-    path: str
-    body: Mapping[str, Any] = field(repr=False)
-    reply: str = field(repr=False)
+    from emberd.core.turn import Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +59,6 @@ _CHAT = ("/v1/chat/completions", "/chat/completions")
 _LLAMA = ("/completion", "/completions")
 _UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_prefix", "input_suffix"})
 """With these the engine builds another prompt than the text that is seen here, or makes several generations."""
-_SIMILARITY = 0.1
 _TAIL_CHARACTERS = 32
 """Some eight tokens. On a CPU (KoboldCPP, 2 GiB, two cores) ten took 0.38 s and one 0.22."""
 _MESSAGE_TOKENS = 32
@@ -117,16 +100,6 @@ def is_replayable(turn: Turn, engine: str, *, keeps_state: bool) -> bool:
     if keeps_state and engine == "koboldcpp":
         return False
     return make_replay(turn, engine, continues_turn=True) is not None
-
-
-def prompt_text(turn: Turn) -> str:
-    """Return the text of which a turn's prompt is made, without what a template adds."""
-    body = turn.body
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return f"{body.get('memory') or ''}{body.get('prompt') or ''}"
-    contents = [each.get("content") for each in messages if isinstance(each, dict)]
-    return "\n".join(each if isinstance(each, str) else json.dumps(each) for each in contents)
 
 
 def fits(turn: Turn, prompt_tokens: int, context_tokens: int, default_tokens: int, *, keeps_a_fifth: bool) -> bool:
@@ -202,36 +175,6 @@ def _chat(kept: dict[str, Any], reply: str, engine: str, *, continues_turn: bool
 
 def _of_engine(engine: str) -> dict[str, Any]:
     return {"genkey": GENKEY} if engine == "koboldcpp" else {"cache_prompt": True}
-
-
-def is_of_same_conversation(new: Turn, old: Turn) -> bool:
-    """Tell whether an engine with several slots gives a request the slot of an earlier one.
-
-    llama.cpp's server takes the slot whose contents begin as the prompt does, if that is more than a tenth of it
-    (tools/server, `--slot-prompt-similarity`), else the one that was used least recently.
-    """
-    new_text, old_text = _prompt_of(new), _prompt_of(old)
-    return _common_length(new_text, old_text) > _SIMILARITY * len(new_text)
-
-
-def _prompt_of(turn: Turn) -> str:
-    prompt = turn.body.get("prompt")
-    if isinstance(prompt, str):
-        return prompt + turn.reply
-    messages = turn.body.get("messages")
-    return json.dumps(messages if messages is not None else prompt) + turn.reply
-
-
-def _common_length(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike; by halving, since they may be megabytes."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def tiny(engine: str) -> Replay:

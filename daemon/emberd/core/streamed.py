@@ -20,6 +20,8 @@ _UNREAD_BYTES = 64 * 1024
 _LONGEST_EVENT_BYTES = 1024 * 1024
 """Longer than any event of text; what goes on without an end is no stream of events."""
 _DONE = "[DONE]"
+COUNTS = ("timings", "usage", "tokens_evaluated")
+"""Fields of a reply that hold counts of tokens, and nothing private (llama.cpp, tools/server/README.md)."""
 
 
 @dataclass(slots=True)
@@ -34,6 +36,7 @@ class StreamedReply:
         is_finished: the engine said that the reply is over.
         obstacle: why it could not be continued, empty if it can.
         is_over: it ended at a stop sequence that the engine did not see; what comes behind is nobody's.
+        told: what the engine said last of its tokens, in its own words.
     """
 
     generation: Generation = field(repr=False)
@@ -43,6 +46,7 @@ class StreamedReply:
     is_finished: bool = False
     obstacle: str = ""
     is_over: bool = False
+    told: dict[str, Any] = field(default_factory=dict)
     _envelope: dict[str, Any] = field(default_factory=dict, repr=False)
     _unread: list[bytes] = field(default_factory=list, repr=False)
     _unread_bytes: int = 0
@@ -143,6 +147,8 @@ class StreamedReply:
         if not self._envelope:
             names = ("id", "object", "created", "model", "system_fingerprint")
             self._envelope = {name: content[name] for name in names if name in content}
+        if counts := {name: content[name] for name in COUNTS if name in content}:
+            self.told = counts
         if text:
             self.events += 1
             self.text += text

@@ -1,7 +1,17 @@
-"""The thrash guard: lets go of the model when holding it makes everything else swap. Pure.
+"""The thrash guard: lets go of the model when that spares the computer from swapping. Pure.
 
-Measured on a computer that was 0.7 GiB short: a locked and replayed model made the rest write 6.6 GB to swap in
-30 s; left alone, 0.7 GB. That is the wear that the owner wants to avoid.
+Measured on a computer that was 0.7 GiB short (KoboldCPP, 2 GiB of weights, 0.8 GiB of KV cache and buffers): a
+locked and replayed model made the rest write 6.4 GB to swap in 30 s; left alone, 0.7 GB. That is the wear that the
+owner wants to avoid. Relief and cost of what can be let go, the cost as the next first token against a hot one:
+
+- the weights (no lock, or the toucher's): the machine wrote 0.1 GB instead of 3 to 7; 7 to 8 times a hot one, for
+  what was taken is read again, and never written;
+- the KV cache and the buffers, while a lock keeps the weights: 2.6 GB instead of 6.4; 5 times, for a little more
+  than a third of the memory, and each byte of it is written first.
+
+So the weights go first, and the replays end with them: a replay would bring them back. While a lock keeps the
+weights that only a restart of the engine ends, the replays go on: to hold gigabytes and drop what every reply needs
+serves nobody. What was let go is taken hold of again when the computer swaps as before: it was not the model.
 """
 
 from __future__ import annotations
@@ -10,6 +20,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from emberd.core.lock import LockState
 from emberd.core.memory import Pressure
 
 if TYPE_CHECKING:
@@ -23,6 +34,10 @@ STEP_S = 5.0
 FIRST_CALM_S = 60.0
 LONGEST_CALM_S = 3600.0
 """The rest must be quiet for so long before the model is taken hold of again; each relapse doubles it."""
+RATE_S = 10.0
+"""Writes to swap before and after letting go are compared over so long."""
+RELIEF_SHARE = 0.75
+"""Letting go has relieved the computer if it writes less than this share of what it wrote before."""
 SETTLED_S = 900.0
 """Holding for so long without a relapse forgets earlier ones."""
 BUDGET_BYTES: dict[str, float] = {"machine-first": 64 * MIB, "auto": 512 * MIB, "model-first": float("inf")}
@@ -36,7 +51,7 @@ class Hold(Enum):
     ALL = "all"
     """Weights and cache are kept."""
     NO_WARMING = "no_warming"
-    """Nothing is brought back; locks stay."""
+    """Nothing is brought back."""
     NO_OUTSIDE_LOCK = "no_outside_lock"
     """The toucher has let go too."""
     NOTHING = "nothing"
@@ -48,7 +63,22 @@ class Hold(Enum):
         return self in {Hold.NO_OUTSIDE_LOCK, Hold.NOTHING}
 
 
-_ORDER = tuple(Hold)
+def what_frees(lock: LockState, priority: Priority, *, is_locked_outside: bool, may_restart: bool) -> Hold | None:
+    """Return how much to let go so that memory is given back, None if nothing may be.
+
+    Args:
+        lock: the verdict about the engine's own lock.
+        priority: warmth.priority; where the machine comes first it gets the cache beside locked weights, too.
+        is_locked_outside: the toucher holds the weights.
+        may_restart: warmth.may_restart.
+    """
+    if is_locked_outside:
+        return Hold.NO_OUTSIDE_LOCK
+    if lock in {LockState.HELD, LockState.PARTIAL} and may_restart:
+        return Hold.NOTHING
+    if lock is LockState.HELD and priority != "machine-first":
+        return None
+    return Hold.NO_WARMING
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +89,7 @@ class Reading:
         now_s: monotonic.
         swapped_out_bytes: written to swap since boot, by everybody; None if unknown.
         pressure: memory pressure.
-        is_losing: memory of the idle engine is being taken.
+        is_losing: memory of the idle engine is being taken, and no lock keeps its weights.
     """
 
     now_s: float
@@ -78,6 +108,9 @@ class Guard:
         calm_s: how long it must be quiet before more is held.
         quiet_since_s: since when the budget has been kept, None if it is not.
         readings: time and counter of the last WINDOW_S, oldest first.
+        rate_before: bytes written to swap in a second before something was let go, None before that.
+        rate_after: the same behind it, None until it is known.
+        is_helpless: the computer swaps, and nothing that may be let go would help or has helped.
     """
 
     hold: Hold = Hold.ALL
@@ -85,6 +118,9 @@ class Guard:
     calm_s: float = FIRST_CALM_S
     quiet_since_s: float | None = None
     readings: tuple[tuple[float, int], ...] = ()
+    rate_before: float | None = None
+    rate_after: float | None = None
+    is_helpless: bool = False
 
     @property
     def written_bytes(self) -> int:
@@ -92,9 +128,7 @@ class Guard:
         return self.readings[-1][1] - self.readings[0][1] if self.readings else 0
 
 
-def step(
-    guard: Guard, seen: Reading, priority: Priority, *, is_holding: bool, frees: Hold = Hold.NO_WARMING
-) -> Guard:
+def step(guard: Guard, seen: Reading, priority: Priority, *, is_holding: bool, frees: Hold | None) -> Guard:
     """Return the guard after a reading.
 
     Where the machine comes first, what it takes is its own as well: bringing back 0.7 GiB cost twice the swap
@@ -106,20 +140,45 @@ def step(
         seen: the reading.
         priority: warmth.priority.
         is_holding: the model is warmed or locked at all; otherwise what is written is not emberd's doing.
-        frees: the first step that gives memory back. Steps before it are skipped: they would cost 5 s each, in
-            which a storm writes a gigabyte.
+        frees: what to let go so that memory is given back (`what_frees`).
     """
-    guard = replace(guard, readings=_within_window(guard, seen))
+    guard = _measured(replace(guard, readings=_within_window(guard, seen)))
     is_over = guard.written_bytes > BUDGET_BYTES[priority]
-    if is_over and (is_holding or guard.hold is not Hold.ALL):
-        return _let_go(replace(guard, quiet_since_s=None), seen.now_s, frees)
     yields = priority == "machine-first" and seen.is_losing and frees is Hold.NO_WARMING
-    if yields and guard.hold is Hold.ALL:
-        return _let_go(replace(guard, quiet_since_s=None), seen.now_s, frees)
-    if yields or seen.pressure is Pressure.CRITICAL:
+    if guard.hold is Hold.ALL:
+        if (is_over and is_holding) or yields:
+            guard = replace(guard, quiet_since_s=None)
+            if frees is None or _is_in_vain(guard):
+                return replace(guard, is_helpless=True)
+            return _let_go(guard, seen.now_s, frees)
+    elif frees is None or (_is_in_vain(guard) and priority != "machine-first"):
+        # A lock that cannot be ended has come since, or it swaps as before.
+        return Guard(Hold.ALL, seen.now_s, guard.calm_s, None, (), guard.rate_before, guard.rate_after, True)
+    if is_over or yields or seen.pressure is Pressure.CRITICAL:
         return replace(guard, quiet_since_s=None)
     guard = guard if guard.quiet_since_s is not None else replace(guard, quiet_since_s=seen.now_s)
     return _take_hold(guard, seen.now_s)
+
+
+def _measured(guard: Guard) -> Guard:
+    """Tell how much is written to swap behind something that was let go, once that can be told."""
+    if guard.hold is Hold.ALL or guard.rate_after is not None:
+        return guard
+    return replace(guard, rate_after=_rate(guard.readings))
+
+
+def _is_in_vain(guard: Guard) -> bool:
+    before, after = guard.rate_before, guard.rate_after
+    return before is not None and after is not None and after > RELIEF_SHARE * before
+
+
+def _rate(readings: tuple[tuple[float, int], ...]) -> float | None:
+    """Return the bytes written in a second, over RATE_S or a little more; None for less."""
+    if not readings:
+        return None
+    ended_s, written = readings[-1]
+    began = [each for each in readings if ended_s - each[0] >= RATE_S]
+    return (written - began[-1][1]) / (ended_s - began[-1][0]) if began else None
 
 
 def _within_window(guard: Guard, seen: Reading) -> tuple[tuple[float, int], ...]:
@@ -137,20 +196,21 @@ def _within_window(guard: Guard, seen: Reading) -> tuple[tuple[float, int], ...]
 
 
 def _let_go(guard: Guard, now_s: float, frees: Hold) -> Guard:
-    """Give up one thing more; a new budget begins."""
-    if guard.hold is Hold.NOTHING:
-        return guard
-    # The engine reached Hold.ALL before: this is a relapse.
-    relapsed = guard.hold is Hold.ALL and guard.since_s > float("-inf") and now_s - guard.since_s < SETTLED_S
+    """Let go; a new budget begins."""
+    # It held everything before: this is a relapse.
+    relapsed = guard.since_s > float("-inf") and now_s - guard.since_s < SETTLED_S
     calm_s = min(guard.calm_s * 2, LONGEST_CALM_S) if relapsed else guard.calm_s
-    return Guard(_ORDER[max(_ORDER.index(guard.hold) + 1, _ORDER.index(frees))], now_s, calm_s)
+    began_s = guard.readings[0][0] if guard.readings else now_s
+    # A storm that is younger than RATE_S is measured from its beginning.
+    rate = _rate(guard.readings) or (guard.written_bytes / (now_s - began_s) if now_s > began_s else None)
+    return Guard(frees, now_s, calm_s, rate_before=rate)
 
 
 def _take_hold(guard: Guard, now_s: float) -> Guard:
     """Hold everything again when it has been quiet for long enough."""
+    has_settled = now_s - guard.since_s >= SETTLED_S
+    is_quiet = guard.quiet_since_s is not None and now_s - guard.quiet_since_s >= guard.calm_s
     if guard.hold is Hold.ALL:
-        settled = now_s - guard.since_s >= SETTLED_S
-        return replace(guard, calm_s=FIRST_CALM_S) if settled else guard
-    if guard.quiet_since_s is None or now_s - guard.quiet_since_s < guard.calm_s:
-        return guard
-    return Guard(Hold.ALL, now_s, guard.calm_s, guard.quiet_since_s, guard.readings[-1:])
+        guard = replace(guard, calm_s=FIRST_CALM_S) if has_settled else guard
+        return replace(guard, rate_before=None, rate_after=None, is_helpless=False) if is_quiet else guard
+    return Guard(Hold.ALL, now_s, guard.calm_s, guard.quiet_since_s, guard.readings[-1:]) if is_quiet else guard

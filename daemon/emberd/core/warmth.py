@@ -78,6 +78,7 @@ class Reason(Enum):
     RESTARTED = "restarted"
     RELIEVED = "relieved"
     LOSING = "losing"
+    OVER_BUDGET = "over_budget"
 
 
 class Trigger(Enum):
@@ -107,6 +108,10 @@ _REASONS = {
     Trigger.RELIEVED: Reason.RELIEVED,
     Trigger.LOSING: Reason.LOSING,
 }
+
+
+_SPARES_NOTHING = frozenset({Trigger.ASKED, Trigger.RESTARTED, Trigger.LOSING})
+"""Reasons to warm beyond the budget: memory is missing, or its owner wants it."""
 
 
 class Cache(Enum):
@@ -144,6 +149,8 @@ class Snapshot:
         last_pass_s: when a pass that warmed everything ended last, None for never.
         interval_s: the present interval.
         loss_wait_s: how soon after a pass a loss calls for the next one.
+        is_storming: the computer swaps, or programs wait for memory.
+        budget_wait_s: how long keep-warm has to wait because it took too much of a processor for nothing.
     """
 
     now_s: float
@@ -165,6 +172,8 @@ class Snapshot:
     last_pass_s: float | None = None
     interval_s: float = 10.0
     loss_wait_s: float = 0.0
+    is_storming: bool = False
+    budget_wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +201,8 @@ def decide(seen: Snapshot, settings: WarmthSettings) -> Decision:
     if due_in_s > 0:
         is_urgent = seen.trigger is Trigger.LOSING
         return Decision((), Reason.NOT_DUE, max(due_in_s, SOON_S) if is_urgent else _bounded(due_in_s, settings))
+    if seen.budget_wait_s > 0 and seen.trigger not in _SPARES_NOTHING:
+        return Decision((), Reason.OVER_BUDGET, _bounded(seen.budget_wait_s, settings))
     steps = (*_for_weights(seen, settings), *_for_cache(seen, settings))
     reason = _REASONS[seen.trigger] if steps else Reason.NOTHING_TO_DO
     return Decision(steps, reason, _bounded(interval_s, settings))
@@ -200,7 +211,8 @@ def decide(seen: Snapshot, settings: WarmthSettings) -> Decision:
 def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
     """Return why nothing may be warmed now; letting go is not warming."""
     unlock = (Step.UNLOCK,) if seen.is_locked_outside else ()
-    needs_restart = seen.hold is Hold.NOTHING and seen.lock is LockState.HELD and settings.may_restart
+    is_locked = seen.lock in {LockState.HELD, LockState.PARTIAL}
+    needs_restart = seen.hold is Hold.NOTHING and is_locked and settings.may_restart
     is_free = seen.is_ready and not seen.requests
     soon_s, late_s = settings.min_interval_s, settings.max_interval_s
     cool_s, paused_s = (
@@ -234,7 +246,8 @@ def is_too_tight(seen: Snapshot) -> bool:
 
 def effective_interval(seen: Snapshot, settings: WarmthSettings) -> float:
     """Return the seconds between two passes: short under pressure, long on battery, bounded."""
-    interval_s = settings.min_interval_s if seen.pressure is Pressure.WARN else seen.interval_s
+    is_tight = seen.is_storming or seen.pressure is Pressure.WARN
+    interval_s = settings.min_interval_s if is_tight else seen.interval_s
     if saves_power(seen.power) and settings.on_battery == "stretch":
         interval_s *= BATTERY_STRETCH
     return _bounded(interval_s, settings)
@@ -327,13 +340,17 @@ def must_use_buffers(seen: Snapshot, found: Found) -> bool:
     return found.buffers_bytes > BUFFERS_BYTES
 
 
-def may_dwell(seen: Snapshot, found: Found) -> bool:
-    """Tell whether to go on touching between two passes: something takes the model, and no lock keeps it.
+def may_keep_touching(seen: Snapshot, settings: WarmthSettings, *, has_lost: bool) -> bool:
+    """Return True if the weights are to be touched between two passes, too: they are taken, and no lock holds.
 
-    It costs up to a third of a core for 2 GiB; never on battery.
+    That something takes them is told by the computer. A pass at the beginning of a storm finds nothing missing, and
+    5 s later a third of the model was gone; its user waited 11 and 13 times as long as for a hot token. It costs up
+    to a third of a core for 2 GiB; never on battery, nor against the pager where the machine comes first.
     """
-    is_holdable = seen.hold is Hold.ALL and seen.pressure is not Pressure.CRITICAL
-    return found.has_lost and is_holdable and not saves_power(seen.power)
+    is_free_to = seen.is_ready and seen.hold is Hold.ALL and seen.pressure is not Pressure.CRITICAL
+    is_touchable = seen.is_mapped is not False and seen.lock is not LockState.HELD and not seen.is_locked_outside
+    is_taken = has_lost or (seen.is_storming and settings.priority != "machine-first")
+    return is_free_to and is_touchable and is_taken and not saves_power(seen.power)
 
 
 def is_calm(was: SystemMemory | None, now: SystemMemory, guard: Guard, *, is_losing: bool) -> bool:
@@ -366,15 +383,20 @@ def _difference(more: int | None, less: int | None) -> int:
     return 0 if more is None or less is None else more - less
 
 
-def next_loss_wait(wait_s: float, found: Found, settings: WarmthSettings) -> float:
+def next_loss_wait(wait_s: float, found: Found, settings: WarmthSettings, *, is_storming: bool) -> float:
     """Return how soon after a pass for a loss the next one may come: later each time that nothing was missing.
 
-    An engine that gives memory back by itself looks as if it was taken.
+    An engine that gives memory back by itself looks as if it was taken; while the computer swaps it was.
     """
-    return settings.min_interval_s if found.has_lost else min(wait_s * 2, settings.max_interval_s)
+    is_real = found.has_lost or is_storming
+    return settings.min_interval_s if is_real else min(wait_s * 2, settings.max_interval_s)
 
 
-def next_interval(interval_s: float, found: Found, settings: WarmthSettings) -> float:
-    """Return the interval after a pass: shorter where something had been taken, else longer, within the bounds."""
-    changed_s = interval_s * (_SHORTER if found.has_lost else _LONGER)
+def next_interval(interval_s: float, found: Found, settings: WarmthSettings, *, is_storming: bool) -> float:
+    """Return the interval after a pass: shorter where something had been taken, else longer, within the bounds.
+
+    While the computer swaps it does not grow, whatever a pass has found.
+    """
+    grows = 1.0 if is_storming else _LONGER
+    changed_s = interval_s * (_SHORTER if found.has_lost else grows)
     return min(max(changed_s, settings.min_interval_s), settings.max_interval_s)

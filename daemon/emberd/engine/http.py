@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+_HTTP_OK = 200
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What came back.
@@ -38,6 +41,13 @@ class Answer:
             except (KeyError, IndexError, TypeError):
                 return None
         return value
+
+    @property
+    def object_if_ok(self) -> Mapping[str, Any] | None:
+        """The JSON object of an answer that went well (an empty one for other content), None for any other."""
+        if self.status != _HTTP_OK:
+            return None
+        return self.content if isinstance(self.content, dict) else {}
 
 
 NOTHING_LISTENS = 0

@@ -9,11 +9,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emberd.core.errors import ConfigError
 from emberd.core.generation import Dialect
-from emberd.core.replay import fits, prompt_text
+from emberd.core.replay import fits
+from emberd.core.reuse import CacheRoom
+from emberd.core.turn import UNTOLD, PromptCounts, prompt_text
 from emberd.core.types import Activity, LaunchPlan, Readiness
 from emberd.engine import llama_log
 from emberd.engine.http import NOTHING_LISTENS
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 
     from emberd.core.generation import Generation
     from emberd.core.ports import Host
-    from emberd.core.replay import Replay, Turn
+    from emberd.core.replay import Replay
     from emberd.core.settings import Settings
+    from emberd.core.turn import Turn
     from emberd.core.types import LoadProgress
     from emberd.engine.http import Answer, EngineHttp
     from emberd.engine.program import Asker
@@ -105,7 +108,7 @@ class KoboldCpp:
 
     refusals = frozenset({500})
     """It cannot read the request, or that is too long (1.104, do_POST); within a generation it fails silently."""
-    conversations = 1
+    room = CacheRoom()
     most_at_work = 1
     """It works on one. Six more may wait in its queue, further ones get 503; `--multiuser` varies that."""
 
@@ -243,7 +246,7 @@ class KoboldCpp:
         """Tell whether a reply can be taken up; a chat needs an open turn."""
         return generation.dialect is not Dialect.CHAT or await self.continues_turns(port, timeout_s)
 
-    async def send(self, port: int, request: Replay, timeout_s: float) -> bool:
+    async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
         """POST it.
 
         Who gives up waiting leaves the answer to be taken all the same: where KoboldCPP cannot send one, the next
@@ -253,7 +256,15 @@ class KoboldCpp:
         asking = asyncio.create_task(asked)
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
-        return (await asyncio.shield(asking)).status == _HTTP_OK
+        return (await asyncio.shield(asking)).object_if_ok
+
+    def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:  # noqa: ARG002  # the Engine protocol
+        """Return nothing: a reply tells the length of its prompt and not what was reused of it (up to 1.115)."""
+        return UNTOLD
+
+    def counts_in_line(self, line: str) -> PromptCounts | None:
+        """Read the line at the end of each generation, which is printed with --quiet too."""
+        return read_counts(line)
 
     def read_progress(self, line: str) -> LoadProgress | None:
         """Recognise llama.cpp's and KoboldCPP's loading lines."""
@@ -318,6 +329,38 @@ class KoboldCpp:
                 f"engine.kcpps {path} is not a JSON object", "Save it again from KoboldCPP's launcher."
             )
         return content
+
+
+_CONTEXT = re.compile(r"(?:^|\] )CtxLimit:(?P<held>\d+)/\d+, ")
+_PROCESSED = re.compile(r" Processed:(?P<count>\d+) in ")
+_PROCESS = re.compile(r" Process:(?P<seconds>[\d.]+)s \((?:[\d.]+ms/T = )?(?P<rate>[\d.]+)T/s\)")
+_GENERATED = re.compile(r" (?:Amt|Generated):(?P<count>\d+)/")
+_BATCHED = re.compile(r"\] BatchRequest:\d+, Prompt:(?P<prompt>\d+), Generated:(?P<generated>\d+)/")
+
+
+def read_counts(line: str) -> PromptCounts | None:
+    """Read the counts at the end of a generation, None from any other line (gpttype_adapter.cpp).
+
+    1.104 and before print the seconds, to a hundredth, and the tokens in a second, to a hundredth: their product is
+    the count of processed tokens, 0.005 s times the rate too much or too little. 1.115 prints the count. A request
+    of its continuous batching has its whole prompt processed.
+    """
+    found = _BATCHED.search(line)
+    if found:
+        return PromptCounts(0, int(found["prompt"]), int(found["generated"]))
+    context, generated = _CONTEXT.search(line), _GENERATED.search(line)
+    if not context or not generated:
+        return None
+    made = int(generated["count"])
+    prompt = max(int(context["held"]) - made, 0)
+    exact, process = _PROCESSED.search(line), _PROCESS.search(line)
+    if exact:
+        processed = int(exact["count"])
+    elif process:
+        processed = round(float(process["seconds"]) * float(process["rate"]))
+    else:
+        return PromptCounts(generated=made)
+    return PromptCounts(max(prompt - processed, 0), processed, made)
 
 
 def read_version(text: object) -> tuple[int, ...]:

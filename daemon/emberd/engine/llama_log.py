@@ -75,6 +75,8 @@ _BUFFER = re.compile(r"load_tensors:\s+(?P<name>\S+) (?:model )?buffer size\s*=\
 _KEEP_ALIVE = re.compile(r"creating a residency set collection \(keep_alive = (?P<seconds>\d+) s\)")
 _RESIDENCY_SETS = re.compile(r"use residency sets\s*=\s*(?P<is_used>true|false)")
 _WORKING_SET = re.compile(r"recommendedMaxWorkingSetSize\s*=\s*(?P<mb>[\d.]+) MB")
+_CACHE = re.compile(r"n_slots = \d+, .*kv_unified = '(?P<is_shared>true|false)'")
+"""tools/server/server-context.cpp, load_model; seen in builds 11434 and 11549."""
 _REPACKED_NAMES = ("REPACK", "AARCH64", "AMX", "KLEIDIAI", "RISCV64")
 """Layouts of ggml-cpu that are copies; CPU_AARCH64 was the name of CPU_REPACK until 2025."""
 
@@ -132,7 +134,12 @@ def note(facts: LoadFacts, line: str) -> LoadFacts:
         is_mapped = found["is_mapped"] == "true"
         # One part that is copied is enough for weights that can be swapped.
         return replace(facts, is_mapped=is_mapped and facts.is_mapped is not False)
-    return _note_metal(facts, line)
+    return _note_metal(_note_cache(facts, line), line)
+
+
+def _note_cache(facts: LoadFacts, line: str) -> LoadFacts:
+    found = _CACHE.search(line)
+    return replace(facts, is_cache_shared=found["is_shared"] == "true") if found else facts
 
 
 def _note_metal(facts: LoadFacts, line: str) -> LoadFacts:

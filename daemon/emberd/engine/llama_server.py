@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.errors import ConfigError, EngineNotUsable
+from emberd.core.reuse import CacheRoom
+from emberd.core.turn import PromptCounts
 from emberd.core.types import Activity, LaunchPlan, Notice, Readiness
 from emberd.engine import llama_log
-from emberd.engine.http import NOTHING_LISTENS
+from emberd.engine.http import NOTHING_LISTENS, Answer
 from emberd.engine.process import STOP_SIGNALS
 from emberd.engine.program import check_executable, find_program
 from emberd.host.model_file import check_model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from emberd.core.generation import Generation
     from emberd.core.ports import Host
-    from emberd.core.replay import Replay, Turn
+    from emberd.core.replay import Replay
     from emberd.core.settings import Settings
+    from emberd.core.turn import Turn
     from emberd.core.types import LoadProgress
     from emberd.engine.http import EngineHttp
     from emberd.engine.program import Asker
@@ -64,7 +67,7 @@ class LlamaServer:
         self._settings = settings
         self._host = host
         self._http = http
-        self.conversations = 1
+        self.room = CacheRoom()
 
     @property
     def most_connections(self) -> int:
@@ -101,7 +104,8 @@ class LlamaServer:
             return Readiness.STRANGER
         props = await self._http.get(port, "/props", timeout_s)
         served, slots = props.get("model_path"), props.get("total_slots")
-        self.conversations = slots if isinstance(slots, int) and slots > 0 else 1
+        cells = _as_count(props.get("default_generation_settings", "n_ctx"))
+        self.room = CacheRoom(_as_count(slots) or 1, cells)
         if served is None:
             return Readiness.LOADING
         return Readiness.READY if served == str(self.model_path()) else Readiness.STRANGER
@@ -143,9 +147,32 @@ class LlamaServer:
         """Return True: prompts and open turns are continued."""
         return True
 
-    async def send(self, port: int, request: Replay, timeout_s: float) -> bool:
+    async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
         """POST it."""
-        return (await self._http.post(port, request.path, request.body, timeout_s)).status == _HTTP_OK
+        return (await self._http.post(port, request.path, request.body, timeout_s)).object_if_ok
+
+    def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:
+        """Read `timings` (cache_n, prompt_n, predicted_n), else OpenAI's `usage` (tools/server/README.md)."""
+        said = Answer(_HTTP_OK, told)
+        processed = _as_count(said.get("timings", "prompt_n"))
+        reused = _as_count(said.get("timings", "cache_n"))
+        generated = _as_count(said.get("timings", "predicted_n"))
+        if generated is None:
+            generated = _as_count(said.get("usage", "completion_tokens"))
+        whole = _as_count(said.get("usage", "prompt_tokens"))
+        if whole is None:
+            whole = _as_count(said.get("tokens_evaluated"))
+        if reused is None:
+            reused = _as_count(said.get("usage", "prompt_tokens_details", "cached_tokens"))
+        if reused is None and whole is not None and processed is not None:
+            reused = max(whole - processed, 0)
+        if processed is None and whole is not None and reused is not None:
+            processed = max(whole - reused, 0)
+        return PromptCounts(reused, processed, generated)
+
+    def counts_in_line(self, line: str) -> PromptCounts | None:  # noqa: ARG002  # the Engine protocol
+        """Return None: the replies tell."""
+        return None
 
     def read_progress(self, line: str) -> LoadProgress | None:
         """Recognise llama.cpp's loading lines."""
@@ -158,6 +185,10 @@ class LlamaServer:
     def is_fatal(self, line: str) -> bool:  # noqa: ARG002  # the Engine protocol
         """Return False: llama-server exits when it cannot serve."""
         return False
+
+
+def _as_count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _load_mode(*, will_lock: bool) -> str:

@@ -82,9 +82,14 @@ class OutputFollower:
 
     def last_words(self, count: int) -> list[str]:
         """Return the last lines for a person, a final one without a line end included."""
-        unfinished = self._pending.decode("utf-8", "replace").strip()
-        lines = [*self.tail, *([unfinished] if unfinished and not self._is_scrubbing else [])]
+        unfinished = self.unfinished
+        lines = [*self.tail, *([unfinished] if unfinished else [])]
         return lines[-count:]
+
+    @property
+    def unfinished(self) -> str:
+        """A last line without a line end, empty if there is none or it is private."""
+        return "" if self._is_scrubbing else self._pending.decode("utf-8", "replace").strip()
 
     def _take(self, descriptor: int, chunk: bytes) -> list[str]:
         """Split a chunk into lines, scrubbing private ones in the file."""

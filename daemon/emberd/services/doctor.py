@@ -44,6 +44,7 @@ from emberd.core.health_service import diagnose
 from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache
 from emberd.core.lock import LockState
 from emberd.core.memory import PowerSource
+from emberd.core.warmth_cost import BUDGET_SHARE, BUDGET_WINDOW_S
 from emberd.engine.choose import choose_engine
 from emberd.engine.koboldcpp import CONTINUES_TURNS, USUAL_NAMES, read_version
 from emberd.host import neighbours, own_health
@@ -311,6 +312,8 @@ class Examination:
             choking=self._notices.get("lock_would_choke", ""),
             swappiness=self._place.swappiness,
             saves_power=await self._ask("power", self._saved_power) or "",
+            waste=_waste(warmth),
+            is_helpless=warmth.get("is_helpless"),
         )
 
     def _needed_bytes(self, path: Path | None) -> int | None:
@@ -370,6 +373,25 @@ class Examination:
         if self._host.name == "darwin":
             places.append(("swap files", Path("/System/Volumes/VM")))  # of APFS' container, as the others
         return places
+
+
+def _waste(warmth: Mapping[str, Any]) -> str:
+    """Say what keep-warm has cost without saving anything, by the engine's own counts; empty if nothing."""
+    reuse, words = warmth.get("reuse") or {}, []
+    if reuse.get("barred"):
+        words.append(
+            f"{reuse['misses']} of {reuse['replays']} replays did not find their prompt in the engine's cache and "
+            f"processed {reuse['wasted_tokens']} tokens; no more are sent to this engine "
+            f"({', '.join(reuse['barred'])})"
+        )
+    if reuse.get("lost_turns"):
+        words.append(f"{reuse['lost_turns']} turns of users did not find the prompt that replays had kept")
+    if warmth.get("over_budget_for_s"):
+        words.append(
+            f"more than {BUDGET_SHARE:.0%} of a core within {BUDGET_WINDOW_S / 60:.0f} minutes while no memory was "
+            f"taken; the next pass waits for {warmth['over_budget_for_s']:.0f} s"
+        )
+    return "; ".join(words)
 
 
 def _is_alive(pid: int) -> bool:

@@ -5,26 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from emberd.core.errors import NotReady
 from emberd.core.generation import changes_cache, continued, recognise
-from emberd.core.replay import Turn
-from emberd.core.streamed import StreamedReply, reply_text
+from emberd.core.streamed import COUNTS, StreamedReply, reply_text
+from emberd.core.turn import UNTOLD, Turn
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
 from emberd.services.messages import ClientGone, end_to_end, engine_request
 from emberd.services.places import Hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from starlette.types import Scope
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.generation import Generation
     from emberd.core.ports import Engine
+    from emberd.core.turn import PromptCounts
     from emberd.engine.connection import ReplyHead
+    from emberd.services.gate import Gate
     from emberd.services.messages import Body, Client
     from emberd.services.places import Places
     from emberd.services.turns import Turns
@@ -40,40 +42,6 @@ _ABORT_AGAIN_S = 0.1
 _ASK_S = 2.0
 """Questions between two streams: what is this text in tokens, can this engine continue."""
 _HTTP_OK, _HTTP_UNAVAILABLE = 200, 503
-
-
-class Gate(Protocol):
-    """What requests ask of the supervisor."""
-
-    @property
-    def engine(self) -> Engine:
-        """The engine's adapter."""
-        ...
-
-    @property
-    def engine_key(self) -> str | None:
-        """Text that tells this engine's process from others, None while there is none."""
-        ...
-
-    async def ensure_ready(self, timeout_s: float) -> int:
-        """Return the port of a ready engine.
-
-        Raises:
-            NotReady: there is none in time.
-        """
-        ...
-
-    def admitted(self) -> AbstractContextManager[Callable[[int], None]]:
-        """Count a request on its way to the engine; yields what is told of reply bytes that pass."""
-        ...
-
-    async def is_alive(self, port: int) -> bool:
-        """Tell whether the engine on `port` outlived the reply that has just ended; bounded."""
-        ...
-
-    def doubt(self, port: int) -> None:
-        """Hear that the engine on `port` refused or broke a connection; it must show again that it is ready."""
-        ...
 
 
 class ReplyBrokenOff(Exception):
@@ -114,6 +82,7 @@ class Exchange:
         self._status: int | None = None
         self._port = 0
         self._asked_s: float | None = None
+        self._was_cut = True
 
     async def run(self, scope: Scope, body: Body, client: Client) -> None:
         """Carry it out.
@@ -196,16 +165,18 @@ class Exchange:
         replaces, engine_key = changes_cache(scope["method"], scope["path"]), self._gate.engine_key
         if replaces:
             self._turns.begin(engine_key)
+            self._gate.forget_counts()
             if self._generation is None and body.in_hand is not None:
                 self._generation = recognise(scope["method"], scope["path"], body.in_hand)
         connection = EngineConnection(self._port)
-        self._asked_s, self._status = time.monotonic(), None
+        self._asked_s, self._status, self._was_cut = time.monotonic(), None, True
         was_sent = True
         try:
             head = await connection.ask(engine_request(scope, body, self._port, content))
             body.let_go()
             self._status = head.status
             await self._reply(head, connection, client, flowed)
+            self._was_cut = False
         except EngineRefused:
             was_sent = False
             raise
@@ -216,7 +187,8 @@ class Exchange:
         finally:
             connection.close()
             if replaces and was_sent and not self._was_refused():
-                self._turns.end(engine_key, self._turn)
+                in_log = self._gate.counts_in_log()
+                self._turns.end(engine_key, self._ended(in_log).turn, in_log)
             elif replaces:
                 self._turns.end_unheard()
 
@@ -349,25 +321,55 @@ class Exchange:
         else:
             await client.answer(502, "engine_died", why)
 
-    def _turn(self) -> Turn | None:
+    def _ended(self, in_log: PromptCounts) -> Ended:
+        is_known = self._stream is not None or self._status in {None, _HTTP_OK}
+        generation = self._generation if is_known else None
+        return Ended(generation, self._stream, bytes(self._whole or b""), self._gate.engine, in_log, self._was_cut)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A generation that has ended, not yet taken apart. Never printed.
+
+    Attributes:
+        generation: what was asked, None if what the cache holds now is not known.
+        stream: the reply, if it was streamed.
+        whole: else its bytes, empty if they were too many.
+        engine: knows how it tells counts.
+        in_log: what its log told.
+        was_cut: it did not come to its end.
+    """
+
+    generation: Generation | None = field(repr=False)
+    stream: StreamedReply | None = field(repr=False)
+    whole: bytes = field(repr=False)
+    engine: Engine = field(repr=False)
+    in_log: PromptCounts
+    was_cut: bool = False
+
+    def turn(self) -> Turn | None:
         """Return what the engine's cache holds now, None if that is not known."""
-        generation = self._generation
-        if generation is None or (self._stream is None and self._status not in {None, _HTTP_OK}):
+        generation, stream = self.generation, self.stream
+        if generation is None:
             return None
-        text = ""
-        if self._stream is not None:
-            self._stream.read()
-            text = self._stream.text
-        elif self._whole:
-            text = _text_of(generation, self._whole)
-        return Turn(generation.path, generation.body, text)
+        if stream is not None:
+            stream.read()
+            text, told = stream.text, stream.told
+        else:
+            content = _object_of(self.whole)
+            text = reply_text(generation.dialect, content) or ""
+            told = {name: content[name] for name in COUNTS if name in content}
+        counts = self.engine.counts_in_reply(told)
+        counts = self.in_log if counts == UNTOLD else counts
+        return Turn(generation.path, generation.body, text, counts, self.was_cut)
 
 
-def _text_of(generation: Generation, whole: bytearray) -> str:
+def _object_of(whole: bytes) -> dict[str, Any]:
     try:
-        return reply_text(generation.dialect, json.loads(whole)) or ""
+        content = json.loads(whole)
     except (ValueError, RecursionError):
-        return ""
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _cause(error: EngineBrokeOff) -> str:

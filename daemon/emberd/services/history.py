@@ -53,6 +53,7 @@ _MIGRATIONS = (
         cpu_ms INTEGER NOT NULL
     ) WITHOUT ROWID
     """,
+    "ALTER TABLE warmth_costs ADD COLUMN processed_tokens INTEGER NOT NULL DEFAULT 0",
 )
 """Step n brings a file of user_version n to n + 1. Only ever append."""
 

@@ -65,6 +65,11 @@ class LockMeter:
         """Whether the weights are pages of the file, None if the engine's log does not tell."""
         return self._load.is_mapped
 
+    @property
+    def is_cache_shared(self) -> bool | None:
+        """Whether the slots share the cells of one KV cache, None if the engine's log does not tell."""
+        return self._load.is_cache_shared
+
     async def decide(self, settings: Settings, model: Path | None) -> Preflight:
         """Decide before a start whether the engine shall lock, and begin to follow it."""
         facts = self._facts = await self._model_facts(model)

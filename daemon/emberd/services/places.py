@@ -13,7 +13,7 @@ from emberd.core.errors import NotReady
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from emberd.services.exchange import Gate
+    from emberd.services.gate import Gate
 
 _RETRY_BUSY_S = 1
 _LONGEST_IN_LINE_S = 3600.0

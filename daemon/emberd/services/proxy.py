@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from emberd.core.access import AccessRules
     from emberd.core.settings import EndpointSettings
-    from emberd.services.exchange import Gate
+    from emberd.services.gate import Gate
     from emberd.services.knocks import Knocks
     from emberd.services.turns import Turns
 

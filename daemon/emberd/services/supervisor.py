@@ -17,6 +17,7 @@ from emberd.core import exit_status, lifecycle, liveness
 from emberd.core.errors import EmberdError, NotReady, StateUnusable
 from emberd.core.lifecycle import Effect, Event, Lifecycle, State
 from emberd.core.lock import LockState
+from emberd.core.turn import UNTOLD
 from emberd.core.types import EngineSample, Readiness
 from emberd.core.wired import is_released
 from emberd.engine import record as records
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.ports import Engine, Host
+    from emberd.core.reuse import CacheRoom
     from emberd.core.settings import Settings
+    from emberd.core.turn import PromptCounts
     from emberd.core.types import LaunchPlan, LoadProgress, Notice
 
 _PORTS = range(20000, 30000)
@@ -111,6 +114,7 @@ class Supervisor:
         self._follower = self._make_follower()
         self._meter = LockMeter(host)
         self._progress: LoadProgress | None = None
+        self._counts, self._old_words = UNTOLD, ""
         self._look_now = asyncio.Event()
         self._wired_before: int | None = None
         self._wired_loaded: int | None = None
@@ -166,6 +170,23 @@ class Supervisor:
     def will_lock(self) -> bool:
         """Whether the engine was asked to lock: there is room for it, and its owner wants it."""
         return self._record is not None and self._record.will_lock
+
+    @property
+    def room(self) -> CacheRoom:
+        """How much the engine's KV cache holds; slots share it unless the engine's log says that they do not."""
+        return replace(self._engine.room, is_shared=self._meter.is_cache_shared is not False)
+
+    def forget_counts(self) -> None:
+        """A generation is about to be sent: what the engine's log tells from now on is of that one."""
+        self._read_output()
+        # KoboldCPP ends a line when it begins the next one.
+        self._counts, self._old_words = UNTOLD, self._follower.unfinished
+
+    def counts_in_log(self) -> PromptCounts:
+        """Return what the engine's log tells of the generation that has just ended."""
+        self._read_output()
+        new_words = "" if self._old_words else self._follower.unfinished
+        return self._engine.counts_in_line(new_words) or self._counts
 
     def restart_without_lock(self) -> None:
         """Start the engine anew, without asking it to lock, until emberd itself is restarted."""
@@ -659,6 +680,9 @@ class Supervisor:
     def _read_output(self) -> None:
         for line in self._follower.read_lines():
             self._meter.note(line)
+            if line != self._old_words:
+                self._counts = self._engine.counts_in_line(line) or self._counts
+            self._old_words = ""
             self._log.info("engine_line", category="engine", line=line)
             progress = self._engine.read_progress(line)
             if progress is not None and progress != self._progress:

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-from emberd.core.replay import is_of_same_conversation
+from emberd.core.reuse import (
+    CacheRoom,
+    Conversation,
+    ReuseLedger,
+    Verdict,
+    found_what_was_kept,
+    judge_replay,
+    to_replay,
+)
+from emberd.core.turn import UNTOLD, is_of_same_conversation
 from emberd.core.warmth import Cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from emberd.core.replay import Turn
+    from emberd.core.turn import PromptCounts, Turn
 
 
 class Turns:
@@ -23,14 +33,20 @@ class Turns:
 
     Args:
         most_bytes: tells how many bytes of requests and replies are remembered; 0 for nothing.
-        slots: tells how many conversations the engine's cache holds.
+        room: tells how much the engine's cache holds.
     """
 
-    def __init__(self, most_bytes: Callable[[], int], slots: Callable[[], int] = lambda: 1) -> None:
+    def __init__(self, most_bytes: Callable[[], int], room: Callable[[], CacheRoom] = CacheRoom) -> None:
         self._most_bytes = most_bytes
-        self._slots = slots
-        self._turns: list[Turn] = []
+        self._room = room
+        self._held: list[Conversation] = []
+        self._held_by: str | None = None
         self._tell: Callable[[], Turn | None] | None = None
+        self._in_log = UNTOLD
+        self._has_skipped = False
+        self._counts = UNTOLD
+        self._ledger = ReuseLedger()
+        self._ledger_of: str | None = None
         self._holder: str | None = None
         self._is_known = False
         self._running = 0
@@ -38,6 +54,8 @@ class Turns:
         self._has_changed = False
         self.taken_whole: tuple[str, bool] | None = None
         """Which engine was asked whether it took all of the last prompt, and what it said; None if none was."""
+        self.last_replay = UNTOLD
+        """What the engine told of the last replay."""
         self.first_token_s: float | None = None
         """How long the last streamed reply made its user wait for its first words, in seconds."""
         self.streamed = 0
@@ -62,10 +80,14 @@ class Turns:
     @property
     def all(self) -> tuple[Turn, ...]:
         """The last turn of each conversation, the most recent last."""
-        tell, self._tell = self._tell, None
-        if tell is not None:
-            self._remember(tell())
-        return tuple(self._turns)
+        self._take_apart()
+        return tuple(each.turn for each in self._held)
+
+    @property
+    def counts(self) -> PromptCounts:
+        """What the engine told of the last turn, whether that is remembered or not."""
+        self._take_apart()
+        return self._counts
 
     def cache(self, engine_key: str | None, *, is_adopted: bool) -> Cache:
         """Return whose prompt the cache of an engine holds.
@@ -79,32 +101,34 @@ class Turns:
         return Cache.KNOWN if self._is_known and self.last is not None else Cache.UNKNOWN
 
     def begin(self, engine_key: str | None) -> None:
-        """Hear that a generation of a user's is sent to this engine."""
+        """A user's generation is about to be sent to this engine."""
         if not self._running or engine_key != self._holder:
             self._before, self._has_changed = (self._holder, self._is_known), False
         self._running += 1
         self._holder, self._is_known = engine_key, False
 
-    def end(self, engine_key: str | None, tell: Callable[[], Turn | None]) -> None:
-        """Hear that a generation ended.
+    def end(self, engine_key: str | None, tell: Callable[[], Turn | None], in_log: PromptCounts = UNTOLD) -> None:
+        """A generation has ended.
 
         Args:
             engine_key: of the engine it was sent to; what another one holds by now is not changed by its end.
             tell: returns what the cache holds now, None if that is not known. Called when somebody wants to know:
                 to take a reply apart costs more than to pass it on, and only the last one counts.
+            in_log: what the engine's log tells of it.
         """
         if engine_key != self._holder:
             self.end_unheard()
             return
         self._running -= 1
         self.ended_s = time.monotonic()
-        if self._slots() > 1:
-            _ = self.all  # the turn before may be of another conversation
-        self._tell, self._has_changed = tell, True
+        if self._room().conversations > 1:
+            self._take_apart()  # the turn before may be of another conversation
+        self._has_skipped = self._tell is not None or self._held_by != engine_key
+        self._tell, self._in_log, self._held_by, self._has_changed = tell, in_log, engine_key, True
         self._is_known = not self._running
 
     def end_unheard(self) -> None:
-        """Hear that the engine did not work on a generation: it refused it, could not be reached, or was another.
+        """The engine did not work on a generation: it refused it, could not be reached, or was another.
 
         What it holds is what it held before, and what was remembered of that stays.
         """
@@ -117,18 +141,13 @@ class Turns:
             self._holder, self._is_known = self._before
 
     def spoke(self, seconds: float) -> None:
-        """Hear how long after its request a streamed reply began."""
+        """A streamed reply began so long after its request."""
         self.first_token_s = seconds
         self.streamed += 1
 
-    def replayed(self, engine_key: str | None) -> None:
-        """Hear that this engine has processed the turn again."""
-        if not self._running:
-            self._holder, self._is_known = engine_key, True
-
     def forget(self) -> bool:
         """Forget request and reply; True if there was something to forget. The engine's cache keeps what it has."""
-        had, self._turns, self.taken_whole = self.last is not None, [], None
+        had, self._held, self.taken_whole = self.last is not None, [], None
         return had
 
     def with_room(self, whole: bytearray, chunk: bytes) -> bytearray | None:
@@ -138,21 +157,91 @@ class Turns:
         whole += chunk
         return whole
 
+    # --- replays --------------------------------------------------------------------------------------------
+
+    def ledger(self, engine_key: str | None) -> ReuseLedger:
+        """Return what this engine has shown of its prompt cache; of another one nothing is known."""
+        self._take_apart()
+        return self._ledger if engine_key == self._ledger_of else ReuseLedger()
+
+    def to_replay(self, engine_key: str | None) -> list[Conversation]:
+        """Return the conversations that a pass replays, in order; a new engine gets the latest one only."""
+        self._take_apart()
+        held = self._held if engine_key == self._holder else self._held[-1:]
+        return to_replay(held, self._room())
+
+    def replayed(self, engine_key: str | None, turn: Turn, counts: PromptCounts) -> Verdict:
+        """Take what this engine told of a replay of this turn; return what that says of its cache."""
+        self.last_replay = counts
+        number = next((number for number, each in enumerate(self._held) if each.turn is turn), None)
+        if self._running or number is None:
+            return Verdict.UNKNOWN  # a user has come, or it was forgotten
+        held, is_latest = self._held[number], number == len(self._held) - 1
+        is_new = engine_key != self._holder
+        verdict = judge_replay(held, counts, is_new_engine=is_new)
+        self._ledger = self.ledger(engine_key).after_replay(turn.kind, verdict, counts, is_latest=is_latest)
+        self._ledger_of = engine_key
+        if is_new:
+            self._held = [replace(each, is_gone=True) for each in self._held]
+        is_gone = verdict is Verdict.MISS and not is_latest
+        tokens = held.tokens if counts.held is None else counts.held
+        self._held[number] = replace(held, tokens=tokens, is_replayed=True, is_gone=is_gone)
+        self._holder = self._held_by = engine_key
+        self._is_known = True
+        return verdict
+
+    def status(self, engine_key: str | None) -> dict[str, Any]:
+        """Return what this engine told of the last turn and of replays, as plain values."""
+        ledger = self.ledger(engine_key)
+        return {
+            "last_turn": asdict(self.counts),
+            "last_replay": asdict(self.last_replay),
+            "replays": ledger.replays,
+            "misses": ledger.misses,
+            "wasted_tokens": ledger.wasted_tokens,
+            "lost_turns": ledger.lost_turns,
+            "barred": sorted(ledger.barred),
+        }
+
+    # --- remembering ----------------------------------------------------------------------------------------
+
+    def _take_apart(self) -> None:
+        """Look at the last reply, if nobody has yet."""
+        tell, self._tell = self._tell, None
+        if tell is not None:
+            turn = tell()
+            self._counts = self._in_log if turn is None else turn.counts
+            self._remember(turn)
+
     def _remember(self, turn: Turn | None) -> None:
         """Put a turn in the place of the one before it; what is not known may have taken any slot."""
         self.taken_whole = None
+        if turn is not None:
+            self._judge(turn)
         if turn is None or _size_of(turn) > self.most_bytes:
-            self._turns = []
+            self._held = []
             return
-        slots = max(self._slots(), 1)
-        others = [each for each in self._turns if slots > 1 and not is_of_same_conversation(turn, each)]
-        kept, room = [turn], self.most_bytes - _size_of(turn)
+        slots = max(self._room().conversations, 1)
+        others = [each for each in self._held if slots > 1 and not is_of_same_conversation(turn, each.turn)]
+        kept, left_bytes = [Conversation(turn, turn.counts.held)], self.most_bytes - _size_of(turn)
         for each in reversed(others[-(slots - 1) :] if slots > 1 else []):
-            room -= _size_of(each)
-            if room < 0:
+            left_bytes -= _size_of(each.turn)
+            if left_bytes < 0:
                 break
             kept.insert(0, each)
-        self._turns = kept
+        self._held = kept
+
+    def _judge(self, turn: Turn) -> None:
+        """Hold a user's turn against what was kept of its conversation, if nothing came between."""
+        if self._has_skipped:
+            return
+        for held in reversed(self._held):
+            has_found = None if held.is_gone else found_what_was_kept(held, turn)
+            if has_found is not None:
+                ledger = self._ledger if self._held_by == self._ledger_of else ReuseLedger()
+                self._ledger = ledger.after_turn(turn.kind, has_found=has_found, is_replayed=held.is_replayed)
+                self._ledger_of = self._held_by
+                return
 
 
 def _size_of(turn: Turn) -> int:

@@ -1,0 +1,170 @@
+"""What an engine says that it reused of its prompt cache, and what follows from it for replays. Pure.
+
+A replay is believed to cost one token. Tried on engines, that is false where several conversations do not fit into
+the cache together (llama-server, four slots that share 4,096 cells: each of four replays threw another one out, and
+every pass processed 11,000 tokens anew), and where an engine keeps no prompt at all (KoboldCPP 1.115.1 with
+`--parallelrequests 4`: 5.5 s a replay). So the engine's own counts decide whether a replay is sent again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from emberd.core.turn import PromptCounts, Turn
+
+MOST_PROCESSED_TOKENS = 64
+"""A replay that finds its prompt in the cache processes no more. Seen: 1 to 3 with KoboldCPP, 13 with llama-server
+and a sliding window (it begins at a checkpoint), 8 more after a replay without the last words."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRoom:
+    """How much an engine's KV cache holds.
+
+    Attributes:
+        conversations: slots, each for one conversation.
+        cells: tokens that fit; None if unknown.
+        is_shared: the slots share these cells; else each has so many.
+    """
+
+    conversations: int = 1
+    cells: int | None = None
+    is_shared: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation whose last turn an engine's cache holds, as far as is known.
+
+    Attributes:
+        turn: its last request and reply.
+        tokens: what it takes in the cache, None if the engine did not tell.
+        is_replayed: a replay has processed it since that turn.
+        is_gone: it has left the cache, or is not worth being brought back.
+    """
+
+    turn: Turn
+    tokens: int | None = None
+    is_replayed: bool = False
+    is_gone: bool = False
+
+
+class Verdict(Enum):
+    """What a replay found."""
+
+    HIT = "hit"
+    """The conversation was in the cache."""
+    MISS = "miss"
+    """It was not, and nothing that is known explains it."""
+    PRIMED = "primed"
+    """It could not be: the engine is a new one, or the user left before the prompt was processed."""
+    UNKNOWN = "unknown"
+    """The engine does not tell."""
+
+
+def judge_replay(held: Conversation, counts: PromptCounts, *, is_new_engine: bool) -> Verdict:
+    """Judge what a replay found.
+
+    The first replay of a turn may process as many tokens more as the reply has: what an engine generates can be
+    other tokens than those that it makes of the same text, and thoughts are left out of a chat's history. A text
+    has no more tokens than bytes.
+    """
+    turn = held.turn
+    if is_new_engine or (turn.was_cut and not held.is_replayed):
+        return Verdict.PRIMED
+    if counts.processed is None:
+        return Verdict.UNKNOWN
+    told = turn.counts.generated
+    of_reply = len(turn.reply.encode("utf-8", "surrogatepass")) if told is None else told
+    most = MOST_PROCESSED_TOKENS + (0 if held.is_replayed else of_reply)
+    return Verdict.HIT if counts.processed <= most else Verdict.MISS
+
+
+def found_what_was_kept(held: Conversation, new: Turn) -> bool | None:
+    """Return whether a user's next turn found the prompt of the last one; None if it goes on elsewhere."""
+    kept = held.turn.counts.prompt
+    if kept is None or held.turn.was_cut or new.counts.reused is None or not new.continues(held.turn):
+        return None
+    return new.counts.reused >= kept - MOST_PROCESSED_TOKENS
+
+
+def to_replay(held: Sequence[Conversation], room: CacheRoom) -> list[Conversation]:
+    """Return the conversations that a pass replays, in the order in which they are sent.
+
+    The latest comes first, so that a user who interrupts the pass finds it, and once more behind the others: an
+    engine gives the slot that was used least recently to a new conversation. Others are sent only into room that is
+    surely left; what each takes must be known.
+
+    Args:
+        held: the most recent last.
+        room: of the engine's cache.
+    """
+    if not held or held[-1].is_gone:
+        return []
+    latest, others = held[-1], list[Conversation]()
+    left = None if room.cells is None or latest.tokens is None else room.cells - latest.tokens
+    for each in reversed(held[:-1][-(room.conversations - 1) :] if room.conversations > 1 else []):
+        if each.is_gone or each.tokens is None or left is None:
+            continue
+        if room.is_shared and each.tokens > left:
+            break  # an older one that is small may still be there, but what came between pushes it out
+        left -= each.tokens
+        others.insert(0, each)
+    return [latest, *others, latest] if others else [latest]
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseLedger:
+    """What one engine process has shown of its prompt cache.
+
+    Attributes:
+        proven: kinds of turns whose prompt was found again.
+        doubted: kinds whose last replay missed.
+        lost: kinds of which the last user's turn did not find what replays had kept.
+        barred: kinds that are replayed no more.
+        replays: whose counts were told.
+        misses: of these.
+        wasted_tokens: processed by the replays that missed.
+        lost_turns: turns of users that did not find what replays had kept.
+    """
+
+    proven: frozenset[str] = field(default_factory=frozenset)
+    doubted: frozenset[str] = field(default_factory=frozenset)
+    lost: frozenset[str] = field(default_factory=frozenset)
+    barred: frozenset[str] = field(default_factory=frozenset)
+    replays: int = 0
+    misses: int = 0
+    wasted_tokens: int = 0
+    lost_turns: int = 0
+
+    def after_replay(self, kind: str, verdict: Verdict, counts: PromptCounts, *, is_latest: bool) -> ReuseLedger:
+        """Return the ledger after a replay; a kind that never hit is barred by its first miss.
+
+        One that did has lost its conversation to somebody else: it is in the cache again now, and the next replay
+        must find it. What another conversation than the latest misses says nothing of its kind.
+        """
+        if verdict in {Verdict.PRIMED, Verdict.UNKNOWN}:
+            return self
+        now = replace(self, replays=self.replays + 1)
+        if verdict is Verdict.HIT:
+            return replace(now, proven=now.proven | {kind}, doubted=now.doubted - {kind})
+        now = replace(now, misses=now.misses + 1, wasted_tokens=now.wasted_tokens + (counts.processed or 0))
+        if not is_latest:
+            return now
+        if kind in now.proven and kind not in now.doubted:
+            return replace(now, doubted=now.doubted | {kind})
+        return replace(now, barred=now.barred | {kind})
+
+    def after_turn(self, kind: str, *, has_found: bool, is_replayed: bool) -> ReuseLedger:
+        """Return the ledger after a user's next turn; two in a row that found nothing of what was kept bar it."""
+        if has_found:
+            return replace(self, proven=self.proven | {kind}, lost=self.lost - {kind})
+        if not is_replayed:
+            return self
+        now = replace(self, lost_turns=self.lost_turns + 1, lost=self.lost | {kind})
+        return replace(now, barred=now.barred | {kind}) if kind in self.lost else now

@@ -1,0 +1,121 @@
+"""A user's turn: the last request of a conversation, what came back, and what the engine told of it. Pure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from emberd.core.generation import dialect_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_SIMILARITY = 0.1
+_BEFORE_THE_PROMPT = ("memory", "tools", "functions", "images", "chat_template_kwargs")
+"""Fields that stand before the prompt, or shape it from its beginning on."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCounts:
+    """What an engine tells of one generation, in tokens. Unknown is None.
+
+    Attributes:
+        reused: of the prompt, found in the cache.
+        processed: of the prompt, computed.
+        generated: of the reply.
+    """
+
+    reused: int | None = None
+    processed: int | None = None
+    generated: int | None = None
+
+    @property
+    def prompt(self) -> int | None:
+        """Length of the whole prompt."""
+        return None if self.reused is None or self.processed is None else self.reused + self.processed
+
+    @property
+    def held(self) -> int | None:
+        """What of the cache the conversation takes afterwards."""
+        return None if self.prompt is None else self.prompt + (self.generated or 0)
+
+
+UNTOLD = PromptCounts()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The last request for a generation and what came back. Never printed: both are private.
+
+    Attributes:
+        path: the request's path, without a query.
+        body: its JSON object.
+        reply: the text that the client was sent.
+        counts: what the engine told of it.
+        was_cut: its generation did not come to its end: how much of the prompt the cache holds is not known.
+    """
+
+    path: str
+    body: Mapping[str, Any] = field(repr=False)
+    reply: str = field(repr=False)
+    counts: PromptCounts = UNTOLD
+    was_cut: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What turns have in common that an engine replays alike: their dialect."""
+        dialect = dialect_of(self.path)
+        return dialect.value if dialect else ""
+
+    def continues(self, before: Turn) -> bool:
+        """Return True if its prompt surely begins with the whole prompt of another turn."""
+        mine, other = self.body, before.body
+        if any(mine.get(name) != other.get(name) for name in _BEFORE_THE_PROMPT):
+            return False
+        if isinstance(mine.get("prompt"), str) and isinstance(other.get("prompt"), str):
+            return bool(mine["prompt"].startswith(other["prompt"]))
+        messages, earlier = mine.get("messages"), other.get("messages")
+        return bool(
+            isinstance(messages, list) and isinstance(earlier, list) and messages[: len(earlier)] == earlier
+        )
+
+
+def prompt_text(turn: Turn) -> str:
+    """Return the text of which a turn's prompt is made, without what a template adds."""
+    body = turn.body
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return f"{body.get('memory') or ''}{body.get('prompt') or ''}"
+    contents = [each.get("content") for each in messages if isinstance(each, dict)]
+    return "\n".join(each if isinstance(each, str) else json.dumps(each) for each in contents)
+
+
+def is_of_same_conversation(new: Turn, old: Turn) -> bool:
+    """Tell whether an engine with several slots gives a request the slot of an earlier one.
+
+    llama.cpp's server takes the slot whose contents begin as the prompt does, if that is more than a tenth of it
+    (tools/server, `--slot-prompt-similarity`), else the one that was used least recently.
+    """
+    new_text, old_text = _prompt_of(new), _prompt_of(old)
+    return _common_length(new_text, old_text) > _SIMILARITY * len(new_text)
+
+
+def _prompt_of(turn: Turn) -> str:
+    prompt = turn.body.get("prompt")
+    if isinstance(prompt, str):
+        return prompt + turn.reply
+    messages = turn.body.get("messages")
+    return json.dumps(messages if messages is not None else prompt) + turn.reply
+
+
+def _common_length(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike; by halving, since they may be megabytes."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,248 @@
+"""Watches what flips between two looks: memory pressure, swapping, sleep, power, losses of the idle engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from emberd.core import thrash, warmth
+from emberd.core.lock import LockState
+from emberd.core.memory import PowerSource, Pressure
+from emberd.core.pressure import STORM_LASTS_S, is_sign_of_storm
+from emberd.core.warmth import Trigger
+from emberd.services.losses import Losses
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.memory import Power, SystemMemory
+    from emberd.core.ports import Host
+    from emberd.core.settings import WarmthSettings
+    from emberd.services.gate import Gate
+    from emberd.services.memory_meter import MemoryMeter
+    from emberd.services.warming import Warming
+
+WATCH_INTERVAL_S = 2.0
+"""A storm writes 220 MB to swap in a second (6.6 GB in 30 s, measured): the longest one may go unnoticed."""
+CALM_WATCH_INTERVAL_S = 10
+"""The same where the kernel tells of stalls by itself. Each reading takes almost a millisecond, with cold caches:
+at every two seconds they were half of what the idle daemon took."""
+_CALM_AFTER_S = 30.0
+_POWER_S = 30.0
+"""Power is read so often: on macOS it takes some 10 ms."""
+_SLEPT_S = 5.0
+"""The computer slept if the clocks moved apart by so much."""
+_TIGHT = frozenset({Pressure.WARN, Pressure.CRITICAL})
+
+
+class PressureWatch:
+    """Owns the thrash guard, and tells keep-warm when to look.
+
+    Args:
+        host: this computer.
+        log: events go here.
+        settings: tells the settings of warmth.
+        gate: the way to the engine.
+        meter: reads the computer's memory.
+        warming: what is held, and who uses the model.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        log: FilteringBoundLogger,
+        settings: Callable[[], WarmthSettings],
+        gate: Gate,
+        meter: MemoryMeter,
+        warming: Warming,
+    ) -> None:
+        self._host = host
+        self._log = log
+        self._settings = settings
+        self._gate = gate
+        self._meter = meter
+        self._warming = warming
+        self._engine_key: str | None = None
+        self._calm_since_s = self._read_s = time.monotonic()
+        self._storm_s: float | None = None
+        self._power: tuple[float, Power] | None = None
+        self._gap_s = clock_gap_s()
+        self._recalling: asyncio.Task[None] | None = None
+        self.losses = Losses(host)
+        self.guard = thrash.Guard()
+        self.memory: SystemMemory | None = None
+        """The last reading, None before the first."""
+        self.last_critical_s: float | None = None
+        self.wake: Callable[[Trigger], None] = lambda _: None
+        """Told when keep-warm is to look at once."""
+
+    @property
+    def is_storming(self) -> bool:
+        """Whether the computer takes memory from its programs, as it tells itself."""
+        return self._storm_s is not None and time.monotonic() - self._storm_s < STORM_LASTS_S
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether there is memory pressure, or a storm."""
+        return self.is_storming or (self.memory is not None and self.memory.pressure in _TIGHT)
+
+    def latest(self) -> SystemMemory:
+        """Return the last reading of the computer's memory; before the first one, what it is now."""
+        return self._meter.read() if self.memory is None else self.memory
+
+    def status(self) -> dict[str, Any]:
+        """Return what the guard holds, and how letting go has helped, as plain values."""
+        guard = self.guard
+        return {
+            "hold": guard.hold.value,
+            "is_helpless": guard.is_helpless,
+            "relief": {"bytes_per_s_before": guard.rate_before, "bytes_per_s_after": guard.rate_after},
+            "is_storming": self.is_storming,
+        }
+
+    async def run(self, after_reading: Callable[[], Awaitable[None]]) -> None:
+        """Watch until cancelled.
+
+        Args:
+            after_reading: called behind each.
+        """
+        following = asyncio.create_task(self._follow_engine())
+        try:
+            await self._keep_watch(after_reading)
+        finally:
+            following.cancel()
+
+    async def power(self) -> Power:
+        """Return the computer's power, read now and then."""
+        now_s = time.monotonic()
+        if self._power is None or now_s - self._power[0] > _POWER_S:
+            self._power = (now_s, await asyncio.to_thread(self._host.power))
+        return self._power[1]
+
+    async def _keep_watch(self, after_reading: Callable[[], Awaitable[None]]) -> None:
+        """Read every WATCH_INTERVAL_S, or when the kernel says that there is reason to."""
+        while True:
+            stalls = self._host.watch_stalls(CALM_WATCH_INTERVAL_S) if self._is_calm() else None
+            if stalls is None:
+                await self._read_after(asyncio.sleep(WATCH_INTERVAL_S), after_reading)
+                continue
+            try:
+                while self._is_calm():
+                    began_s = time.monotonic()
+                    await self._read_after(stalls.wait(), after_reading)
+                    if time.monotonic() - began_s < CALM_WATCH_INTERVAL_S / 2:  # a stall, or the computer has slept
+                        self._calm_since_s = time.monotonic()
+            finally:
+                stalls.close()
+
+    async def _follow_engine(self) -> None:
+        """Notice a new engine at once: its cache is empty."""
+        while True:
+            await self._gate.wait_for_change()
+            self._notice_engine()
+
+    def _is_calm(self) -> bool:
+        is_at_rest = self._gate.port is not None and not self._warming.is_touching()
+        return is_at_rest and time.monotonic() - self._calm_since_s > _CALM_AFTER_S
+
+    async def _read_after(self, pause: Awaitable[None], after_reading: Callable[[], Awaitable[None]]) -> None:
+        await pause
+        try:
+            await self.read()
+            await after_reading()
+        except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
+            self._log.exception("keepwarm_bug")
+
+    async def read(self) -> None:
+        """Take one reading, and draw the consequences."""
+        memory, now_s = self._meter.read(), time.monotonic()
+        was, self.memory = self.memory, memory
+        if is_sign_of_storm(was, memory, now_s - self._read_s):
+            self._storm_s = now_s
+        self._read_s = now_s
+        is_losing = self._watch_engine()
+        if not warmth.is_calm(was, memory, self.guard, is_losing=is_losing):
+            self._calm_since_s = now_s
+        self._recall_own_memory()
+        is_locked = self._gate.lock_state is LockState.HELD
+        swapped_bytes = memory.swapped_out_bytes
+        self._watch_swap(thrash.Reading(now_s, swapped_bytes, memory.pressure, is_losing and not is_locked))
+        if self.guard.hold is thrash.Hold.ALL and memory.pressure is not Pressure.CRITICAL:
+            self._warming.letting_go.clear()
+        else:
+            self._warming.letting_go.set()  # a pass that is under way would bring back gigabytes yet
+        pressure_was = was.pressure if was else Pressure.UNKNOWN
+        if memory.pressure is Pressure.CRITICAL:
+            self.last_critical_s = now_s
+        elif pressure_was is Pressure.CRITICAL:
+            self.wake(Trigger.RELIEVED)
+        elif memory.pressure is Pressure.WARN and pressure_was is Pressure.NORMAL:
+            self.wake(Trigger.TIMER)  # the interval is the shortest now
+        self._watch_clock()
+        if self._power is not None and self._power[1].source is PowerSource.BATTERY:
+            power = await self.power()
+            if power.source is PowerSource.MAINS:
+                self.wake(Trigger.WOKEN)
+
+    def _watch_clock(self) -> None:
+        """Notice that the computer slept, or that its clock was set back."""
+        gap_s, self._gap_s = self._gap_s, clock_gap_s()
+        if self._gap_s - gap_s > _SLEPT_S:
+            self._log.info("woken", slept_s=round(self._gap_s - gap_s))
+            self.wake(Trigger.WOKEN)
+        elif gap_s - self._gap_s > _SLEPT_S:
+            self.wake(Trigger.TIMER)  # the next look is planned by that clock
+
+    def _recall_own_memory(self) -> None:
+        """Keep emberd itself in memory while there is pressure; reading swap can take long: nobody waits for it."""
+        is_recalling = self._recalling is not None and not self._recalling.done()
+        if not is_recalling and (self.is_tight or self._warming.is_touching()):
+            self._recalling = asyncio.create_task(asyncio.to_thread(self._host.recall_own_memory))
+
+    def _watch_swap(self, reading: thrash.Reading) -> None:
+        """Let go, or take hold again, as the thrash guard says."""
+        was, settings = self.guard, self._settings()
+        is_locked_outside, lock = self._warming.is_locked_outside, self._gate.lock_state
+        is_warming = settings.mode != "off" and self._warming.last_pass_s is not None
+        frees = thrash.what_frees(
+            lock, settings.priority, is_locked_outside=is_locked_outside, may_restart=settings.may_restart
+        )
+        is_holding = is_warming or is_locked_outside or lock is LockState.HELD
+        now = self.guard = thrash.step(was, reading, settings.priority, is_holding=is_holding, frees=frees)
+        if (now.hold, now.is_helpless) != (was.hold, was.is_helpless):
+            self._log.warning(
+                "thrash_guard",
+                hold=now.hold.value,
+                was=was.hold.value,
+                is_helpless=now.is_helpless,
+                bytes_per_s_before=now.rate_before and round(now.rate_before),
+                bytes_per_s_after=now.rate_after and round(now.rate_after),
+            )
+        if now.hold is not was.hold:
+            self.wake(Trigger.RELIEVED if now.hold is thrash.Hold.ALL else Trigger.TIMER)
+
+    def _notice_engine(self) -> None:
+        key = self._gate.sample().key
+        if self._gate.port is not None and key is not None and key != self._engine_key:
+            self._engine_key = key
+            self.wake(Trigger.RESTARTED)
+
+    def _watch_engine(self) -> bool:
+        """Have a look taken at once when memory of the idle engine is taken, which is returned."""
+        self._notice_engine()
+        is_idle = self._warming.is_free and not self._warming.passing.locked()
+        is_losing = self.losses.watch(self._gate.sample(), is_idle=is_idle)
+        if is_losing:
+            self.wake(Trigger.LOSING)
+        return is_losing
+
+
+def clock_gap_s() -> float:
+    """Return how far the wall clock is ahead of the monotonic one, which stands still while the computer sleeps.
+
+    A wall clock that is set forward looks the same, and costs one pass.
+    """
+    return time.time() - time.monotonic()

@@ -1,0 +1,69 @@
+"""What keeping warm has cost: since emberd's start, today, and within the last ten minutes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from emberd.core.warmth_cost import BUDGET_WINDOW_S, WarmthCost, budget_wait_s
+
+if TYPE_CHECKING:
+    from emberd.services.accounts import Accounts
+
+_SAVE_S = 3600.0
+"""The cost goes to disk so often, and at the end."""
+
+
+class Spending:
+    """Adds up the cost, and holds the processor time against a budget.
+
+    Args:
+        accounts: keep it by day.
+    """
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+        self._total = self._unsaved = WarmthCost()
+        self._saved_s = time.monotonic()
+        self._recent: deque[tuple[float, float]] = deque()
+
+    def add(self, cost: WarmthCost) -> None:
+        """Add a cost."""
+        self._total += cost
+        self._unsaved += cost
+        if cost.cpu_ms:
+            now_s = time.monotonic()
+            self._recent.append((now_s, cost.cpu_ms / 1000))
+            while now_s - self._recent[0][0] > BUDGET_WINDOW_S:
+                self._recent.popleft()
+
+    def excuse(self) -> None:
+        """Memory was taken from the model: what bringing it back has cost does not count against the budget."""
+        self._recent.clear()
+
+    @property
+    def wait_s(self) -> float:
+        """How long keep-warm has to wait until it is within its budget again."""
+        return budget_wait_s(self._recent, time.monotonic())
+
+    async def save(self, *, is_due: bool = True) -> None:
+        """Put what is not on disk yet there; without `is_due` only once an hour."""
+        if is_due or time.monotonic() - self._saved_s > _SAVE_S:
+            unsaved, self._unsaved, self._saved_s = self._unsaved, WarmthCost(), time.monotonic()
+            await self._accounts.add(unsaved)
+
+    async def status(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        today = await self._accounts.today(WarmthCost) + self._unsaved
+        return {"cost": _plain(self._total), "cost_today": _plain(today)}
+
+
+def _plain(cost: WarmthCost) -> dict[str, Any]:
+    return {
+        "passes": cost.passes,
+        "read_bytes": cost.read_bytes,
+        "engine_s": cost.engine_ms / 1000,
+        "cpu_s": cost.cpu_ms / 1000,
+        "processed_tokens": cost.processed_tokens,
+    }

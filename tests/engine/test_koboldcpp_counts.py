@@ -1,0 +1,31 @@
+"""The counts that KoboldCPP prints at the end of a generation, in the words of its versions."""
+
+from __future__ import annotations
+
+import pytest
+
+from emberd.core.turn import PromptCounts
+from emberd.engine.koboldcpp import read_counts
+
+OLD = "CtxLimit:1319/2048, Amt:1/1, Init:0.00s, Process:6.13s (4.7ms/T = 215.01T/s)"
+SHORT = "[18:10:47] CtxLimit:1326/2048, Amt:8/8, Init:0.00s, Process:0.03s (200.00T/s), Generate:0.12s (64.52T/s)"
+NO_TIME = "[18:10:47] CtxLimit:1319/2048, Amt:1/1, Init:0.00s, Process:0.00s (infT/s), Generate:0.02s (50.00T/s)"
+NEW = "[18:10:47] CtxLimit:1327/16384, Init:0.01s, Processed:7 in 0.05s (140.00T/s), Generated:4/4 in 0.10s"
+BATCHED = "[18:10:47] BatchRequest:3, Prompt:1301, Generated:1/1 in 5.50s (0.18T/s), Stop:0"
+
+
+@pytest.mark.parametrize(
+    ("line", "counts"),
+    [
+        (OLD, PromptCounts(0, 1318, 1)),
+        (SHORT, PromptCounts(1312, 6, 8)),
+        (NO_TIME, PromptCounts(None, None, 1)),
+        (NEW, PromptCounts(1316, 7, 4)),
+        (BATCHED, PromptCounts(0, 1301, 1)),
+        ("Generating (8 / 8 tokens)", None),
+        ("Output: CtxLimit:1/2, said the story", None),
+        ("", None),
+    ],
+)
+def test_each_version_s_words_are_read(line: str, counts: PromptCounts | None):
+    assert read_counts(line) == counts
