@@ -19,6 +19,7 @@ _HELP = """usage: llama-server [options]
 
 -m,    --model FNAME                    model
 -c,    --ctx-size N                     context
+-t,    --threads N                      threads
 -np,   --parallel N                     slots (default: -1, auto)
 -kvu,  --kv-unified                     slots share one KV cache
        --no-kv-unified                  each slot has cells of its own
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="llama-server", add_help=False)
     parser.add_argument("--model", "-m", required=True)
     parser.add_argument("--ctx-size", "-c", type=int, default=0)
+    parser.add_argument("--threads", "-t", type=int)
     parser.add_argument("--parallel", "-np", type=int, default=-1)
     parser.add_argument("--kv-unified", "-kvu", action=argparse.BooleanOptionalAction)
     parser.add_argument("--load-mode", "-lm", choices=sorted(_MODES), default="mmap")
@@ -67,6 +69,8 @@ def main(arguments: list[str]) -> int:
     parameters.hostnames = [options.host]
     parameters.port = options.port
     parameters.n_ctx = options.ctx_size
+    if options.threads is not None:
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = options.threads
     parameters.n_parallel = 4 if options.parallel < 0 else options.parallel
     parameters.kv_unified = options.parallel < 0 if options.kv_unified is None else options.kv_unified
     parameters.n_threads_http = options.threads_http

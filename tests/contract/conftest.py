@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _targets() -> list[object]:
-    found: list[object] = [pytest.param(each, id=each.name) for each in map(standin, ("1.76", "1.104", "1.115.1"))]
+    found: list[object] = [pytest.param(each, id=each.name) for each in (standin("1.76"), standin("1.104"))]
     real = real_builds()
     found += [pytest.param(each, id=each.name) for each in real]
     if not real:
@@ -35,6 +35,15 @@ def new_target(target: Target) -> Target:
     if target.is_old:
         pytest.skip("not in this version")
     return target
+
+
+@pytest.fixture(params=[pytest.param(each, id=each.name) for each in (standin("1.115.1"), *real_builds())])
+def batching_target(request: pytest.FixtureRequest) -> Target:
+    """A KoboldCPP that can work on several requests at once."""
+    found: Target = request.param
+    if found.version < (1, 113):
+        pytest.skip("not in this version")
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,17 @@ def counts(server: Server) -> PromptCounts:
     return [each for each in told if each is not None][-1]
 
 
+def test_without_it_the_same_version_keeps_one(batching_target: Target, model: Path) -> None:
+    with batching_target.serving(model, "--quiet") as server:
+        server.generate(LONG_PROMPT, 1)
+        server.generate(LONG_PROMPT, 1)
+        told = counts(server)
+        assert told.processed is not None
+        assert told.processed <= 3
+        assert told.reused is not None
+        assert told.reused > 1000
+
+
 def test_the_log_tells_what_was_reused_and_processed(server: Server) -> None:
     server.generate("xu", 1)
     prompt = "pa " + LONG_PROMPT
@@ -122,10 +133,8 @@ def test_the_log_tells_what_was_reused_and_processed(server: Server) -> None:
     assert again.reused == pytest.approx(whole + 12, abs=4)
 
 
-def test_continuous_batching_keeps_no_prompt_and_the_log_says_so(target: Target, model: Path) -> None:
-    if target.version < (1, 113):
-        pytest.skip("not in this version")
-    with target.serving(model, "--parallelrequests", "4", "--quiet") as server:
+def test_continuous_batching_keeps_no_prompt_and_the_log_says_so(batching_target: Target, model: Path) -> None:
+    with batching_target.serving(model, "--parallelrequests", "4", "--quiet") as server:
         for _ in range(2):
             server.generate(LONG_PROMPT, 1)
             told = counts(server)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from contract.targets import NO_REUSE
 from emberd.core.load_facts import LoadFacts
 from emberd.core.reuse import MOST_PROCESSED_TOKENS
 from emberd.engine import llama_log
@@ -73,11 +74,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(request: pytest.FixtureRequest, program: Path, model: Path) -> Iterator[Server]:
     """A fresh server, with the options that the test names."""
     port = free_port()
-    words = ["--model", str(model), "--ctx-size", str(CELLS), "--host", "127.0.0.1", "--port", str(port)]
+    words = [
+        "--model",
+        str(model),
+        "--ctx-size",
+        str(CELLS),
+        "--threads",
+        "1",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with EngineProcess([str(program), *words, *getattr(request, "param", [])]) as process:
         url = f"http://127.0.0.1:{port}"
         process.wait_for_answer(url + "/health", within_s=START_S)
-        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        with httpx.Client(base_url=url, timeout=60, trust_env=False, limits=NO_REUSE) as client:
             yield Server(process, client)
 
 
@@ -141,7 +153,7 @@ def test_conversations_that_fit_together_are_all_kept(server: Server):
 
 
 def test_conversations_that_do_not_fit_together_throw_each_other_out(server: Server):
-    tales = [f"{word} {STORY}" for word in ("xu", "pa", "ti", "du")]
+    tales = [f"{word} {STORY} {STORY}" for word in ("xu", "pa", "ti", "du")]
     for tale in tales:
         server.say(tale, 4)
     processed = [server.say(tale)[1].processed or 0 for tale in tales * 2]

@@ -1,7 +1,8 @@
 """What the environment asks of the stand-in: speed, version and misbehaviour.
 
 =============================  ======================================================================
-`STANDIN_VERSION`              personality: `1.76`, `1.104` (default) or `1.115.1`
+`STANDIN_VERSION`              personality: `1.76`, `1.104` (default), or `1.115.1`: as 1.104, but for its
+                               counts in the log and `--parallelrequests`
 `STANDIN_LOAD_SECONDS`         extra seconds of loading, default 0
 `STANDIN_PROMPT_BASE_MS`       milliseconds before any prompt, default 5
 `STANDIN_PROMPT_MS_PER_TOKEN`  milliseconds per prompt token that is not in the cache, default 1
@@ -88,8 +89,8 @@ def read_switches(environment: Mapping[str, str]) -> Switches:
         return float(text(name, default_ms)) / 1000
 
     version = text("VERSION", NEW)
-    if version not in {OLD, NEW}:
-        raise SystemExit(f"STANDIN_VERSION must be {OLD} or {NEW}, not {version}")
+    if version not in {OLD, NEW, BATCHING}:
+        raise SystemExit(f"STANDIN_VERSION must be {OLD}, {NEW} or {BATCHING}, not {version}")
     once_file = text("ONCE_FILE")
     return Switches(
         version=version,
