@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
+from emberd.core.settings import Settings
 from emberd.core.turn import PromptCounts
-from emberd.engine.koboldcpp import read_counts
+from emberd.engine.http import EngineHttp
+from emberd.engine.koboldcpp import KoboldCpp, read_counts
+from emberd.engine.output import OutputFollower, open_for_engine
+from emberd.host import ThisHost
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 OLD = "CtxLimit:1319/2048, Amt:1/1, Init:0.00s, Process:6.13s (4.7ms/T = 215.01T/s)"
 SHORT = "[18:10:47] CtxLimit:1326/2048, Amt:8/8, Init:0.00s, Process:0.03s (200.00T/s), Generate:0.12s (64.52T/s)"
@@ -29,3 +39,22 @@ BATCHED = "[18:10:47] BatchRequest:3, Prompt:1301, Generated:1/1 in 5.50s (0.18T
 )
 def test_each_version_s_words_are_read(line: str, counts: PromptCounts | None):
     assert read_counts(line) == counts
+
+
+def test_a_body_that_is_printed_behind_counts_whose_line_is_not_ended_stays_private(tmp_path: Path):
+    unused: Any = None
+    engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused)
+    path = tmp_path / "engine.log"
+    reader = OutputFollower(path, engine.is_private, 1 << 20, 1)
+    descriptor = open_for_engine(path)
+    os.write(descriptor, b"\n" + SHORT.encode())
+    assert reader.read_lines() == []
+    assert read_counts(reader.unfinished) == PromptCounts(1312, 6, 8)
+    os.write(descriptor, b"Body Err: b'SECRET")
+    assert reader.read_lines() == []
+    assert reader.unfinished == ""
+    os.write(descriptor, b" STORY'\nafter\n")
+    assert reader.read_lines() == ["after"]
+    os.close(descriptor)
+    assert b"SECRET" not in path.read_bytes()
+    assert b"STORY" not in path.read_bytes()
