@@ -43,8 +43,8 @@ USUAL_NAMES = ("koboldcpp", "koboldcpp-mac-arm64", "koboldcpp-linux-x64", "kobol
 _SCRIPT = "koboldcpp.py"
 _HTTP_OK = 200
 _PRIVATE = re.compile(r"Namespace\(|Body Err:|^(?:Input|Output):|password='")
-"""`Namespace(` shows passwords and `Body Err:` whole request bodies, both also under --quiet. Either can stand behind
-the counts of a generation, whose line is ended only by the next one's (1.104, 1.115)."""
+"""`Namespace(` shows passwords and `Body Err:` whole request bodies, both also under --quiet. Either can stand
+behind the counts of a generation, whose line is ended only by the next one (1.104, 1.115)."""
 _WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bind")
 """1.104 then spins on the unbound socket for ever; 1.76 exits with 1, later builds with 0."""
 _PROTECTED_MODEL = "koboldcpp/protected-model"
