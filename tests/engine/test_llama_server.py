@@ -17,7 +17,8 @@ import pytest
 import emberd
 from emberd.core.errors import ConfigError
 from emberd.core.reuse import MOST_PROCESSED_TOKENS
-from emberd.engine.llama_server import check_arguments, read_options
+from emberd.engine.llama_server import check_arguments, notices_of, read_options
+from emberd.engine.wishes import of_llama_server
 from llama_server_standin import write_program
 
 if TYPE_CHECKING:
@@ -90,8 +91,9 @@ def test_an_argument_that_would_break_the_job_is_refused(words: list[str], messa
 
 
 def test_arguments_that_undo_keep_warm_are_named():
-    notices = check_arguments(["--sleep-idle-seconds", "-1", "--no-mmap"], read_options(NEW_HELP))
+    notices = notices_of(of_llama_server(["--sleep-idle-seconds", "60", "--no-mmap"], {}))
     assert [notice.code for notice in notices] == ["idle_unloading", "mmap_off"]
+    assert notices_of(of_llama_server(["--sleep-idle-seconds", "-1", "--mmap"], {})) == ()
 
 
 @pytest.fixture

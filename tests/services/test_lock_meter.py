@@ -14,6 +14,7 @@ import pytest
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, SystemMemory
 from emberd.core.settings import EngineSettings, ModelSettings, Settings
+from emberd.engine.wishes import of_koboldcpp
 from emberd.host import ThisHost
 from emberd.services.lock_meter import LockMeter
 from synthetic_gguf import write_gguf
@@ -101,6 +102,7 @@ class SmallHost(ThisHost):
         (256, "auto", (), False),
         (256, "always", (), True),
         (256, "auto", ("--usemlock",), True),
+        (256, "auto", ("--mlock",), True),
         (64 * 1024, "never", (), False),
     ],
 )
@@ -114,7 +116,7 @@ async def test_auto_locks_where_enough_remains_and_an_owners_own_flag_decides(
     settings = Settings(
         model=ModelSettings(path=str(model)), engine=EngineSettings(lock=policy, extra_args=words, context_size=512)
     )
-    decision = await LockMeter(host).decide(settings, model)
+    decision = await LockMeter(host).decide(settings, of_koboldcpp(words, {}), model)
     assert decision.will_lock is locks
     if policy == "auto" and not locks:
         assert decision.reasons

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,8 +15,6 @@ _LOADING = "llama_model_loader: loaded meta data"
 _LOADED = "load_tensors:"
 _NO_METAL = "failed to initialize Metal backend"
 """KoboldCPP issues 744 and 964."""
-UNLOADING = ("--adminunloadtimeout", "--autoswapmode", "--sleep-idle-seconds")
-"""Options that let go of an idle model: KoboldCPP's and llama-server's."""
 
 
 def printed_version(log: str) -> str:
@@ -47,15 +44,6 @@ def is_mapped(log: str) -> bool | None:
     """Tell whether the weights are pages of the file; None if the log does not tell (1.76 has no such line)."""
     found = re.findall(r"\(mmap = (true|false)\)", log)
     return found[-1] == "true" if found else None
-
-
-def unloading(words: Sequence[str]) -> str | None:
-    """Return the option that lets an idle model go; one whose time is 0 is off."""
-    for word, following in pairwise((*words, "")):
-        name, _, value = word.partition("=")
-        if name in UNLOADING and (value or following) not in {"0", "-1", "False", "None"}:
-            return name
-    return None
 
 
 def are_logs_kept(sinks: Sequence[str] | None, journal_persists: bool | None) -> bool | None:  # noqa: FBT001  # a fact

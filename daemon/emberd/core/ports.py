@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from emberd.core.service import ServiceStatus, WantedService
     from emberd.core.turn import PromptCounts, Turn
     from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness
+    from emberd.core.wishes import OwnerWishes
 
 
 class Engine(Protocol):
@@ -38,6 +39,10 @@ class Engine(Protocol):
     @property
     def refusals(self) -> frozenset[int]:
         """Statuses, besides 4xx and 503, that say that it has not begun to work on a request."""
+        ...
+
+    def wishes(self) -> OwnerWishes:
+        """Return what the owner asks of the engine besides emberd's settings."""
         ...
 
     @property

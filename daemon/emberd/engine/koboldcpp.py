@@ -24,6 +24,7 @@ from emberd.engine.koboldcpp_help import PROBE_ARGUMENT, read_help, read_probe
 from emberd.engine.koboldcpp_kcpps import model_of_file
 from emberd.engine.process import STOP_SIGNALS
 from emberd.engine.program import check_executable, find_program
+from emberd.engine.wishes import of_koboldcpp
 from emberd.host.files import make_private_folder
 from emberd.host.model_file import check_model
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from emberd.core.settings import Settings
     from emberd.core.turn import Turn
     from emberd.core.types import LoadProgress
+    from emberd.core.wishes import OwnerWishes
     from emberd.engine.http import Answer, EngineHttp
     from emberd.engine.program import Asker
 
@@ -131,6 +133,13 @@ class KoboldCpp:
             except ConfigError:
                 return None
         return Path(named).expanduser().absolute() if named else None
+
+    def wishes(self) -> OwnerWishes:
+        """Return what extra_args and the .kcpps file say; of a file that cannot be read `plan` tells."""
+        file: Mapping[str, object] = {}
+        with contextlib.suppress(ConfigError):
+            file = self._read_kcpps() or {}
+        return of_koboldcpp(self._settings.engine.extra_args, file)
 
     async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
         """Compose the command line from what this build offers.
@@ -232,7 +241,7 @@ class KoboldCpp:
         if not isinstance(told, int):
             return None
         keeps_a_fifth = await self.continues_turns(port, timeout_s)
-        text, default = prompt_text(turn), self._default_length()
+        text, default = prompt_text(turn), max(_DEFAULT_LENGTH_TOKENS, self.wishes().reply_tokens or 0)
         if fits(turn, len(text.encode("utf-8", "surrogatepass")), told, default, keeps_a_fifth=keeps_a_fifth):
             return True
         counted = await self.count_tokens(port, text, timeout_s)
@@ -279,19 +288,10 @@ class KoboldCpp:
         """Recognise that the port was taken."""
         return any(text in line for text in _WILL_NEVER_SERVE)
 
-    def _default_length(self) -> int:
-        """Return the greatest reply in tokens where none is asked for: the owner's, or above the usual one."""
-        words = [each for word in self._settings.engine.extra_args for each in word.split("=", 1)]
-        named: list[object] = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--defaultgenamt"]
-        with contextlib.suppress(ConfigError):
-            named.append((self._read_kcpps() or {}).get("defaultgenamt"))
-        counts = [int(str(value)) for value in named if str(value).isdecimal()]
-        return max([_DEFAULT_LENGTH_TOKENS, *counts])
-
     def _is_our_model(self, name: str) -> bool:
         """Compare names, unless the model is named elsewhere or --hordemodelname renames it."""
-        engine, path = self._settings.engine, self._settings.model.path
-        is_renamed = bool(engine.kcpps) or any(word.startswith("--hordemodelname") for word in engine.extra_args)
+        path = self._settings.model.path
+        is_renamed = bool(self._settings.engine.kcpps) or self.wishes().is_renamed
         return is_renamed or not path or name in {model_name(path), _PROTECTED_MODEL}
 
     def _command(self) -> tuple[Path, tuple[str, ...]]:

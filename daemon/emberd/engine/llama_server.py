@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from emberd.core.errors import ConfigError, EngineNotUsable
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import PromptCounts
 from emberd.core.types import Activity, LaunchPlan, Notice, Readiness
+from emberd.core.wishes import OwnerWishes
 from emberd.engine import llama_log
 from emberd.engine.http import NOTHING_LISTENS, Answer
 from emberd.engine.process import STOP_SIGNALS
 from emberd.engine.program import check_executable, find_program
+from emberd.engine.wishes import given, of_llama_server
 from emberd.host.model_file import check_model
 
 if TYPE_CHECKING:
@@ -42,12 +45,10 @@ _OWNED = {
 }
 _MODES_WITHOUT_SERVER = frozenset({"-h", "--help", "--usage", "--version", "--completion-bash", "--list-devices"})
 _VERBOSE = frozenset({"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"})
-_IDLE_UNLOADING = frozenset({"--sleep-idle-seconds"})
 _HELP_COLUMN = 40
 _OWN_THREADS = 8
 """HTTP threads beyond those that wait for a reply. By itself the server has four more than slots (llama.cpp,
 tools/server, `n_threads_http`), and requests that wait for a slot would take them all from /health."""
-_NO_MMAP = frozenset({"--no-mmap"})
 
 
 class LlamaServer:
@@ -92,6 +93,10 @@ class LlamaServer:
         """Return the model of model.path."""
         named = self._settings.model.path
         return Path(named).expanduser().absolute() if named else None
+
+    def wishes(self) -> OwnerWishes:
+        """Return nothing: the embedded engine takes no options of its owner's."""
+        return OwnerWishes()
 
     async def probe_readiness(self, port: int, timeout_s: float) -> Readiness:
         """Ask /health, then compare the model's path in /props."""
@@ -252,6 +257,10 @@ class ExternalServer(LlamaServer):
         super().__init__(settings, host, http)
         self._asker = asker
 
+    def wishes(self) -> OwnerWishes:
+        """Return what extra_args and llama.cpp's own variables say, which the engine inherits."""
+        return of_llama_server(self._settings.engine.extra_args, os.environ)
+
     async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
         """Compose the command line from what this build's --help offers.
 
@@ -270,12 +279,13 @@ class ExternalServer(LlamaServer):
             raise EngineNotUsable(
                 f"{program} is not llama-server (its --help offers no --ctx-size)", "Set engine.path."
             )
-        notices = check_arguments(engine.extra_args, offered)
+        check_arguments(engine.extra_args, offered)
+        notices = notices_of(self.wishes())
         if engine.kcpps:
             notices += (Notice("kcpps_ignored", "engine.kcpps is for KoboldCPP; llama-server does not read it"),)
         arguments = [str(program), *engine.extra_args, "--model", str(model), "--host", "127.0.0.1"]
         arguments += ["--port", str(port), *self._lock_arguments(offered, will_lock=will_lock)]
-        if "--threads-http" in offered - set(engine.extra_args):
+        if "--threads-http" in offered - {name for name, _ in given(engine.extra_args)}:
             arguments += ["--threads-http", str(self.most_connections + _OWN_THREADS)]
         arguments += _sizes(engine.context_size, engine.gpu_layers)
         environment = self._host.engine_environment(engine.metal_keep_alive_s)
@@ -283,9 +293,9 @@ class ExternalServer(LlamaServer):
 
     def _lock_arguments(self, offered: frozenset[str], *, will_lock: bool) -> list[str]:
         """Since 2026 one option names the load mode; before, mmap was the default and --mlock a switch."""
-        extra = {word.partition("=")[0] for word in self._settings.engine.extra_args}
-        if extra & (_NO_MMAP | {"--mlock", "--load-mode", "--mmap"}):
-            return []
+        wishes = self.wishes()
+        if wishes.locks is not None or wishes.maps is not None:
+            return []  # the owner decides
         if "--load-mode" in offered:
             return ["--load-mode", _load_mode(will_lock=will_lock)]
         return ["--mlock"] if will_lock else []
@@ -312,14 +322,13 @@ def read_options(help_text: str) -> frozenset[str]:
     return frozenset(words)
 
 
-def check_arguments(extra_args: Sequence[str], offered: frozenset[str]) -> tuple[Notice, ...]:
-    """Refuse words that the build does not know or that emberd owns; name those that undo the job.
+def check_arguments(extra_args: Sequence[str], offered: frozenset[str]) -> None:
+    """Refuse words that the build does not know or that emberd owns.
 
     Raises:
         ConfigError: with the nearest known word, or what to set instead.
     """
-    notices: list[Notice] = []
-    for word in (word.partition("=")[0] for word in extra_args if re.match(r"--?[A-Za-z]", word)):
+    for word, _ in given(extra_args):
         if word in _OWNED:
             raise ConfigError(f"engine.extra_args: {word}: {_OWNED[word]}", f"Remove {word}.")
         if word in _MODES_WITHOUT_SERVER:
@@ -335,12 +344,15 @@ def check_arguments(extra_args: Sequence[str], offered: frozenset[str]) -> tuple
             raise ConfigError(
                 f"engine.extra_args: this llama-server does not know {word}{hint}", "Mend the setting."
             )
-        if word in _IDLE_UNLOADING:
-            notices.append(
-                Notice("idle_unloading", f"{word} unloads the model when it idles, which undoes keep-warm")
-            )
-        if word in _NO_MMAP:
-            notices.append(
-                Notice("mmap_off", f"{word}: the weights become ordinary memory that is swapped when they idle")
-            )
+
+
+def notices_of(wishes: OwnerWishes) -> tuple[Notice, ...]:
+    """Name what an owner asks for that undoes the job."""
+    notices: list[Notice] = []
+    if wishes.unloads_by:
+        undoes = f"{wishes.unloads_by} unloads the model when it idles, which undoes keep-warm"
+        notices.append(Notice("idle_unloading", undoes))
+    if wishes.maps is False:
+        said = "the model is not to be mapped: its weights become ordinary memory that is swapped when they idle"
+        notices.append(Notice("mmap_off", said))
     return tuple(notices)

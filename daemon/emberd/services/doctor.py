@@ -32,19 +32,18 @@ from emberd.core.health_facts import (
     ServiceHealth,
 )
 from emberd.core.health_log import (
-    UNLOADING,
     are_logs_kept,
     has_gpu,
     is_mapped,
     last_start,
     printed_version,
-    unloading,
 )
 from emberd.core.health_service import diagnose
-from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache
+from emberd.core.kv_cache import estimate_compute_buffer
 from emberd.core.lock import LockState
 from emberd.core.memory import PowerSource
 from emberd.core.warmth_cost import BUDGET_SHARE, BUDGET_WINDOW_S
+from emberd.core.wishes import OwnerWishes
 from emberd.engine.choose import choose_engine
 from emberd.engine.koboldcpp import CONTINUES_TURNS, USUAL_NAMES, read_version
 from emberd.host import neighbours, own_health
@@ -52,7 +51,7 @@ from emberd.host.model_facts import read_model_facts
 from emberd.host.model_health import changed_after_start_s, examine_model
 from emberd.host.paths import StatePaths, log_file, state_paths
 from emberd.host.program_health import look_at_program
-from emberd.services.lock_meter import LockMeter, context_tokens
+from emberd.services.lock_meter import LockMeter, kv_cache_bytes
 from emberd.services.supervisor import free_port
 
 if TYPE_CHECKING:
@@ -192,7 +191,7 @@ class Examination:
     async def _engine(self, adapter: Engine, model: ModelHealth) -> EngineHealth:
         engine, status = self._settings.engine, self._status
         health = await self._program(adapter, model)
-        words = (*engine.extra_args, *(await self._ask("engine.kcpps", self._kcpps_words) or ()))
+        wishes = await self._ask("engine.kcpps", adapter.wishes) or OwnerWishes()
         is_mac = self._host.name == "darwin"
         lock, heartbeat = status.get("lock") or {}, status.get("metal_heartbeat") or {}
         memory = (status.get("memory") or {}).get("engine") or {}
@@ -200,7 +199,7 @@ class Examination:
         return replace(
             health,
             lacks=(*health.lacks, *self._lost_features()),
-            unloads_when_idle=unloading(words),
+            unloads_when_idle=wishes.unloads_by or None,
             wants_gpu=engine.gpu_layers > 0 or (engine.gpu_layers < 0 and is_mac),
             has_gpu=has_gpu(self._log, is_mac=is_mac),
             gpu_is_off=is_mac and engine.gpu_layers == 0,
@@ -268,12 +267,6 @@ class Examination:
             f"continue_assistant_turn ({found}, it came with {needed}): a chat's last reply is processed again",
         )
 
-    def _kcpps_words(self) -> tuple[str, ...]:
-        if not self._settings.engine.kcpps:
-            return ()
-        tree = json.loads(Path(self._settings.engine.kcpps).expanduser().read_text())
-        return tuple(f"--{key}={value}" for key, value in tree.items() if f"--{key}" in UNLOADING)
-
     def _orphan_pid(self) -> int | None:
         """Return the engine of the state file if it still runs; the file is read only, never set aside."""
         try:
@@ -292,13 +285,13 @@ class Examination:
         path = adapter.model_path() if model.problem is None else None
         if not engine and path:
             # Judged while there is no engine: afterwards its own memory is missing from what is available.
-            decision = await LockMeter(self._host).decide(self._settings, path)
+            decision = await LockMeter(self._host).decide(self._settings, adapter.wishes(), path)
             self._notices |= {each.code: each.message for each in decision.reasons}
         own = {os.getpid(), engine.get("pid"), status.get("pid"), orphan_pid}
         system = await self._ask("memory", self._host.system_memory)
         return MemoryHealth(
             **({"system": system} if system else {}),
-            needed_bytes=await self._ask("model's needs", lambda: self._needed_bytes(path)),
+            needed_bytes=await self._ask("model's needs", lambda: self._needed_bytes(adapter, path)),
             limits=await self._ask("lock limits", lambda: self._host.lock_limits(None)),
             gpu=await self._ask("GPU", self._host.gpu_limits),
             cgroup_limit_bytes=self._place.cgroup_limit_bytes,
@@ -316,11 +309,11 @@ class Examination:
             is_helpless=warmth.get("is_helpless"),
         )
 
-    def _needed_bytes(self, path: Path | None) -> int | None:
+    def _needed_bytes(self, adapter: Engine, path: Path | None) -> int | None:
         if path is None:
             return None
         facts = read_model_facts(path)
-        cache = estimate_kv_cache(facts.metadata, context_tokens(self._settings)).size_bytes or 0
+        cache = kv_cache_bytes(facts, self._settings, adapter.wishes()) or 0
         return facts.weights_bytes + cache + (estimate_compute_buffer(facts.vocabulary_tokens) or 0)
 
     def _saved_power(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -14,6 +13,7 @@ from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache, kee
 from emberd.core.load_facts import LoadFacts
 from emberd.core.lock import LockEvidence, LockState, LockVerdict, judge_lock
 from emberd.core.preflight import Preflight, PreflightFacts, preflight
+from emberd.core.wishes import context_tokens, lock_policy
 from emberd.engine import llama_log
 from emberd.host.model_facts import read_model_facts
 
@@ -23,13 +23,9 @@ if TYPE_CHECKING:
 
     from emberd.core.lock_limits import WireRefusals
     from emberd.core.ports import Host
-    from emberd.core.settings import LockPolicy, Settings
+    from emberd.core.settings import Settings
+    from emberd.core.wishes import OwnerWishes
     from emberd.host.model_facts import ModelFacts
-
-_KOBOLDCPP_CONTEXT = 8192
-"""KoboldCPP's context unless told (1.104; 4096 in 1.76); an upper bound of what it will take."""
-_LOCK_OPTIONS = frozenset({"--usemlock", "--mlock"})
-_CONTEXT_OPTIONS = frozenset({"--contextsize", "--ctx-size", "--context-size", "-c"})
 
 
 class LockMeter:
@@ -70,7 +66,7 @@ class LockMeter:
         """Whether the slots share the cells of one KV cache, None if the engine's log does not tell."""
         return self._load.is_cache_shared
 
-    async def decide(self, settings: Settings, model: Path | None) -> Preflight:
+    async def decide(self, settings: Settings, wishes: OwnerWishes, model: Path | None) -> Preflight:
         """Decide before a start whether the engine shall lock, and begin to follow it."""
         facts = self._facts = await self._model_facts(model)
         memory = self._host.system_memory()
@@ -81,14 +77,14 @@ class LockMeter:
             PreflightFacts(
                 limits=self._host.lock_limits(None),
                 weights_bytes=self.weights_bytes,
-                kv_bytes=estimate_kv_cache(facts.metadata, context_tokens(settings)).size_bytes if facts else None,
+                kv_bytes=kv_cache_bytes(facts, settings, wishes) if facts else None,
                 compute_bytes=estimate_compute_buffer(facts.vocabulary_tokens) if facts else None,
                 ram_bytes=memory.total_bytes,
                 available_bytes=memory.available_bytes,
                 wired_bytes=self._wired_before,
                 users=_users(),
             ),
-            _policy(settings),
+            lock_policy(settings, wishes),
         )
 
     async def adopt(self, model: Path | None, *, is_mapped: bool | None) -> None:
@@ -161,19 +157,11 @@ class LockMeter:
         return self._known[1]
 
 
-def _policy(settings: Settings) -> LockPolicy:
-    """Return engine.lock; an owner who writes the engine's own flag has decided what `auto` would weigh."""
-    is_wished = bool(_LOCK_OPTIONS & set(settings.engine.extra_args))
-    return "always" if settings.engine.lock == "auto" and is_wished else settings.engine.lock
-
-
-def context_tokens(settings: Settings) -> int:
-    """Return the context that the engine will have, 0 for the model's own."""
-    words = settings.engine.extra_args
-    for word, value in pairwise(words):
-        if word in _CONTEXT_OPTIONS and value.isdigit() and not settings.engine.context_size:
-            return int(value)
-    return settings.engine.context_size or (_KOBOLDCPP_CONTEXT if settings.engine.kind == "koboldcpp" else 0)
+def kv_cache_bytes(facts: ModelFacts, settings: Settings, wishes: OwnerWishes) -> int | None:
+    """Return the size of the KV cache that the engine will have, None if unknown."""
+    tokens = context_tokens(settings, wishes)
+    sizes = {"key_bytes": wishes.key_bytes, "value_bytes": wishes.value_bytes}
+    return estimate_kv_cache(facts.metadata, tokens, **sizes).size_bytes
 
 
 def _users() -> int | None:

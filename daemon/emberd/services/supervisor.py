@@ -501,7 +501,7 @@ class Supervisor:
     async def _decide_lock(self) -> tuple[bool, tuple[Notice, ...]]:
         """Return whether to ask for the lock, and what the owner should know about it."""
         try:
-            decision = await self._meter.decide(self._settings, self._engine.model_path())
+            decision = await self._meter.decide(self._settings, self._engine.wishes(), self._engine.model_path())
         except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
             self._log.exception("lock_meter_bug")
             return self._settings.engine.lock != "never", ()

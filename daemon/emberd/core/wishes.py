@@ -1,0 +1,54 @@
+"""What an owner asks of the engine besides emberd's settings. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emberd.core.kv_cache import F16_BYTES
+
+if TYPE_CHECKING:
+    from emberd.core.settings import LockPolicy, Settings
+
+_KOBOLDCPP_CONTEXT = 8192
+"""KoboldCPP's context unless told: 4,096 in 1.76, 8,192 in 1.104, 16,384 in 1.115, where this is too little."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerWishes:
+    """What engine.extra_args, the .kcpps file and the engine's own variables say. Unknown, or not said, is None.
+
+    Attributes:
+        locks: lock the model in memory.
+        maps: map the model's file, or copy it.
+        context_tokens: length of the context.
+        key_bytes: bytes of one number in a key of the KV cache, more than one half where it is quantised.
+        value_bytes: the same in a value.
+        slots: conversations, or requests worked on at once.
+        unloads_by: the option that lets an idle model go, empty for none.
+        files: other files that are loaded: projectors, drafts, adapters, speech, images, embeddings.
+        reply_tokens: greatest reply where a request names none.
+        is_renamed: the model is served under another name than its file's.
+    """
+
+    locks: bool | None = None
+    maps: bool | None = None
+    context_tokens: int | None = None
+    key_bytes: float = F16_BYTES
+    value_bytes: float = F16_BYTES
+    slots: int | None = None
+    unloads_by: str = ""
+    files: tuple[str, ...] = ()
+    reply_tokens: int | None = None
+    is_renamed: bool = False
+
+
+def lock_policy(settings: Settings, wishes: OwnerWishes) -> LockPolicy:
+    """Return engine.lock; an owner who asks the engine itself to lock has decided what `auto` would weigh."""
+    return "always" if settings.engine.lock == "auto" and wishes.locks else settings.engine.lock
+
+
+def context_tokens(settings: Settings, wishes: OwnerWishes) -> int:
+    """Return the context that the engine will have, 0 for the model's own."""
+    default = _KOBOLDCPP_CONTEXT if settings.engine.kind == "koboldcpp" else 0
+    return settings.engine.context_size or wishes.context_tokens or default

@@ -1,0 +1,190 @@
+"""The one reader of what an owner asks of the engine: engine.extra_args, the .kcpps file, LLAMA_ARG_* variables.
+
+KoboldCPP's options are argparse's, with llama.cpp's spellings beside its own from 1.102 on (koboldcpp.py); a key of
+a .kcpps file is the option's name. llama-server's are those of common/arg.cpp (build 11434), each with a variable;
+an argument wins over it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emberd.core.kv_cache import F16_BYTES
+from emberd.core.wishes import OwnerWishes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+_OFF = frozenset({"", "0", "-1", "false", "none", "off", "disabled", "no"})
+_NUMBER_BYTES = {
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 1.0625,
+    "q5_1": 0.75,
+    "q5_0": 0.6875,
+    "q4_1": 0.625,
+    "q4_0": 0.5625,
+    "iq4_nl": 0.5625,
+    # KoboldCPP's --quantkv until 1.113
+    "0": 2.0,
+    "1": 1.0625,
+    "2": 0.5625,
+}
+"""Bytes of one number in each type (ggml/src/ggml-common.h: a block of 32 numbers and its scale)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """How one kind of engine spells each question."""
+
+    lock: tuple[str, ...]
+    map: tuple[str, ...]
+    copy: tuple[str, ...]
+    context: tuple[str, ...]
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    slots: tuple[str, ...]
+    unload: tuple[str, ...]
+    files: tuple[str, ...]
+    load_mode: tuple[str, ...] = ()
+    reply: tuple[str, ...] = ()
+    rename: tuple[str, ...] = ()
+
+
+_KOBOLDCPP = _Names(
+    lock=("--usemlock", "--mlock"),
+    map=("--usemmap",),
+    copy=("--nommap", "--no-mmap"),
+    context=("--contextsize", "--ctx-size", "-c"),
+    keys=("--quantkv",),
+    values=("--quantkv",),
+    slots=("--parallelrequests", "--continuous-batching", "--contbatch"),
+    unload=("--adminunloadtimeout", "--autoswapmode"),
+    files=(
+        "--mmproj",
+        "--draftmodel",
+        "--model-draft",
+        "-md",
+        "--lora",
+        "--whispermodel",
+        "--ttsmodel",
+        "--ttswavtokenizer",
+        "--embeddingsmodel",
+        "--sdmodel",
+        "--sdlora",
+        "--sdvae",
+        "--sdt5xxl",
+        "--sdclipl",
+        "--sdclipg",
+    ),
+    reply=("--defaultgenamt",),
+    rename=("--hordemodelname",),
+)
+_LLAMA_SERVER = _Names(
+    lock=("--mlock",),
+    map=("--mmap",),
+    copy=("--no-mmap",),
+    load_mode=("--load-mode", "-lm"),
+    context=("--ctx-size", "--context-size", "-c"),
+    keys=("--cache-type-k", "-ctk"),
+    values=("--cache-type-v", "-ctv"),
+    slots=("--parallel", "-np"),
+    unload=("--sleep-idle-seconds",),
+    files=("--mmproj", "-mm", "--model-draft", "-md", "--spec-draft-model", "--lora", "--lora-scaled"),
+)
+_VARIABLES = {
+    "LLAMA_ARG_MLOCK": "--mlock",
+    "LLAMA_ARG_MMAP": "--mmap",
+    "LLAMA_ARG_NO_MMAP": "--no-mmap",
+    "LLAMA_ARG_LOAD_MODE": "--load-mode",
+    "LLAMA_ARG_CTX_SIZE": "--ctx-size",
+    "LLAMA_ARG_CACHE_TYPE_K": "--cache-type-k",
+    "LLAMA_ARG_CACHE_TYPE_V": "--cache-type-v",
+    "LLAMA_ARG_N_PARALLEL": "--parallel",
+    "LLAMA_ARG_MMPROJ": "--mmproj",
+    "LLAMA_ARG_MODEL_DRAFT": "--model-draft",
+    "LLAMA_ARG_SPEC_DRAFT_MODEL": "--spec-draft-model",
+}
+
+_Given = tuple[str, tuple[str, ...]]
+"""An option and its values."""
+
+
+def of_koboldcpp(extra_args: Sequence[str], file: Mapping[str, object]) -> OwnerWishes:
+    """Return what is asked of KoboldCPP; an argument wins over the file (emberd merges it so)."""
+    return _answer(_KOBOLDCPP, [*_of_file(file), *given(extra_args)])
+
+
+def of_llama_server(extra_args: Sequence[str], environment: Mapping[str, str]) -> OwnerWishes:
+    """Return what is asked of llama-server."""
+    said = [(option, (environment[name],)) for name, option in _VARIABLES.items() if environment.get(name)]
+    return _answer(_LLAMA_SERVER, [*said, *given(extra_args)])
+
+
+def given(words: Sequence[str]) -> list[_Given]:
+    """Split a command line into options and their values: `--x y`, `--x=y`, `--x y z`, `-x y`."""
+    found: list[tuple[str, list[str]]] = []
+    for word in words:
+        if re.match(r"--?[A-Za-z]", word):
+            name, equals, value = word.partition("=")
+            found.append((name, [value] if equals else []))
+        elif found:
+            found[-1][1].append(word)
+    return [(name, tuple(values)) for name, values in found]
+
+
+def _of_file(file: Mapping[str, object]) -> Iterator[_Given]:
+    """Yield what a .kcpps file says; an exported one has every key, most with nothing in it."""
+    for key, value in file.items():
+        values = value if isinstance(value, list) else [value]
+        said = tuple("" if each is True else str(each) for each in values if each not in (None, False, ""))
+        if said:
+            yield f"--{key}", said if said != ("",) else ()
+
+
+def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
+    """Answer every question; the last word counts."""
+
+    def last(*options: str) -> _Given | None:
+        return next((each for each in reversed(said) if each[0] in options), None)
+
+    def value(*options: str) -> str:
+        found = last(*options)
+        return found[1][0] if found and found[1] else ""
+
+    def is_asked(*options: str) -> bool | None:
+        found = last(*options)
+        return None if found is None else not found[1] or found[1][0].lower() not in _OFF
+
+    def count(*options: str) -> int | None:
+        text = value(*options)
+        return int(text) if text.isdecimal() and int(text) else None
+
+    mode = value(*names.load_mode)
+    mapping = last(*names.map, *names.copy)
+    maps = None if mapping is None else bool(is_asked(mapping[0])) is (mapping[0] in names.map)
+    locks = is_asked(*names.lock)
+    if mode and mode != "auto":
+        locks, maps = "mlock" in mode or locks, "mmap" in mode
+    return OwnerWishes(
+        locks=locks,
+        maps=maps,
+        context_tokens=count(*names.context),
+        key_bytes=_NUMBER_BYTES.get(value(*names.keys).lower(), F16_BYTES),
+        value_bytes=_NUMBER_BYTES.get(value(*names.values).lower(), F16_BYTES),
+        slots=count(*names.slots),
+        unloads_by=next((name for name in names.unload if is_asked(name)), ""),
+        files=tuple(
+            part
+            for option, values in said
+            if option in names.files
+            for each in values
+            for part in each.split(",")
+            if part
+        ),
+        reply_tokens=count(*names.reply),
+        is_renamed=bool(is_asked(*names.rename)),
+    )

@@ -1,0 +1,181 @@
+"""What an owner asks of the engine, in every spelling: the one reader of options, for every question."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from emberd.core.kv_cache import F16_BYTES
+from emberd.core.settings import Settings, read
+from emberd.core.wishes import OwnerWishes, context_tokens, lock_policy
+from emberd.engine.http import EngineHttp
+from emberd.engine.koboldcpp import KoboldCpp
+from emberd.engine.llama_server import EmbeddedServer, ExternalServer
+from emberd.engine.wishes import of_koboldcpp, of_llama_server
+from emberd.host import ThisHost
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Q8, Q4 = 1.0625, 0.5625
+unused: Any = None
+
+
+@pytest.mark.parametrize(
+    ("words", "question", "answer"),
+    [
+        # disagreements of the five readers that were here before
+        (["--mlock"], "locks", True),
+        (["--contextsize=32768"], "context_tokens", 32768),
+        (["--quantkv", "1"], "key_bytes", Q8),
+        (["--defaultgenamt=4000"], "reply_tokens", 4000),
+        # lock and map
+        (["--usemlock"], "locks", True),
+        ([], "locks", None),
+        (["--usemmap"], "maps", True),
+        (["--nommap"], "maps", False),
+        (["--no-mmap"], "maps", False),
+        ([], "maps", None),
+        # context
+        (["--contextsize", "8192"], "context_tokens", 8192),
+        (["--ctx-size", "8192"], "context_tokens", 8192),
+        (["-c", "8192", "--quiet"], "context_tokens", 8192),
+        (["--contextsize", "4096", "--contextsize", "8192"], "context_tokens", 8192),
+        (["--contextsize"], "context_tokens", None),
+        (["--contextsize", "many"], "context_tokens", None),
+        # numbers of the cache
+        (["--quantkv", "2"], "value_bytes", Q4),
+        (["--quantkv", "q4_0"], "key_bytes", Q4),
+        (["--quantkv=Q8_0"], "value_bytes", Q8),
+        (["--quantkv", "0"], "key_bytes", F16_BYTES),
+        (["--quantkv", "q99"], "key_bytes", F16_BYTES),
+        # slots
+        (["--parallelrequests", "4"], "slots", 4),
+        (["--contbatch=4"], "slots", 4),
+        # unloading
+        (["--adminunloadtimeout", "300"], "unloads_by", "--adminunloadtimeout"),
+        (["--adminunloadtimeout=0"], "unloads_by", ""),
+        (["--autoswapmode"], "unloads_by", "--autoswapmode"),
+        # files
+        (["--mmproj", "p.gguf", "-md", "d.gguf"], "files", ("p.gguf", "d.gguf")),
+        (["--lora", "a.gguf", "b.gguf", "--quiet"], "files", ("a.gguf", "b.gguf")),
+        (["--hordemodelname", "other"], "is_renamed", True),
+        ([], "is_renamed", False),
+    ],
+)
+def test_koboldcpp_is_asked_in_every_spelling(words: list[str], question: str, answer: object):
+    assert getattr(of_koboldcpp(words, {}), question) == answer
+
+
+@pytest.mark.parametrize(
+    ("file", "question", "answer"),
+    [
+        ({"contextsize": 32768}, "context_tokens", 32768),
+        ({"usemlock": True}, "locks", True),
+        ({"usemlock": False}, "locks", None),
+        ({"nommap": True}, "maps", False),
+        ({"nommap": False, "usemmap": True}, "maps", True),
+        ({"quantkv": 1}, "key_bytes", Q8),
+        ({"parallelrequests": 4}, "slots", 4),
+        ({"adminunloadtimeout": 300}, "unloads_by", "--adminunloadtimeout"),
+        ({"adminunloadtimeout": 0, "autoswapmode": False}, "unloads_by", ""),
+        ({"mmproj": "p.gguf", "draftmodel": "", "lora": None}, "files", ("p.gguf",)),
+        ({"lora": ["a.gguf", "b.gguf"]}, "files", ("a.gguf", "b.gguf")),
+        ({"defaultgenamt": 2000}, "reply_tokens", 2000),
+        ({"hordemodelname": ""}, "is_renamed", False),
+        ({"contextsize": {"odd": 1}}, "context_tokens", None),
+    ],
+)
+def test_a_kcpps_file_asks_the_same(file: dict[str, object], question: str, answer: object):
+    assert getattr(of_koboldcpp([], file), question) == answer
+
+
+def test_an_argument_wins_over_the_file():
+    file: dict[str, object] = {"contextsize": 4096, "quantkv": 2}
+    assert of_koboldcpp(["--ctx-size=8192"], file).context_tokens == 8192
+    assert of_koboldcpp(["--contextsize", "8192"], file).context_tokens == 8192
+    assert of_koboldcpp(["--contextsize", "8192"], file).key_bytes == Q4
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "question", "answer"),
+    [
+        (["--mlock"], {}, "locks", True),
+        (["--load-mode", "mlock"], {}, "locks", True),
+        (["--load-mode=mmap+mlock"], {}, "locks", True),
+        (["-lm", "mmap"], {}, "locks", None),
+        (["-lm", "mmap"], {}, "maps", True),
+        (["--load-mode", "mlock"], {}, "maps", False),
+        (["--load-mode", "none"], {}, "maps", False),
+        (["--load-mode", "auto"], {}, "maps", None),
+        (["--no-mmap"], {}, "maps", False),
+        (["--mmap"], {}, "maps", True),
+        ([], {"LLAMA_ARG_MLOCK": "1"}, "locks", True),
+        ([], {"LLAMA_ARG_MLOCK": "false"}, "locks", False),
+        ([], {"LLAMA_ARG_LOAD_MODE": "mmap+mlock"}, "locks", True),
+        ([], {"LLAMA_ARG_NO_MMAP": "1"}, "maps", False),
+        ([], {"LLAMA_ARG_MMAP": "0"}, "maps", False),
+        (["-c", "4096"], {}, "context_tokens", 4096),
+        (["--ctx-size=4096"], {}, "context_tokens", 4096),
+        ([], {"LLAMA_ARG_CTX_SIZE": "4096"}, "context_tokens", 4096),
+        (["-c", "4096"], {"LLAMA_ARG_CTX_SIZE": "512"}, "context_tokens", 4096),
+        (["-c", "0"], {}, "context_tokens", None),
+        (["-ctk", "q8_0"], {}, "key_bytes", Q8),
+        (["-ctk", "q8_0"], {}, "value_bytes", F16_BYTES),
+        ([], {"LLAMA_ARG_CACHE_TYPE_V": "q4_0"}, "value_bytes", Q4),
+        (["-np", "2"], {}, "slots", 2),
+        (["--parallel", "-1"], {}, "slots", None),
+        ([], {"LLAMA_ARG_N_PARALLEL": "8"}, "slots", 8),
+        (["--sleep-idle-seconds", "60"], {}, "unloads_by", "--sleep-idle-seconds"),
+        (["--sleep-idle-seconds", "-1"], {}, "unloads_by", ""),
+        (["-mm", "p.gguf", "--lora", "a.gguf,b.gguf"], {}, "files", ("p.gguf", "a.gguf", "b.gguf")),
+        ([], {"LLAMA_ARG_MMPROJ": "p.gguf"}, "files", ("p.gguf",)),
+    ],
+)
+def test_llama_server_is_asked_in_every_spelling(
+    words: list[str], variables: dict[str, str], question: str, answer: object
+):
+    assert getattr(of_llama_server(words, variables), question) == answer
+
+
+def test_the_adapters_read_arguments_file_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "mine.kcpps"
+    file.write_text(json.dumps({"contextsize": 32768}))
+    settings = read({"engine": {"extra_args": ["--usemlock"], "kcpps": str(file)}}, "a test")
+    kobold = KoboldCpp(settings, ThisHost(), EngineHttp(), unused, unused, unused)
+    assert kobold.wishes() == OwnerWishes(locks=True, context_tokens=32768)
+    file.write_text("broken")
+    assert kobold.wishes() == OwnerWishes(locks=True)
+    monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "512")
+    external = ExternalServer(
+        read({"engine": {"extra_args": ["-np", "2"]}}, "a test"), ThisHost(), EngineHttp(), unused
+    )
+    assert external.wishes() == OwnerWishes(context_tokens=512, slots=2)
+    assert EmbeddedServer(Settings(), ThisHost(), EngineHttp()).wishes() == OwnerWishes()
+
+
+def test_the_owner_s_own_flag_decides_what_auto_would_weigh():
+    def policy(lock: str, wishes: OwnerWishes) -> str:
+        return lock_policy(read({"engine": {"lock": lock}}, "a test"), wishes)
+
+    assert policy("auto", OwnerWishes(locks=True)) == "always"
+    assert policy("auto", OwnerWishes(locks=False)) == "auto"
+    assert policy("never", OwnerWishes(locks=True)) == "never"
+
+
+@pytest.mark.parametrize(
+    ("engine", "wished", "tokens"),
+    [
+        ({}, None, 8192),
+        ({}, 32768, 32768),
+        ({"context_size": 4096}, 32768, 4096),
+        ({"kind": "llama-server"}, None, 0),
+        ({"kind": "llama-server"}, 512, 512),
+    ],
+)
+def test_the_context_is_the_settings_else_the_owners_else_the_engines(
+    engine: dict[str, Any], wished: int | None, tokens: int
+):
+    assert context_tokens(read({"engine": engine}, "a test"), OwnerWishes(context_tokens=wished)) == tokens
