@@ -17,14 +17,13 @@ from emberd.core import exit_status, lifecycle, liveness
 from emberd.core.errors import EmberdError, NotReady, StateUnusable
 from emberd.core.lifecycle import Effect, Event, Lifecycle, State
 from emberd.core.lock import LockState
-from emberd.core.turn import UNTOLD
 from emberd.core.types import EngineSample, Readiness
 from emberd.core.wired import is_released
 from emberd.engine import record as records
-from emberd.engine.llama_log import find_cause
-from emberd.engine.output import OutputFollower, open_for_engine
+from emberd.engine.output import open_for_engine
 from emberd.engine.process import EngineProcess, ProcessTree, launch
 from emberd.host.files import make_private_folder, write_atomically
+from emberd.services.engine_output import EngineOutput
 from emberd.services.lock_meter import LockMeter
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from emberd.core.reuse import CacheRoom
     from emberd.core.settings import Settings
     from emberd.core.turn import PromptCounts
-    from emberd.core.types import LaunchPlan, LoadProgress, Notice
+    from emberd.core.types import LaunchPlan, Notice
 
 _PORTS = range(20000, 30000)
 """Below the ephemeral ranges of macOS (49152 up) and Linux (32768 up): no outgoing connection can take the port
@@ -48,10 +47,6 @@ _JUDGE_LOCK_S = 60.0
 _RELEASE_LIMIT_S = 10.0
 _RELEASE_POLL_S = 0.05
 _REPORT_LIMIT_S = 1.0
-_TAIL_IN_MESSAGE = 8
-_FOLLOW_REST_S = 0.02
-"""Between two looks: an engine that prints line by line wakes emberd fifty times a second, not ten thousand."""
-_FOLLOW_POLL_S = 1.0
 _HAS_ENDED = "it has ended"
 _IS_A_STRANGER = "its pid belongs to another process now"
 _RETRY_AFTER_S = 5
@@ -111,11 +106,16 @@ class Supervisor:
         self._process: EngineProcess | None = None
         self._record: records.EngineRecord | None = None
         self._plan: LaunchPlan | None = None
-        self._follower = self._make_follower()
         self._meter = LockMeter(host)
-        self._progress: LoadProgress | None = None
-        self._counts, self._old_words = UNTOLD, ""
-        self._look_now = asyncio.Event()
+        self._output = EngineOutput(
+            paths.output,
+            settings.log,
+            engine,
+            host,
+            log,
+            self._meter,
+            lambda reason: self.post(lifecycle.Stuck(reason)),
+        )
         self._wired_before: int | None = None
         self._wired_loaded: int | None = None
         self._in_flight = 0
@@ -178,15 +178,11 @@ class Supervisor:
 
     def forget_counts(self) -> None:
         """A generation is about to be sent: what the engine's log tells from now on is of that one."""
-        self._read_output()
-        # KoboldCPP ends a line when it begins the next one.
-        self._counts, self._old_words = UNTOLD, self._follower.unfinished
+        self._output.forget_counts()
 
     def counts_in_log(self) -> PromptCounts:
         """Return what the engine's log tells of the generation that has just ended."""
-        self._read_output()
-        new_words = "" if self._old_words else self._follower.unfinished
-        return self._engine.counts_in_line(new_words) or self._counts
+        return self._output.counts()
 
     def restart_without_lock(self) -> None:
         """Start the engine anew, without asking it to lock, until emberd itself is restarted."""
@@ -287,7 +283,7 @@ class Supervisor:
     def status(self) -> dict[str, Any]:
         """Return the present as plain values, for people and for JSON."""
         now_s = time.monotonic()
-        life, record = self._life, self._record
+        life, record, progress = self._life, self._record, self._output.progress
         return {
             "state": life.state.value,
             "state_for_s": round(now_s - life.since_s, 3),
@@ -300,8 +296,8 @@ class Supervisor:
             "last_exit": self._last_exit or None,
             "requests_in_flight": self._in_flight,
             "requests_held": self._held,
-            "loading": {"phase": self._progress.phase, "detail": self._progress.detail}
-            if self._progress and life.state is State.LOADING
+            "loading": {"phase": progress.phase, "detail": progress.detail}
+            if progress and life.state is State.LOADING
             else None,
             "engine": None
             if record is None
@@ -365,9 +361,7 @@ class Supervisor:
         is_starting = self._life.state is State.STARTING and not self._is_done("launch")
         must_restart = self._record is not None and self._record.plan_digest != _plan_digest(plan)
         self._settings, self._engine = settings, engine
-        self._follower.set_limits(
-            engine.is_private, settings.log.engine_file_mib * 1024 * 1024, settings.log.engine_files
-        )
+        self._output.use(engine, settings.log)
         if is_starting:
             self._spawn("launch", self._launch())  # the start under way is composed from the old settings
         elif must_restart:
@@ -414,7 +408,7 @@ class Supervisor:
         if self._record and after.state in lifecycle.HAS_PROCESS:
             fields["pid"] = self._record.pid
         if after.state is State.READY:
-            self._progress = None
+            self._output.progress = None
             self._wired_loaded = self._wired_bytes()
             self._write_record()
             fields["seconds"] = round(after.since_s - before.since_s, 3)
@@ -513,7 +507,7 @@ class Supervisor:
         make_private_folder(self._paths.scratch)
         for name, text in plan.files.items():
             write_atomically(Path(name), text)
-        self._follower.skip_to_end()
+        self._output.skip_to_end()
         output = open_for_engine(self._paths.output)
         try:
             process = launch(plan, output, self._host)
@@ -568,10 +562,10 @@ class Supervisor:
             self._log.error("state_not_saved", error=error.message, remedy=error.remedy)
 
     def _take(self, process: EngineProcess, record: records.EngineRecord) -> None:
-        self._process, self._record, self._progress = process, record, None
+        self._process, self._record = process, record
         self._tree = (process.pid,)
         self._spawn("exit", self._watch_exit(process))
-        self._spawn("output", self._follow_output())
+        self._spawn("output", self._output.follow())
 
     async def adopt(self) -> bool:
         """Take over the engine that an earlier emberd left running.
@@ -599,7 +593,7 @@ class Supervisor:
             self._paths.record.unlink(missing_ok=True)
             return False
         await self._meter.adopt(self._engine.model_path(), is_mapped=record.is_mapped)
-        self._follower.skip_to_end()
+        self._output.skip_to_end()
         self._is_adopted = True
         self._take(process, record)
         self._log.info("engine_adopted", pid=record.pid, port=record.port)
@@ -643,54 +637,20 @@ class Supervisor:
     async def _watch_exit(self, process: EngineProcess) -> None:
         await process.wait()
         self._died_s = time.monotonic()
-        self._read_output()
+        self._output.read()
         is_asked = self._life.state is State.STOPPING
         ended = exit_status.EngineExit(
             status=process.status,
             lived_s=time.monotonic() - process.started_s,
             asked_to_stop=is_asked,
-            said_anything=bool(self._follower.tail),
+            said_anything=self._output.has_said_anything,
             is_macos=self._host.name == "darwin",
         )
-        cause = None if is_asked else find_cause(self._follower.tail)
+        cause = None if is_asked else self._output.cause
         self._last_exit = exit_status.explain(ended) + (f" (the engine says: {cause})" if cause else "")
         report = self._log.info if is_asked else self._log.warning
         report("engine_exited", pid=process.pid, status=process.status, meaning=self._last_exit)
-        self.post(lifecycle.Exited(self._with_tail(self._last_exit)))
-
-    def _with_tail(self, text: str) -> str:
-        return "\n".join([text, *(f"  | {line}" for line in self._follower.last_words(_TAIL_IN_MESSAGE))])
-
-    async def _follow_output(self) -> None:
-        try:
-            watch = self._host.watch_file(self._paths.output)
-        except OSError as error:
-            # The user's inotify instances can be used up by other programs; then the file is polled.
-            self._log.warning("output_polled", error=str(error))
-            watch = None
-        try:
-            while True:
-                self._read_output()
-                await asyncio.sleep(_FOLLOW_REST_S)
-                await (watch.wait() if watch is not None else asyncio.sleep(_FOLLOW_POLL_S))
-        finally:
-            if watch is not None:
-                watch.close()
-
-    def _read_output(self) -> None:
-        for line in self._follower.read_lines():
-            self._meter.note(line)
-            if line != self._old_words:
-                self._counts = self._engine.counts_in_line(line) or self._counts
-            self._old_words = ""
-            self._log.info("engine_line", category="engine", line=line)
-            progress = self._engine.read_progress(line)
-            if progress is not None and progress != self._progress:
-                self._progress = progress
-                self._look_now.set()
-                self._log.info("engine_loading", category="engine", phase=progress.phase, detail=progress.detail)
-            if self._engine.is_fatal(line):
-                self.post(lifecycle.Stuck(self._with_tail("the engine says that it cannot serve")))
+        self.post(lifecycle.Exited(self._output.with_last_words(self._last_exit)))
 
     async def _probe(self) -> None:
         """Earn READY, then ask again and again whether it lives."""
@@ -707,12 +667,12 @@ class Supervisor:
             if seen is Readiness.STRANGER:
                 self.post(lifecycle.Stuck(f"another program answers on port {record.port}"))
                 return
-            self._look_now.clear()
+            self._output.has_progressed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
-                    await self._look_now.wait()
+                    await self._output.has_progressed.wait()
             pause_s = min(pause_s * 1.5, _SLOWEST_PROBE_S)
-        self._read_output()  # what it said of its memory while it loaded: the verdict and the record rest on it
+        self._output.read()  # what it said of its memory while it loaded: the verdict and the record rest on it
         self._judge_lock(is_asked=record.will_lock)
         self.post(lifecycle.BecameReady())
         await self._probe_liveness(record)
@@ -759,9 +719,8 @@ class Supervisor:
             watch, verdict = liveness.judge(watch, seen, time.monotonic(), self._settings.lifecycle)
             if verdict is liveness.Verdict.HUNG:
                 silent_s = time.monotonic() - watch.alive_at
-                self.post(
-                    lifecycle.Stuck(self._with_tail(f"hung: no sign of life or progress for {silent_s:.0f} s"))
-                )
+                reason = f"hung: no sign of life or progress for {silent_s:.0f} s"
+                self.post(lifecycle.Stuck(self._output.with_last_words(reason)))
                 return
             if verdict is liveness.Verdict.SILENT:
                 self._log.warning("engine_silent", answered=seen.answered, generating=seen.is_generating)
@@ -834,12 +793,6 @@ class Supervisor:
         except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
             self._log.exception("memory_meter_bug")
             return None
-
-    def _make_follower(self) -> OutputFollower:
-        log = self._settings.log
-        return OutputFollower(
-            self._paths.output, self._engine.is_private, log.engine_file_mib * 1024 * 1024, log.engine_files
-        )
 
 
 def _plan_digest(plan: LaunchPlan) -> str:

@@ -1,0 +1,137 @@
+"""What the engine prints, as it comes: how far loading is, its memory, its counts, and that it cannot serve."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from emberd.core.turn import UNTOLD
+from emberd.engine.llama_log import find_cause
+from emberd.engine.output import OutputFollower
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.ports import Engine, Host
+    from emberd.core.settings import LogSettings
+    from emberd.core.turn import PromptCounts
+    from emberd.core.types import LoadProgress
+    from emberd.services.lock_meter import LockMeter
+
+_REST_S = 0.02
+"""Between two looks: an engine that prints line by line wakes emberd fifty times a second, not ten thousand."""
+_POLL_S = 1.0
+_TAIL_IN_MESSAGE = 8
+
+
+class EngineOutput:
+    """Follows the file that the engine writes its output to.
+
+    Args:
+        path: the file.
+        settings: of the log.
+        engine: understands the lines.
+        host: this computer.
+        log: events go here.
+        meter: takes what lines tell about memory.
+        cannot_serve: told, with the last words, when the engine says that it will never serve.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: LogSettings,
+        engine: Engine,
+        host: Host,
+        log: FilteringBoundLogger,
+        meter: LockMeter,
+        cannot_serve: Callable[[str], None],
+    ) -> None:
+        self._path = path
+        self._engine = engine
+        self._host = host
+        self._log = log
+        self._meter = meter
+        self._cannot_serve = cannot_serve
+        self._follower = OutputFollower(path, engine.is_private, *_limits(settings))
+        self._counts, self._old_words = UNTOLD, ""
+        self.progress: LoadProgress | None = None
+        """How far loading is, None before it has begun and after it."""
+        self.has_progressed = asyncio.Event()
+        """Set when loading is a step further."""
+
+    def use(self, engine: Engine, settings: LogSettings) -> None:
+        """Take over new settings; they count from the next line on."""
+        self._engine = engine
+        self._follower.set_limits(engine.is_private, *_limits(settings))
+
+    def skip_to_end(self) -> None:
+        """Begin behind what is there; what an earlier engine left is scrubbed, not reported."""
+        self._follower.skip_to_end()
+        self.progress = None
+
+    @property
+    def has_said_anything(self) -> bool:
+        """Whether there was a line."""
+        return bool(self._follower.tail)
+
+    @property
+    def cause(self) -> str | None:
+        """What the engine itself gives as the cause of a failure, None if it names none."""
+        return find_cause(self._follower.tail)
+
+    def with_last_words(self, text: str) -> str:
+        """Return a text with the engine's last lines below it."""
+        return "\n".join([text, *(f"  | {line}" for line in self._follower.last_words(_TAIL_IN_MESSAGE))])
+
+    async def follow(self) -> None:
+        """Read what comes, until cancelled."""
+        try:
+            watch = self._host.watch_file(self._path)
+        except OSError as error:
+            # The user's inotify instances can be used up by other programs; then the file is polled.
+            self._log.warning("output_polled", error=str(error))
+            watch = None
+        try:
+            while True:
+                self.read()
+                await asyncio.sleep(_REST_S)
+                await (watch.wait() if watch is not None else asyncio.sleep(_POLL_S))
+        finally:
+            if watch is not None:
+                watch.close()
+
+    def read(self) -> None:
+        """Read what has come since the last time."""
+        for line in self._follower.read_lines():
+            self._meter.note(line)
+            if line != self._old_words:
+                self._counts = self._engine.counts_in_line(line) or self._counts
+            self._old_words = ""
+            self._log.info("engine_line", category="engine", line=line)
+            progress = self._engine.read_progress(line)
+            if progress is not None and progress != self.progress:
+                self.progress = progress
+                self.has_progressed.set()
+                self._log.info("engine_loading", category="engine", phase=progress.phase, detail=progress.detail)
+            if self._engine.is_fatal(line):
+                self._cannot_serve(self.with_last_words("the engine says that it cannot serve"))
+
+    def forget_counts(self) -> None:
+        """A generation is about to be sent: what is told from now on is of that one."""
+        self.read()
+        # KoboldCPP ends a line when it begins the next one.
+        self._counts, self._old_words = UNTOLD, self._follower.unfinished
+
+    def counts(self) -> PromptCounts:
+        """Return what was told of the generation that has just ended."""
+        self.read()
+        new_words = "" if self._old_words else self._follower.unfinished
+        return self._engine.counts_in_line(new_words) or self._counts
+
+
+def _limits(settings: LogSettings) -> tuple[int, int]:
+    return settings.engine_file_mib * 1024 * 1024, settings.engine_files
