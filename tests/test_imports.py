@@ -107,3 +107,21 @@ def test_the_command_line_works_after_the_lean_imports():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout.strip() == "Console"
+
+
+def test_no_modules_import_each_other_in_a_circle_with_annotations_counted():
+    """A type that closes a circle belongs into a module of its own, as the gate between exchange and places."""
+    modules = {
+        ".".join(("emberd", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in SOURCE.rglob("*.py")
+    }
+    leads_to = {name: imported(path) & modules.keys() - {name} for name, path in modules.items()}
+
+    def reached_from(start: str) -> set[str]:
+        seen, left = set[str](), [start]
+        while left:
+            new = leads_to[left.pop()] - seen
+            seen |= new
+            left += new
+        return seen
+
+    assert sorted(name for name in modules if name in reached_from(name)) == []
