@@ -154,37 +154,38 @@ class _Daemon:
         supervisor = self._supervisor = Supervisor(
             self._settings, engine, self._host, paths, logs.logger("supervisor")
         )
+        gate = supervisor.gate
         # A request takes two descriptors, the client's and the engine's.
         most_connections = (self._host.raise_open_files() - _OWN_FILES) // 2
         self._endpoint = Endpoint(most_connections=min(most_connections, MOST_CONNECTIONS))
         self._knocks = Knocks()
-        self._turns = Turns(lambda: self._settings.endpoint.remember_kib * 1024, lambda: supervisor.room)
+        self._turns = Turns(lambda: self._settings.endpoint.remember_kib * 1024, lambda: gate.room)
         self._proxy = Proxy(
-            supervisor,
+            gate,
             lambda: self._settings.endpoint,
             lambda: self._rules,
             self._turns,
             self._knocks,
             logs.logger("endpoint"),
         )
-        self._memory = MemoryMeter(self._host, logs.logger("memory"), supervisor.sample)
+        self._memory = MemoryMeter(self._host, logs.logger("memory"), gate.sample)
         self._accounts = Accounts(self._paths.history, logs.logger("history"))
-        self._swap = SwapMeter(self._host, self._accounts, logs.logger("swap"), supervisor.sample)
-        self._residency = ResidencyMeter(self._host, logs.logger("residency"), supervisor.sample)
+        self._swap = SwapMeter(self._host, self._accounts, logs.logger("swap"), gate.sample)
+        self._residency = ResidencyMeter(self._host, logs.logger("residency"), gate.sample)
         log = logs.logger("keepwarm")
         warming = Warming(
             self._host,
             log,
-            supervisor,
+            gate,
             self._residency.toucher,
             self._turns,
             self._proxy.places,
-            Forecaster(self._host, logs.logger("forecast"), supervisor.sample, self._turns, self._residency.status),
+            Forecaster(self._host, logs.logger("forecast"), gate.sample, self._turns, self._residency.status),
             Spending(self._accounts),
         )
-        watch = PressureWatch(self._host, log, lambda: self._settings.warmth, supervisor, self._memory, warming)
-        self._keepwarm = KeepWarm(log, lambda: self._settings.warmth, supervisor, warming, watch, self._knocks)
-        self._sleep = SleepBlocker(self._host, logs.logger("power"), lambda: self._settings, supervisor)
+        watch = PressureWatch(self._host, log, lambda: self._settings.warmth, gate, self._memory, warming)
+        self._keepwarm = KeepWarm(log, lambda: self._settings.warmth, gate, warming, watch, self._knocks)
+        self._sleep = SleepBlocker(self._host, logs.logger("power"), lambda: self._settings, gate)
         self._notifier = Notifier(NotifySocket(os.environ, os.getpid()), self._log)
 
     async def run(self) -> int:
@@ -256,7 +257,7 @@ class _Daemon:
                 self._log.error("settings_not_usable", error=error.message, remedy=error.remedy)
         else:
             self._supervisor.post(lifecycle.Start())
-        await self._supervisor.wait_for(State.LOADING, State.READY, State.FAILED)
+        await self._supervisor.gate.wait_for(State.LOADING, State.READY, State.FAILED)
         cause = self._supervisor.launch_error
         while cause is None or self._supervisor.state is not State.FAILED:
             await asyncio.Event().wait()  # it has started: from here on the supervisor's states tell all
@@ -284,12 +285,12 @@ class _Daemon:
             self._notifier.ready()
 
         async def tell_of_use() -> None:
-            await self._supervisor.wait_for(State.READY)
+            await self._supervisor.gate.wait_for(State.READY)
             self._tell_ready()
 
         yield tell_accepting()
         yield tell_of_use()
-        yield self._notifier.follow(self._line, self._supervisor.wait_for_change)
+        yield self._notifier.follow(self._line, self._supervisor.gate.wait_for_change)
         yield self._notifier.feed_watchdog(self._supervisor.prove_alive)
 
     def _line(self) -> str:

@@ -79,7 +79,7 @@ class Rig:
 
     async def reach(self, *states: State) -> None:
         async with asyncio.timeout(LIMIT_S):
-            await self.supervisor.wait_for(*states)
+            await self.supervisor.gate.wait_for(*states)
 
     async def pid(self) -> int:
         await self.reach(State.READY)
@@ -188,10 +188,10 @@ async def test_memory_that_never_comes_back_is_said_and_does_not_block_for_ever(
 async def test_a_refused_connection_makes_the_supervisor_look_again(rig: Rig):
     rig.begin()
     pid = await rig.pid()
-    rig.supervisor.doubt(rig.supervisor.status()["engine"]["port"])
+    rig.supervisor.gate.doubt(rig.supervisor.status()["engine"]["port"])
     await rig.reach(State.LOADING)
     assert await rig.pid() == pid
-    rig.supervisor.doubt(1)
+    rig.supervisor.gate.doubt(1)
     await asyncio.sleep(0)
     assert rig.supervisor.state is State.READY
 
@@ -211,7 +211,7 @@ async def test_every_waiter_is_woken_when_the_engine_is_stopped(rig: Rig, monkey
     monkeypatch.setenv("STANDIN_LOAD_SECONDS", "60")
     rig.begin()
     await rig.reach(State.LOADING)
-    waiters = [asyncio.create_task(rig.supervisor.ensure_ready(LIMIT_S)) for _ in range(5)]
+    waiters = [asyncio.create_task(rig.supervisor.gate.ensure_ready(LIMIT_S)) for _ in range(5)]
     await asyncio.sleep(0)
     rig.supervisor.post(lifecycle.Stop())
     async with asyncio.timeout(LIMIT_S):
@@ -241,14 +241,14 @@ async def test_a_bug_in_a_piece_of_work_does_not_strand_the_state_machine(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
     calls = iter([ZeroDivisionError("a bug")])
-    real = rig.supervisor._engine.plan
+    real = rig.supervisor.gate.engine.plan
 
     async def plan(port: int, *, will_lock: bool) -> Any:
         for error in calls:
             raise error
         return await real(port, will_lock=will_lock)
 
-    monkeypatch.setattr(rig.supervisor._engine, "plan", plan)
+    monkeypatch.setattr(rig.supervisor.gate.engine, "plan", plan)
     rig.begin()
     await rig.pid()
     assert "supervisor_bug" in rig.names()

@@ -56,7 +56,7 @@ class Exchange:
     """One request and its reply.
 
     Args:
-        gate: the supervisor.
+        gate: the way to the engine.
         places: connections to the engine, of which there are few.
         turns: remembers what the engine's cache holds.
         log: events go here; never a header, a path's query or a body.

@@ -1,88 +1,247 @@
-"""What requests and warmth may ask of the engine's owner, the supervisor."""
+"""What requests and warmth may ask of the engine: whether it is ready, a way in, and what it tells."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import asyncio
+import contextlib
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from emberd.core import lifecycle
+from emberd.core.errors import NotReady
+from emberd.core.lifecycle import Lifecycle, State
+from emberd.core.lock import LockState
+from emberd.core.reuse import CacheRoom
+from emberd.core.types import EngineSample, Readiness
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterator
 
-    from emberd.core.lock import LockState
+    from emberd.core.lifecycle import Event
     from emberd.core.ports import Engine
     from emberd.core.turn import PromptCounts
-    from emberd.core.types import EngineSample
+    from emberd.engine.record import EngineRecord
+    from emberd.services.engine_output import EngineOutput
+    from emberd.services.lock_meter import LockMeter
+
+PROBE_TIMEOUT_S = 2.0
+_RETRY_AFTER_S = 5
+_RETRY_AT_REST_S = 60
+_LATE_EXIT_S = 0.5
+"""An exit is noticed within milliseconds; the rest is for a machine that swaps."""
+SERVING = frozenset({State.READY, State.DRAINING})
 
 
-class Gate(Protocol):
-    """The way to the engine."""
+@dataclass(frozen=True, slots=True)
+class EngineNow:
+    """What is known of the engine at this moment.
+
+    Attributes:
+        life: where it is in its life.
+        record: its process, None while there is none.
+        pids: that process and its descendants.
+        is_adopted: it served before this emberd was there.
+        room: what its KV cache holds.
+        has_begun: an event has been dealt with; before, an engine may yet be adopted, and nobody is refused.
+        is_closing: emberd is shutting down.
+    """
+
+    life: Lifecycle
+    record: EngineRecord | None = None
+    pids: tuple[int, ...] = ()
+    is_adopted: bool = False
+    room: CacheRoom = field(default_factory=CacheRoom)
+    has_begun: bool = False
+    is_closing: bool = False
+
+
+class Gate:
+    """The way to the engine. The supervisor tells it what the engine is; requests are counted here.
+
+    Args:
+        engine: the adapter.
+        now: the engine at first.
+        meter: knows its weights and its lock.
+        output: knows what it prints.
+        post: hands an event to the supervisor.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        now: EngineNow,
+        meter: LockMeter,
+        output: EngineOutput,
+        post: Callable[[Event], None],
+    ) -> None:
+        self.engine = engine
+        self.now = now
+        self._meter = meter
+        self._output = output
+        self._post = post
+        self._changed = asyncio.Event()
+        self.must_not_lock = False
+        """Until emberd is restarted, the engine is not asked to lock."""
+        self.in_flight = 0
+        """Requests that are on their way to the engine."""
+        self.held = 0
+        """Those that wait for it to be ready."""
+        self.requests = 0
+        """Those that were sent so far."""
+        self.flowed_bytes = 0
+        """Bytes of replies so far: a sign of life."""
+
+    # --- what the engine is ---------------------------------------------------------------------------------
+
+    def change(self, **changes: Any) -> None:
+        """Take what has changed of the engine."""
+        self.now = replace(self.now, **changes)
+
+    def wake_waiters(self) -> None:
+        """An event has been dealt with, whether or not the state is another."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     @property
-    def engine(self) -> Engine:
-        """The engine's adapter."""
-        ...
-
-    @property
-    def engine_key(self) -> str | None:
-        """Text that tells this engine's process from others, None while there is none."""
-        ...
+    def state(self) -> State:
+        """Where the engine is in its life."""
+        return self.now.life.state
 
     @property
     def port(self) -> int | None:
         """The engine's port, None while it is not ready."""
-        ...
+        return self.now.record.port if self.now.record and self.state is State.READY else None
+
+    @property
+    def engine_key(self) -> str | None:
+        """Text that tells this engine's process from others, None while there is none."""
+        record = self.now.record
+        return f"{record.pid}:{record.start_token}" if record and self.state in lifecycle.HAS_PROCESS else None
 
     @property
     def is_adopted(self) -> bool:
         """Whether the engine served before this emberd was there."""
-        ...
+        return self.now.is_adopted
 
     @property
     def lock_state(self) -> LockState:
         """The last verdict about the engine's lock."""
-        ...
+        return self._meter.verdict.state if self._meter.verdict else LockState.UNKNOWN
 
     @property
     def will_lock(self) -> bool:
         """Whether the engine was asked to lock: there is room for it, and its owner wants it."""
-        ...
+        return self.now.record is not None and self.now.record.will_lock
+
+    @property
+    def room(self) -> CacheRoom:
+        """How much the engine's KV cache holds; slots share it unless the engine's log says that they do not."""
+        return replace(self.now.room, is_shared=self._meter.is_cache_shared is not False)
 
     def sample(self) -> EngineSample:
-        """Return what the engine is at this moment."""
-        ...
+        """Return what the engine is at this moment, for those who measure it."""
+        return EngineSample(
+            key=self.engine_key,
+            pids=self.now.pids if self.state in lifecycle.HAS_PROCESS else (),
+            is_idle=self.state is State.READY and not self.in_flight,
+            requests=self.requests,
+            model=self.engine.model_path(),
+            weights_bytes=self._meter.weights_bytes,
+            is_mapped=self._meter.is_mapped,
+            keeps_state=self._meter.keeps_state,
+        )
+
+    async def wait_for(self, *states: State) -> State:
+        """Return when the engine is in one of these states."""
+        while self.state not in states:
+            await self._changed.wait()
+        return self.state
 
     async def wait_for_change(self) -> None:
-        """Return when the engine's state has changed."""
-        ...
+        """Return when an event has been dealt with, whether or not the state is another."""
+        await self._changed.wait()
+
+    # --- requests -------------------------------------------------------------------------------------------
 
     async def ensure_ready(self, timeout_s: float) -> int:
-        """Return the port of a ready engine.
+        """Return the engine's port as soon as it is READY.
 
         Raises:
-            NotReady: there is none in time.
+            NotReady: not within `timeout_s`, or never (stopped, failed, emberd is shutting down).
         """
-        ...
+        port = self.port
+        if port is not None and not self.now.is_closing:
+            return port
+        self.held += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (port := self.port) is None:
+                    self._refuse_if_hopeless()
+                    await self._changed.wait()
+                return port
+        except TimeoutError:
+            raise NotReady(
+                self.state.value, f"the engine was not ready within {timeout_s:g} s", _RETRY_AFTER_S
+            ) from None
+        finally:
+            self.held -= 1
 
-    def admitted(self) -> AbstractContextManager[Callable[[int], None]]:
+    def _refuse_if_hopeless(self) -> None:
+        if self.now.is_closing:
+            raise NotReady(self.state.value, "emberd is shutting down", _RETRY_AFTER_S)
+        if self.state in lifecycle.AT_REST and self.now.has_begun:
+            reason = self.now.life.reason.splitlines()[0] if self.now.life.reason else "the engine is stopped"
+            raise NotReady(self.state.value, reason, _RETRY_AT_REST_S)
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[Callable[[int], None]]:
         """Count a request on its way to the engine; yields what is told of reply bytes that pass."""
-        ...
+        self.in_flight += 1
+        self.requests += 1
+        try:
+            yield self._flowed
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight and self.state is State.DRAINING:
+                self._post(lifecycle.Drained())
+
+    def _flowed(self, count: int) -> None:
+        self.flowed_bytes += count
 
     async def is_alive(self, port: int) -> bool:
-        """Return True if the engine on `port` outlived the reply that has just ended; bounded."""
-        ...
+        """Return True if the engine on `port` outlived the reply that has just ended.
+
+        A dying process closes its connections a moment before its listener, and its end is noticed later still:
+        only an answer proves life, and only the end of the process proves death.
+        """
+        record = self.now.record
+        if record is None or record.port != port or self.state not in SERVING:
+            return False
+        if await self.engine.probe_readiness(port, PROBE_TIMEOUT_S) is Readiness.READY:
+            return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LATE_EXIT_S):
+                while self._is_serving(record):
+                    await self._changed.wait()
+        return self._is_serving(record)
+
+    def _is_serving(self, record: EngineRecord) -> bool:
+        return self.now.record is record and self.state in SERVING
 
     def doubt(self, port: int) -> None:
-        """The engine on `port` refused or broke a connection; it must show again that it is ready."""
-        ...
+        """The engine on `port` refused or broke a connection: it is loading again, or has just died."""
+        if self.now.record and port == self.now.record.port:
+            self._post(lifecycle.LostReadiness())
 
     def forget_counts(self) -> None:
         """A generation is about to be sent: what the engine's log tells from now on is of that one."""
-        ...
+        self._output.forget_counts()
 
     def counts_in_log(self) -> PromptCounts:
         """Return what the engine's log tells of the generation that has just ended."""
-        ...
+        return self._output.counts()
 
     def restart_without_lock(self) -> None:
-        """Start the engine anew, without asking it to lock."""
-        ...
+        """Start the engine anew, without asking it to lock, until emberd itself is restarted."""
+        self.must_not_lock = True
+        self._post(lifecycle.Restart("its lock makes the computer swap"))

@@ -91,7 +91,7 @@ class Places:
     time, and 503 beyond six more). So those requests wait here, and hold no connection meanwhile.
 
     Args:
-        gate: the supervisor.
+        gate: the way to the engine.
         most_waiting: tells how many requests may wait for an engine or for a place.
     """
 

@@ -46,7 +46,7 @@ class Proxy:
     """The ASGI app that passes requests on.
 
     Args:
-        gate: the supervisor.
+        gate: the way to the engine.
         settings: tells the settings of the endpoint.
         rules: tells whom to let in.
         turns: remembers what the engine's cache holds.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from emberd.core.ports import Host
     from emberd.core.settings import Settings
-    from emberd.services.supervisor import Supervisor
+    from emberd.services.gate import Gate
 
 LOOK_S = 30.0
 """How soon a change of power is seen. Reading it takes some 10 ms on macOS; nothing is read unless it is wanted."""
@@ -37,16 +37,14 @@ class SleepBlocker:
         host: this computer.
         log: events go here.
         settings: tells the settings.
-        supervisor: tells whether the engine is ready, and when that changes.
+        gate: tells whether the engine is ready, and when that changes.
     """
 
-    def __init__(
-        self, host: Host, log: FilteringBoundLogger, settings: Callable[[], Settings], supervisor: Supervisor
-    ) -> None:
+    def __init__(self, host: Host, log: FilteringBoundLogger, settings: Callable[[], Settings], gate: Gate) -> None:
         self._host = host
         self._log = log
         self._settings = settings
-        self._supervisor = supervisor
+        self._gate = gate
         self._child: asyncio.subprocess.Process | None = None
         self._is_on_trial = False
         self._is_given_up = False
@@ -64,17 +62,17 @@ class SleepBlocker:
                     await self._look()
                 except Exception:  # noqa: BLE001  # a night's sleep is not worth the daemon
                     self._log.exception("sleep_blocker_bug")
-                state = self._supervisor.state
+                state = self._gate.state
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S):
-                        while self._supervisor.state is state:
-                            await self._supervisor.wait_for_change()
+                        while self._gate.state is state:
+                            await self._gate.wait_for_change()
         finally:
             await self._release("emberd ends")
 
     async def _look(self) -> None:
         is_wanted = self._settings().power.prevent_sleep
-        is_ready = self._supervisor.state is State.READY
+        is_ready = self._gate.state is State.READY
         may_be = is_wanted and is_ready
         power = await asyncio.to_thread(self._host.power) if may_be else Power()
         if must_stay_awake(power, is_wanted=is_wanted, is_ready=is_ready):

@@ -14,33 +14,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import exit_status, lifecycle, liveness
-from emberd.core.errors import EmberdError, NotReady, StateUnusable
+from emberd.core.errors import EmberdError, StateUnusable
 from emberd.core.lifecycle import Effect, Event, Lifecycle, State
-from emberd.core.lock import LockState
-from emberd.core.types import EngineSample, Readiness
+from emberd.core.types import Readiness
 from emberd.core.wired import is_released
 from emberd.engine import record as records
 from emberd.engine.output import open_for_engine
 from emberd.engine.process import EngineProcess, ProcessTree, launch
 from emberd.host.files import make_private_folder, write_atomically
 from emberd.services.engine_output import EngineOutput
+from emberd.services.gate import PROBE_TIMEOUT_S, SERVING, EngineNow, Gate
 from emberd.services.lock_meter import LockMeter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Coroutine
 
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.ports import Engine, Host
-    from emberd.core.reuse import CacheRoom
     from emberd.core.settings import Settings
-    from emberd.core.turn import PromptCounts
     from emberd.core.types import LaunchPlan, Notice
 
 _PORTS = range(20000, 30000)
 """Below the ephemeral ranges of macOS (49152 up) and Linux (32768 up): no outgoing connection can take the port
 while a large model loads."""
-_PROBE_TIMEOUT_S = 2.0
 _FIRST_PROBE_S = 0.05
 _SLOWEST_PROBE_S = 0.5
 _JUDGE_LOCK_S = 60.0
@@ -49,10 +46,6 @@ _RELEASE_POLL_S = 0.05
 _REPORT_LIMIT_S = 1.0
 _HAS_ENDED = "it has ended"
 _IS_A_STRANGER = "its pid belongs to another process now"
-_RETRY_AFTER_S = 5
-_LATE_EXIT_S = 0.5
-"""An exit is noticed within milliseconds; the rest is for a machine that swaps."""
-_SERVING = frozenset({State.READY, State.DRAINING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +87,13 @@ class Supervisor:
         self, settings: Settings, engine: Engine, host: Host, paths: Paths, log: FilteringBoundLogger
     ) -> None:
         self._settings = settings
-        self._engine = engine
         self._host = host
         self._paths = paths
         self._log = log
-        self._life = Lifecycle(since_s=time.monotonic())
         self._inbox: asyncio.Queue[Event | asyncio.Future[None]] = asyncio.Queue()
-        self._changed = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._process: EngineProcess | None = None
-        self._record: records.EngineRecord | None = None
         self._plan: LaunchPlan | None = None
         self._meter = LockMeter(host)
         self._output = EngineOutput(
@@ -118,167 +107,41 @@ class Supervisor:
         )
         self._wired_before: int | None = None
         self._wired_loaded: int | None = None
-        self._in_flight = 0
-        self._requests = 0
-        self._tree: tuple[int, ...] = ()
-        self._held = 0
-        self._must_not_lock = False
-        self._has_begun = False
-        """Before the first event an engine may yet be adopted or started: who asks then is not refused."""
-        self._flowed_bytes = 0
         self._generated_units = 0
         self._starts = 0
-        self._is_adopted = False
-        self._is_closing = False
         self._died_s: float | None = None
         self._last_exit = ""
+        self.gate = Gate(
+            engine, EngineNow(Lifecycle(since_s=time.monotonic())), self._meter, self._output, self.post
+        )
+        """What others may ask of the engine."""
         self.launch_error: EmberdError | None = None
         """Why the engine cannot be started at all; None if it could, or was never tried."""
 
     # --- what others ask ------------------------------------------------------------------------------------
-
-    @property
-    def state(self) -> State:
-        """Where the engine is in its life."""
-        return self._life.state
 
     def post(self, event: Event) -> None:
         """Hand an event to the owner task."""
         self._inbox.put_nowait(event)
 
     @property
-    def engine(self) -> Engine:
-        """The engine's adapter."""
-        return self._engine
+    def state(self) -> State:
+        """Where the engine is in its life."""
+        return self.gate.state
 
     @property
-    def engine_key(self) -> str | None:
-        """Text that tells this engine's process from others, None while there is none."""
-        return self.sample().key
+    def _life(self) -> Lifecycle:
+        return self.gate.now.life
 
     @property
-    def port(self) -> int | None:
-        """The engine's port, None while it is not ready."""
-        return self._record.port if self._record and self._life.state is State.READY else None
-
-    @property
-    def lock_state(self) -> LockState:
-        """The last verdict about the engine's lock."""
-        return self._meter.verdict.state if self._meter.verdict else LockState.UNKNOWN
-
-    @property
-    def will_lock(self) -> bool:
-        """Whether the engine was asked to lock: there is room for it, and its owner wants it."""
-        return self._record is not None and self._record.will_lock
-
-    @property
-    def room(self) -> CacheRoom:
-        """How much the engine's KV cache holds; slots share it unless the engine's log says that they do not."""
-        return replace(self._engine.room, is_shared=self._meter.is_cache_shared is not False)
-
-    def forget_counts(self) -> None:
-        """A generation is about to be sent: what the engine's log tells from now on is of that one."""
-        self._output.forget_counts()
-
-    def counts_in_log(self) -> PromptCounts:
-        """Return what the engine's log tells of the generation that has just ended."""
-        return self._output.counts()
-
-    def restart_without_lock(self) -> None:
-        """Start the engine anew, without asking it to lock, until emberd itself is restarted."""
-        self._must_not_lock = True
-        self.post(lifecycle.Restart("its lock makes the computer swap"))
-
-    @property
-    def is_adopted(self) -> bool:
-        """Whether the engine served before this emberd was there."""
-        return self._is_adopted
-
-    async def ensure_ready(self, timeout_s: float) -> int:
-        """Return the engine's port as soon as it is READY.
-
-        Raises:
-            NotReady: not within `timeout_s`, or never (stopped, failed, emberd is shutting down).
-        """
-        if self._life.state is State.READY and self._record and not self._is_closing:
-            return self._record.port
-        self._held += 1
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._life.state is not State.READY or self._record is None:
-                    self._refuse_if_hopeless()
-                    await self._changed.wait()
-                return self._record.port
-        except TimeoutError:
-            raise NotReady(
-                self._life.state.value, f"the engine was not ready within {timeout_s:g} s", _RETRY_AFTER_S
-            ) from None
-        finally:
-            self._held -= 1
-
-    @contextlib.contextmanager
-    def admitted(self) -> Iterator[Callable[[int], None]]:
-        """Count a request that is on its way to the engine; yields a function that is told of bytes that flow."""
-        self._in_flight += 1
-        self._requests += 1
-        try:
-            yield self._flowed
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight and self._life.state is State.DRAINING:
-                self.post(lifecycle.Drained())
-
-    async def is_alive(self, port: int) -> bool:
-        """Tell whether the engine on `port` outlived the reply that has just ended.
-
-        A dying process closes its connections a moment before its listener, and its end is noticed later still:
-        only an answer proves life, and only the end of the process proves death.
-        """
-        record = self._record
-        if record is None or record.port != port or self._life.state not in _SERVING:
-            return False
-        if await self._engine.probe_readiness(port, _PROBE_TIMEOUT_S) is Readiness.READY:
-            return True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LATE_EXIT_S):
-                while self._record is record and self._life.state in _SERVING:
-                    await self._changed.wait()
-        return self._record is record and self._life.state in _SERVING
-
-    def doubt(self, port: int) -> None:
-        """Take note that the engine refused or broke a connection: it is loading again, or has just died."""
-        if self._record and port == self._record.port:
-            self.post(lifecycle.LostReadiness())
-
-    async def wait_for(self, *states: State) -> State:
-        """Return when the engine is in one of these states."""
-        while self._life.state not in states:
-            await self._changed.wait()
-        return self._life.state
-
-    async def wait_for_change(self) -> None:
-        """Return when an event has been dealt with, whether or not the state is another."""
-        await self._changed.wait()
+    def _record(self) -> records.EngineRecord | None:
+        return self.gate.now.record
 
     async def prove_alive(self) -> None:
         """Return when the owner task has taken this question out of its inbox: behind all events, as it works."""
         asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._inbox.put_nowait(asked)
         await asked
-
-    def sample(self) -> EngineSample:
-        """Return what the engine is at this moment, for those who measure it."""
-        record, has_process = self._record, self._life.state in lifecycle.HAS_PROCESS
-        return EngineSample(
-            key=f"{record.pid}:{record.start_token}" if record and has_process else None,
-            pids=self._tree if has_process else (),
-            is_idle=self._life.state is State.READY and not self._in_flight,
-            requests=self._requests,
-            model=self._engine.model_path(),
-            weights_bytes=self._meter.weights_bytes,
-            is_mapped=self._meter.is_mapped,
-            keeps_state=self._meter.keeps_state,
-        )
 
     def status(self) -> dict[str, Any]:
         """Return the present as plain values, for people and for JSON."""
@@ -294,8 +157,8 @@ class Supervisor:
             else None,
             "starts": self._starts,
             "last_exit": self._last_exit or None,
-            "requests_in_flight": self._in_flight,
-            "requests_held": self._held,
+            "requests_in_flight": self.gate.in_flight,
+            "requests_held": self.gate.held,
             "loading": {"phase": progress.phase, "detail": progress.detail}
             if progress and life.state is State.LOADING
             else None,
@@ -305,11 +168,11 @@ class Supervisor:
                 "kind": record.engine,
                 "pid": record.pid,
                 "port": record.port,
-                "adopted": self._is_adopted,
+                "adopted": self.gate.is_adopted,
                 "started_at": record.started_at,
                 "command": list(record.command),
             },
-            "lock": self._meter.status() if life.state in _SERVING else None,
+            "lock": self._meter.status() if life.state in SERVING else None,
             "metal_heartbeat": self._meter.heartbeat(self._settings.engine.metal_keep_alive_s),
             "notices": [
                 {"code": notice.code, "message": notice.message}
@@ -336,10 +199,10 @@ class Supervisor:
 
     async def shut_down(self) -> None:
         """Drain and stop the engine; returns when it is gone. Held requests are refused."""
-        self._is_closing = True
-        self._wake_waiters()
+        self.gate.change(is_closing=True)
+        self.gate.wake_waiters()
         self.post(lifecycle.Stop())
-        await self.wait_for(State.STOPPED)
+        await self.gate.wait_for(State.STOPPED)
         if "end" in self._tasks:  # a sweep of what the engine left
             await asyncio.wait({self._tasks["end"]})
 
@@ -360,7 +223,7 @@ class Supervisor:
         plan = await engine.plan(self._record.port if self._record else free_port(), will_lock=will_lock)
         is_starting = self._life.state is State.STARTING and not self._is_done("launch")
         must_restart = self._record is not None and self._record.plan_digest != _plan_digest(plan)
-        self._settings, self._engine = settings, engine
+        self._settings, self.gate.engine = settings, engine
         self._output.use(engine, settings.log)
         if is_starting:
             self._spawn("launch", self._launch())  # the start under way is composed from the old settings
@@ -381,15 +244,16 @@ class Supervisor:
             return lifecycle.DeadlinePassed()
 
     def _apply(self, event: Event) -> None:
-        before, self._has_begun = self._life, True
-        self._life, effects = lifecycle.step(
+        before = self._life
+        life, effects = lifecycle.step(
             before,
             event,
             time.monotonic(),
             self._settings.lifecycle,
             random.random(),  # noqa: S311  # jitter
         )
-        if self._life.state is not before.state:
+        self.gate.change(life=life, has_begun=True)
+        if life.state is not before.state:
             self._announce(before)
         for effect in effects:
             self._act(effect)
@@ -398,7 +262,7 @@ class Supervisor:
         if self._life.state is State.STARTING and not self._life.is_wanted and not self._is_done("launch"):
             self._cancel("launch")
             self.post(lifecycle.LaunchFailed("no longer wanted", is_permanent=True))
-        self._wake_waiters()
+        self.gate.wake_waiters()
 
     def _announce(self, before: Lifecycle) -> None:
         after = self._life
@@ -419,17 +283,6 @@ class Supervisor:
         if after.state not in {State.LOADING, State.READY}:
             self._cancel("probe")
 
-    def _wake_waiters(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
-
-    def _refuse_if_hopeless(self) -> None:
-        if self._is_closing:
-            raise NotReady(self._life.state.value, "emberd is shutting down", _RETRY_AFTER_S)
-        if self._life.state in lifecycle.AT_REST and self._has_begun:
-            reason = self._life.reason.splitlines()[0] if self._life.reason else "the engine is stopped"
-            raise NotReady(self._life.state.value, reason, 60)
-
     def _act(self, effect: Effect) -> None:
         match effect:
             case Effect.LAUNCH:
@@ -437,7 +290,7 @@ class Supervisor:
             case Effect.WATCH:
                 self._spawn("probe", self._probe())
             case Effect.DRAIN:
-                if not self._in_flight:
+                if not self.gate.in_flight:
                     self.post(lifecycle.Drained())
             case Effect.TERMINATE:
                 self._spawn("end", self._terminate())
@@ -483,7 +336,7 @@ class Supervisor:
             self._wired_before = self._wired_bytes()
             self._wired_loaded = None
             will_lock, reasons = await self._decide_lock()
-            plan = await self._engine.plan(free_port(), will_lock=will_lock)
+            plan = await self.gate.engine.plan(free_port(), will_lock=will_lock)
             self._start_process(replace(plan, notices=(*plan.notices, *reasons)), will_lock=will_lock)
         except EmberdError as error:
             self.launch_error = error
@@ -495,11 +348,13 @@ class Supervisor:
     async def _decide_lock(self) -> tuple[bool, tuple[Notice, ...]]:
         """Return whether to ask for the lock, and what the owner should know about it."""
         try:
-            decision = await self._meter.decide(self._settings, self._engine.wishes(), self._engine.model_path())
+            decision = await self._meter.decide(
+                self._settings, self.gate.engine.wishes(), self.gate.engine.model_path()
+            )
         except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
             self._log.exception("lock_meter_bug")
             return self._settings.engine.lock != "never", ()
-        return decision.will_lock and not self._must_not_lock, decision.reasons
+        return decision.will_lock and not self.gate.must_not_lock, decision.reasons
 
     def _start_process(self, plan: LaunchPlan, *, will_lock: bool) -> None:
         """Start the process and write down what is needed to adopt it, in this order and without a pause."""
@@ -525,13 +380,12 @@ class Supervisor:
             command=plan.shown_arguments(),
             plan_digest=_plan_digest(plan),
             port=plan.port,
-            engine=self._engine.name,
+            engine=self.gate.engine.name,
             started_at=time.time(),
             will_lock=will_lock,
         )
-        self._take(process, record)
+        self._take(process, record, is_adopted=False)
         self._starts += 1
-        self._is_adopted = False
         self._save_record()
         for notice in plan.notices:
             self._log.warning("engine_settings_notice", code=notice.code, message=notice.message)
@@ -549,7 +403,7 @@ class Supervisor:
             is_mapped=self._meter.is_mapped,
         )
         if found != self._record:
-            self._record = found
+            self.gate.change(record=found)
             self._save_record()
 
     def _save_record(self) -> None:
@@ -561,9 +415,9 @@ class Supervisor:
             # The engine serves all the same; only a crash of emberd would now cost a reload.
             self._log.error("state_not_saved", error=error.message, remedy=error.remedy)
 
-    def _take(self, process: EngineProcess, record: records.EngineRecord) -> None:
-        self._process, self._record = process, record
-        self._tree = (process.pid,)
+    def _take(self, process: EngineProcess, record: records.EngineRecord, *, is_adopted: bool) -> None:
+        self._process = process
+        self.gate.change(record=record, pids=(process.pid,), is_adopted=is_adopted)
         self._spawn("exit", self._watch_exit(process))
         self._spawn("output", self._output.follow())
 
@@ -589,13 +443,12 @@ class Supervisor:
             if refusal != _IS_A_STRANGER and tree.members():
                 # Ours, but of no use: a model loaded beside it would choke the machine.
                 self._log.warning("engine_left_processes", pid=record.pid)
-                await tree.terminate(self._engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
+                await tree.terminate(self.gate.engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
             self._paths.record.unlink(missing_ok=True)
             return False
-        await self._meter.adopt(self._engine.model_path(), is_mapped=record.is_mapped)
+        await self._meter.adopt(self.gate.engine.model_path(), is_mapped=record.is_mapped)
         self._output.skip_to_end()
-        self._is_adopted = True
-        self._take(process, record)
+        self._take(process, record, is_adopted=True)
         self._log.info("engine_adopted", pid=record.pid, port=record.port)
         self.post(lifecycle.Adopted())
         return True
@@ -610,8 +463,8 @@ class Supervisor:
             case records.Claim.CHANGED:
                 return "it runs another command line than it was started with"
             case records.Claim.OURS:
-                if record.engine != self._engine.name:
-                    return f"it is {record.engine}, and the settings ask for {self._engine.name}"
+                if record.engine != self.gate.engine.name:
+                    return f"it is {record.engine}, and the settings ask for {self.gate.engine.name}"
                 listening = self._host.listeners(tree.members())
                 if listening and record.port not in listening:
                     return "it listens on another port"
@@ -621,7 +474,7 @@ class Supervisor:
         """After an adoption: restart the engine if it was started with other settings than today's."""
         if self._record is None:
             return
-        plan = await self._engine.plan(self._record.port, will_lock=self._would_lock(self._settings))
+        plan = await self.gate.engine.plan(self._record.port, will_lock=self._would_lock(self._settings))
         self._plan = plan
         if _plan_digest(plan) != self._record.plan_digest:
             self.post(lifecycle.Restart("settings changed since this engine was started"))
@@ -659,7 +512,7 @@ class Supervisor:
             return
         pause_s = _FIRST_PROBE_S
         while True:
-            seen = await self._engine.probe_readiness(record.port, _PROBE_TIMEOUT_S)
+            seen = await self.gate.engine.probe_readiness(record.port, PROBE_TIMEOUT_S)
             if seen is Readiness.READY and not self._is_ours(record.port):
                 seen = Readiness.STRANGER
             if seen is Readiness.READY:
@@ -674,6 +527,7 @@ class Supervisor:
             pause_s = min(pause_s * 1.5, _SLOWEST_PROBE_S)
         self._output.read()  # what it said of its memory while it loaded: the verdict and the record rest on it
         self._judge_lock(is_asked=record.will_lock)
+        self.gate.change(room=self.gate.engine.room)
         self.post(lifecycle.BecameReady())
         await self._probe_liveness(record)
 
@@ -685,8 +539,9 @@ class Supervisor:
     def _judge_lock(self, *, is_asked: bool) -> None:
         """Weigh whether the lock holds, and say it when that has changed: a lock can be lost."""
         try:
-            self._tree = tuple(self._process.members()) if self._process else ()
-            has_changed = self._meter.judge(self._tree, is_asked=is_asked)
+            pids = tuple(self._process.members()) if self._process else ()
+            self.gate.change(pids=pids)
+            has_changed = self._meter.judge(pids, is_asked=is_asked)
         except Exception:  # noqa: BLE001  # a reading that fails must not cost the engine
             self._log.exception("lock_meter_bug")
             return
@@ -702,19 +557,19 @@ class Supervisor:
         judged_s = time.monotonic()
         verdict = liveness.Verdict.ALIVE
         while True:
-            is_idle = not self._in_flight
+            is_idle = not self.gate.in_flight
             await asyncio.sleep(liveness.pause_s(verdict, self._settings.lifecycle, is_idle=is_idle))
             if time.monotonic() - judged_s >= _JUDGE_LOCK_S:
                 judged_s = time.monotonic()
                 self._judge_lock(is_asked=record.will_lock)
-            seen = await self._engine.probe_activity(port, _PROBE_TIMEOUT_S)
+            seen = await self.gate.engine.probe_activity(port, PROBE_TIMEOUT_S)
             if (not seen.answered or seen.is_generating) and self._process:
                 if seen.generated_units is not None:
                     self._generated_units = seen.generated_units
                 seen = replace(
                     seen,
                     cpu_seconds=self._process.cpu_seconds(),
-                    generated_units=self._generated_units + self._flowed_bytes,
+                    generated_units=self._generated_units + self.gate.flowed_bytes,
                 )
             watch, verdict = liveness.judge(watch, seen, time.monotonic(), self._settings.lifecycle)
             if verdict is liveness.Verdict.HUNG:
@@ -724,9 +579,6 @@ class Supervisor:
                 return
             if verdict is liveness.Verdict.SILENT:
                 self._log.warning("engine_silent", answered=seen.answered, generating=seen.is_generating)
-
-    def _flowed(self, count: int) -> None:
-        self._flowed_bytes += count
 
     # --- stop -----------------------------------------------------------------------------------------------
 
@@ -749,7 +601,7 @@ class Supervisor:
         if process is None:
             return
         began_s = time.monotonic()
-        killed = await process.terminate(self._engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
+        killed = await process.terminate(self.gate.engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
         seconds = round(time.monotonic() - began_s, 3)
         if killed:
             self._log.warning(
@@ -767,7 +619,8 @@ class Supervisor:
     def _forget_process(self) -> None:
         if self._process is not None:
             self._process.close()
-        self._process, self._record = None, None
+        self._process = None
+        self.gate.change(record=None)
         self._died_s = None
         self._cancel("output")
         self._paths.record.unlink(missing_ok=True)

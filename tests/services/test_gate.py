@@ -1,0 +1,93 @@
+"""The way to the engine: what it tells of it, and who is let in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from emberd.core import lifecycle
+from emberd.core.errors import NotReady
+from emberd.core.lifecycle import Lifecycle, State
+from emberd.core.reuse import CacheRoom
+from emberd.engine.record import EngineRecord
+from emberd.services.gate import EngineNow, Gate
+
+RECORD = EngineRecord(
+    pid=7,
+    start_token="a",
+    command_digest=None,
+    command=(),
+    plan_digest="",
+    port=20001,
+    engine="llama-server",
+    started_at=0.0,
+    will_lock=True,
+)
+
+
+class Adapter:
+    """An adapter that has not asked its engine yet."""
+
+    room = CacheRoom()
+
+    def model_path(self) -> None:
+        return None
+
+
+class Meter:
+    """Knows what the engine's log told."""
+
+    verdict = weights_bytes = is_mapped = is_cache_shared = None
+    keeps_state = False
+
+
+def gate_at(state: State, **changes: Any) -> tuple[Gate, Meter, list[lifecycle.Event]]:
+    meter, posted = Meter(), list[lifecycle.Event]()
+    life = replace(Lifecycle(since_s=0.0), state=state, reason="it crashed\nand more")
+    adapter: Any = Adapter()
+    gate = Gate(adapter, EngineNow(life, **changes), meter, None, posted.append)  # type: ignore[arg-type]
+    return gate, meter, posted
+
+
+def test_what_the_cache_holds_outlasts_a_reload_of_the_settings():
+    gate, meter, _ = gate_at(State.READY, record=RECORD, room=CacheRoom(4, 4096))
+    adapter: Any = Adapter()
+    gate.engine = adapter
+    assert gate.room == CacheRoom(4, 4096, is_shared=True)
+    meter.is_cache_shared = False  # type: ignore[assignment]
+    assert gate.room == CacheRoom(4, 4096, is_shared=False)
+
+
+async def test_a_ready_engine_lets_in_and_a_failed_one_says_why():
+    assert await gate_at(State.READY, record=RECORD)[0].ensure_ready(0) == RECORD.port
+    with pytest.raises(NotReady, match=r"^it crashed$"):
+        await gate_at(State.FAILED, has_begun=True)[0].ensure_ready(60)
+    with pytest.raises(NotReady, match="not ready within"):
+        await gate_at(State.FAILED)[0].ensure_ready(0)
+    with pytest.raises(NotReady, match="shutting down"):
+        await gate_at(State.LOADING, record=RECORD, is_closing=True)[0].ensure_ready(60)
+
+
+def test_the_last_request_of_a_drain_says_that_it_was_the_last():
+    gate, _, posted = gate_at(State.DRAINING, record=RECORD)
+    with gate.admitted() as flowed, gate.admitted():
+        flowed(5)
+        assert not gate.sample().is_idle
+    assert posted == [lifecycle.Drained()]
+    assert (gate.requests, gate.in_flight, gate.flowed_bytes) == (2, 0, 5)
+
+
+def test_only_the_engine_of_that_port_is_doubted():
+    gate, _, posted = gate_at(State.READY, record=RECORD)
+    gate.doubt(1)
+    gate.doubt(RECORD.port)
+    assert posted == [lifecycle.LostReadiness()]
+
+
+def test_a_key_is_that_of_a_process_and_a_port_of_a_ready_one():
+    gate, _, _ = gate_at(State.LOADING, record=RECORD, pids=(7, 8))
+    assert (gate.engine_key, gate.port, gate.sample().pids) == ("7:a", None, (7, 8))
+    gate, _, _ = gate_at(State.BACKOFF, record=RECORD, pids=(7, 8))
+    assert (gate.engine_key, gate.port, gate.sample().pids) == (None, None, ())
