@@ -132,6 +132,7 @@ class _Daemon:
         from emberd.services import logs  # noqa: PLC0415
         from emberd.services.accounts import Accounts  # noqa: PLC0415
         from emberd.services.endpoint import MOST_CONNECTIONS, Endpoint  # noqa: PLC0415
+        from emberd.services.engine_run import Paths  # noqa: PLC0415
         from emberd.services.forecaster import Forecaster  # noqa: PLC0415
         from emberd.services.keepwarm import KeepWarm  # noqa: PLC0415
         from emberd.services.knocks import Knocks  # noqa: PLC0415
@@ -142,7 +143,7 @@ class _Daemon:
         from emberd.services.residency_meter import ResidencyMeter  # noqa: PLC0415
         from emberd.services.sleep_blocker import SleepBlocker  # noqa: PLC0415
         from emberd.services.spending import Spending  # noqa: PLC0415
-        from emberd.services.supervisor import Paths, Supervisor  # noqa: PLC0415
+        from emberd.services.supervisor import Supervisor  # noqa: PLC0415
         from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
         from emberd.services.turns import Turns  # noqa: PLC0415
         from emberd.services.warming import Warming  # noqa: PLC0415

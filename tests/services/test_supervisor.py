@@ -22,8 +22,10 @@ from emberd.core.settings import EngineSettings, LifecycleSettings, ModelSetting
 from emberd.engine.choose import choose_engine
 from emberd.host import ThisHost
 from emberd.host.paths import StatePaths, prepare
+from emberd.services import engine_run
 from emberd.services import supervisor as supervisor_module
-from emberd.services.supervisor import Paths, Supervisor
+from emberd.services.engine_run import Paths
+from emberd.services.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -174,7 +176,7 @@ async def test_the_next_start_waits_until_locked_memory_has_fallen(rig: Rig):
 async def test_memory_that_never_comes_back_is_said_and_does_not_block_for_ever(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(supervisor_module, "_RELEASE_LIMIT_S", 0.2)
+    monkeypatch.setattr(engine_run, "_RELEASE_LIMIT_S", 0.2)
     rig.host.wired = 0
     rig.begin()
     await rig.reach(State.LOADING)

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
-import shutil
 import socket
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from emberd.core import exit_status, lifecycle, liveness
+from emberd.core import lifecycle
 from emberd.core.errors import EmberdError, StateUnusable
 from emberd.core.lifecycle import Effect, Event, Lifecycle, State
-from emberd.core.types import Readiness
-from emberd.core.wired import is_released
-from emberd.engine import record as records
-from emberd.engine.output import open_for_engine
-from emberd.engine.process import EngineProcess, ProcessTree, launch
-from emberd.host.files import make_private_folder, write_atomically
 from emberd.services.engine_output import EngineOutput
-from emberd.services.gate import PROBE_TIMEOUT_S, SERVING, EngineNow, Gate
+from emberd.services.engine_run import EngineRun, plan_digest
+from emberd.services.gate import SERVING, EngineNow, Gate
 from emberd.services.lock_meter import LockMeter
+from emberd.services.probing import Probing
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -33,28 +26,14 @@ if TYPE_CHECKING:
 
     from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings
-    from emberd.core.types import LaunchPlan, Notice
+    from emberd.engine.process import EngineProcess
+    from emberd.engine.record import EngineRecord
+    from emberd.services.engine_run import Paths
 
 _PORTS = range(20000, 30000)
 """Below the ephemeral ranges of macOS (49152 up) and Linux (32768 up): no outgoing connection can take the port
 while a large model loads."""
-_FIRST_PROBE_S = 0.05
-_SLOWEST_PROBE_S = 0.5
-_JUDGE_LOCK_S = 60.0
-_RELEASE_LIMIT_S = 10.0
-_RELEASE_POLL_S = 0.05
 _REPORT_LIMIT_S = 1.0
-_HAS_ENDED = "it has ended"
-_IS_A_STRANGER = "its pid belongs to another process now"
-
-
-@dataclass(frozen=True, slots=True)
-class Paths:
-    """Files that the supervisor keeps in the state directory."""
-
-    record: Path
-    output: Path
-    scratch: Path
 
 
 def free_port() -> int:
@@ -93,8 +72,6 @@ class Supervisor:
         self._inbox: asyncio.Queue[Event | asyncio.Future[None]] = asyncio.Queue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
-        self._process: EngineProcess | None = None
-        self._plan: LaunchPlan | None = None
         self._meter = LockMeter(host)
         self._output = EngineOutput(
             paths.output,
@@ -105,16 +82,14 @@ class Supervisor:
             self._meter,
             lambda reason: self.post(lifecycle.Stuck(reason)),
         )
-        self._wired_before: int | None = None
-        self._wired_loaded: int | None = None
-        self._generated_units = 0
-        self._starts = 0
-        self._died_s: float | None = None
-        self._last_exit = ""
         self.gate = Gate(
             engine, EngineNow(Lifecycle(since_s=time.monotonic())), self._meter, self._output, self.post
         )
         """What others may ask of the engine."""
+        self._run = EngineRun(lambda: self._settings, host, paths, log, self.gate, self._meter, self._output)
+        self._probing = Probing(
+            lambda: self._settings.lifecycle, log, self.gate, self._run, self._output, self.post
+        )
         self.launch_error: EmberdError | None = None
         """Why the engine cannot be started at all; None if it could, or was never tried."""
 
@@ -134,7 +109,7 @@ class Supervisor:
         return self.gate.now.life
 
     @property
-    def _record(self) -> records.EngineRecord | None:
+    def _record(self) -> EngineRecord | None:
         return self.gate.now.record
 
     async def prove_alive(self) -> None:
@@ -155,8 +130,8 @@ class Supervisor:
             "next_start_in_s": round(life.deadline_s - now_s, 3)
             if life.state is State.BACKOFF and life.deadline_s
             else None,
-            "starts": self._starts,
-            "last_exit": self._last_exit or None,
+            "starts": self._run.starts,
+            "last_exit": self._run.last_exit or None,
             "requests_in_flight": self.gate.in_flight,
             "requests_held": self.gate.held,
             "loading": {"phase": progress.phase, "detail": progress.detail}
@@ -174,10 +149,7 @@ class Supervisor:
             },
             "lock": self._meter.status() if life.state in SERVING else None,
             "metal_heartbeat": self._meter.heartbeat(self._settings.engine.metal_keep_alive_s),
-            "notices": [
-                {"code": notice.code, "message": notice.message}
-                for notice in (self._plan.notices if self._plan else ())
-            ],
+            "notices": [{"code": notice.code, "message": notice.message} for notice in self._run.notices],
             "output_file": str(self._paths.output),
         }
 
@@ -222,7 +194,7 @@ class Supervisor:
         will_lock = self._would_lock(settings)
         plan = await engine.plan(self._record.port if self._record else free_port(), will_lock=will_lock)
         is_starting = self._life.state is State.STARTING and not self._is_done("launch")
-        must_restart = self._record is not None and self._record.plan_digest != _plan_digest(plan)
+        must_restart = self._record is not None and self._record.plan_digest != plan_digest(plan)
         self._settings, self.gate.engine = settings, engine
         self._output.use(engine, settings.log)
         if is_starting:
@@ -273,8 +245,7 @@ class Supervisor:
             fields["pid"] = self._record.pid
         if after.state is State.READY:
             self._output.progress = None
-            self._wired_loaded = self._wired_bytes()
-            self._write_record()
+            self._run.note_ready()
             fields["seconds"] = round(after.since_s - before.since_s, 3)
         if after.state is State.BACKOFF and after.deadline_s is not None:
             fields["next_start_in_s"] = round(after.deadline_s - after.since_s, 3)
@@ -332,12 +303,12 @@ class Supervisor:
     async def _launch(self) -> None:
         await self._sweep()
         try:
-            await self._await_memory_release()
-            self._wired_before = self._wired_bytes()
-            self._wired_loaded = None
-            will_lock, reasons = await self._decide_lock()
+            await self._run.wait_for_release()
+            will_lock, reasons = await self._run.decide_lock()
             plan = await self.gate.engine.plan(free_port(), will_lock=will_lock)
-            self._start_process(replace(plan, notices=(*plan.notices, *reasons)), will_lock=will_lock)
+            self._run.start(replace(plan, notices=(*plan.notices, *reasons)), will_lock=will_lock)
+            self._follow()
+            self.post(lifecycle.Launched())
         except EmberdError as error:
             self.launch_error = error
             permanent = not isinstance(error, StateUnusable)
@@ -345,138 +316,27 @@ class Supervisor:
         except OSError as error:
             self.post(lifecycle.LaunchFailed(f"cannot start the engine: {error}", is_permanent=False))
 
-    async def _decide_lock(self) -> tuple[bool, tuple[Notice, ...]]:
-        """Return whether to ask for the lock, and what the owner should know about it."""
-        try:
-            decision = await self._meter.decide(
-                self._settings, self.gate.engine.wishes(), self.gate.engine.model_path()
-            )
-        except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
-            self._log.exception("lock_meter_bug")
-            return self._settings.engine.lock != "never", ()
-        return decision.will_lock and not self.gate.must_not_lock, decision.reasons
-
-    def _start_process(self, plan: LaunchPlan, *, will_lock: bool) -> None:
-        """Start the process and write down what is needed to adopt it, in this order and without a pause."""
-        shutil.rmtree(self._paths.scratch, ignore_errors=True)  # no engine lives: what a killed one left is garbage
-        make_private_folder(self._paths.scratch)
-        for name, text in plan.files.items():
-            write_atomically(Path(name), text)
-        self._output.skip_to_end()
-        output = open_for_engine(self._paths.output)
-        try:
-            process = launch(plan, output, self._host)
-        finally:
-            os.close(output)
-        if self._died_s is not None:
-            gap_ms = round((process.started_s - self._died_s) * 1000, 1)
-            self._log.info("engine_restarted", pid=process.pid, milliseconds_since_death=gap_ms)
-            self._died_s = None
-        self._plan = plan
-        record = records.EngineRecord(
-            pid=process.pid,
-            start_token=self._host.start_token(process.pid) or "",
-            command_digest=None,
-            command=plan.shown_arguments(),
-            plan_digest=_plan_digest(plan),
-            port=plan.port,
-            engine=self.gate.engine.name,
-            started_at=time.time(),
-            will_lock=will_lock,
-        )
-        self._take(process, record, is_adopted=False)
-        self._starts += 1
-        self._save_record()
-        for notice in plan.notices:
-            self._log.warning("engine_settings_notice", code=notice.code, message=notice.message)
-        self._log.info("engine_started", pid=process.pid, port=plan.port, command=" ".join(plan.shown_arguments()))
-        self.post(lifecycle.Launched())
-
-    def _write_record(self) -> None:
-        """Write down what only a loaded engine shows: a wrapper script has become the engine by now."""
-        if self._record is None:
-            return
-        command = records.observed_command(self._record.pid)
-        found = replace(
-            self._record,
-            command_digest=self._record.command_digest if command is None else records.digest(command),
-            is_mapped=self._meter.is_mapped,
-        )
-        if found != self._record:
-            self.gate.change(record=found)
-            self._save_record()
-
-    def _save_record(self) -> None:
-        if self._record is None:
-            return
-        try:
-            records.save(self._paths.record, self._record)
-        except StateUnusable as error:
-            # The engine serves all the same; only a crash of emberd would now cost a reload.
-            self._log.error("state_not_saved", error=error.message, remedy=error.remedy)
-
-    def _take(self, process: EngineProcess, record: records.EngineRecord, *, is_adopted: bool) -> None:
-        self._process = process
-        self.gate.change(record=record, pids=(process.pid,), is_adopted=is_adopted)
-        self._spawn("exit", self._watch_exit(process))
-        self._spawn("output", self._output.follow())
+    def _follow(self) -> None:
+        process = self._run.process
+        if process is not None:
+            self._spawn("exit", self._watch_exit(process))
+            self._spawn("output", self._output.follow())
 
     async def adopt(self) -> bool:
-        """Take over the engine that an earlier emberd left running.
-
-        Returns:
-            False if there is none, or what is there is not it; a stranger is left alone.
-        """
-        record = records.load(self._paths.record)
-        if record is None:
+        """Take over the engine that an earlier emberd left running; False if there is none."""
+        if not await self._run.adopt():
             return False
-        tree = ProcessTree(record.pid, self._host)
-        refusal = self._why_not_adopt(record, tree)
-        process: EngineProcess | None = None
-        if refusal is None:
-            try:
-                process = EngineProcess(record.pid, self._host)
-            except ProcessLookupError:
-                refusal = _HAS_ENDED
-        if process is None:
-            self._log.info("engine_not_adopted", pid=record.pid, reason=refusal)
-            if refusal != _IS_A_STRANGER and tree.members():
-                # Ours, but of no use: a model loaded beside it would choke the machine.
-                self._log.warning("engine_left_processes", pid=record.pid)
-                await tree.terminate(self.gate.engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
-            self._paths.record.unlink(missing_ok=True)
-            return False
-        await self._meter.adopt(self.gate.engine.model_path(), is_mapped=record.is_mapped)
-        self._output.skip_to_end()
-        self._take(process, record, is_adopted=True)
-        self._log.info("engine_adopted", pid=record.pid, port=record.port)
+        self._follow()
         self.post(lifecycle.Adopted())
         return True
-
-    def _why_not_adopt(self, record: records.EngineRecord, tree: ProcessTree) -> str | None:
-        """Return why the process of the state file is not adopted, None if it is."""
-        match records.claim(record, self._host):
-            case records.Claim.STRANGER:
-                return _IS_A_STRANGER
-            case records.Claim.ENDED:
-                return _HAS_ENDED
-            case records.Claim.CHANGED:
-                return "it runs another command line than it was started with"
-            case records.Claim.OURS:
-                if record.engine != self.gate.engine.name:
-                    return f"it is {record.engine}, and the settings ask for {self.gate.engine.name}"
-                listening = self._host.listeners(tree.members())
-                if listening and record.port not in listening:
-                    return "it listens on another port"
-                return None
 
     async def restart_if_changed(self) -> None:
         """After an adoption: restart the engine if it was started with other settings than today's."""
         if self._record is None:
             return
         plan = await self.gate.engine.plan(self._record.port, will_lock=self._would_lock(self._settings))
-        self._plan = plan
-        if _plan_digest(plan) != self._record.plan_digest:
+        self._run.notices = plan.notices
+        if plan_digest(plan) != self._record.plan_digest:
             self.post(lifecycle.Restart("settings changed since this engine was started"))
 
     def _would_lock(self, settings: Settings) -> bool:
@@ -488,172 +348,28 @@ class Supervisor:
     # --- watch ----------------------------------------------------------------------------------------------
 
     async def _watch_exit(self, process: EngineProcess) -> None:
-        await process.wait()
-        self._died_s = time.monotonic()
-        self._output.read()
-        is_asked = self._life.state is State.STOPPING
-        ended = exit_status.EngineExit(
-            status=process.status,
-            lived_s=time.monotonic() - process.started_s,
-            asked_to_stop=is_asked,
-            said_anything=self._output.has_said_anything,
-            is_macos=self._host.name == "darwin",
-        )
-        cause = None if is_asked else self._output.cause
-        self._last_exit = exit_status.explain(ended) + (f" (the engine says: {cause})" if cause else "")
-        report = self._log.info if is_asked else self._log.warning
-        report("engine_exited", pid=process.pid, status=process.status, meaning=self._last_exit)
-        self.post(lifecycle.Exited(self._output.with_last_words(self._last_exit)))
+        reason = await self._run.wait_for_exit(process, lambda: self._life.state is State.STOPPING)
+        self.post(lifecycle.Exited(reason))
 
     async def _probe(self) -> None:
-        """Earn READY, then ask again and again whether it lives."""
         record = self._record
-        if record is None:
-            return
-        pause_s = _FIRST_PROBE_S
-        while True:
-            seen = await self.gate.engine.probe_readiness(record.port, PROBE_TIMEOUT_S)
-            if seen is Readiness.READY and not self._is_ours(record.port):
-                seen = Readiness.STRANGER
-            if seen is Readiness.READY:
-                break
-            if seen is Readiness.STRANGER:
-                self.post(lifecycle.Stuck(f"another program answers on port {record.port}"))
-                return
-            self._output.has_progressed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
-                    await self._output.has_progressed.wait()
-            pause_s = min(pause_s * 1.5, _SLOWEST_PROBE_S)
-        self._output.read()  # what it said of its memory while it loaded: the verdict and the record rest on it
-        self._judge_lock(is_asked=record.will_lock)
-        self.gate.change(room=self.gate.engine.room)
-        self.post(lifecycle.BecameReady())
-        await self._probe_liveness(record)
-
-    def _is_ours(self, port: int) -> bool:
-        """Tell whether the listener belongs to our process tree; True where that cannot be told."""
-        listening = self._host.listeners(self._process.members()) if self._process else None
-        return listening is None or port in listening
-
-    def _judge_lock(self, *, is_asked: bool) -> None:
-        """Weigh whether the lock holds, and say it when that has changed: a lock can be lost."""
-        try:
-            pids = tuple(self._process.members()) if self._process else ()
-            self.gate.change(pids=pids)
-            has_changed = self._meter.judge(pids, is_asked=is_asked)
-        except Exception:  # noqa: BLE001  # a reading that fails must not cost the engine
-            self._log.exception("lock_meter_bug")
-            return
-        if has_changed:
-            lock = self._meter.status() or {}
-            is_wanting = is_asked and lock["state"] in {"PARTIAL", "ABSENT"}
-            report = self._log.warning if is_wanting else self._log.info
-            report("engine_lock", **{name: value for name, value in lock.items() if value})
-
-    async def _probe_liveness(self, record: records.EngineRecord) -> None:
-        port = record.port
-        watch = liveness.begin(time.monotonic())
-        judged_s = time.monotonic()
-        verdict = liveness.Verdict.ALIVE
-        while True:
-            is_idle = not self.gate.in_flight
-            await asyncio.sleep(liveness.pause_s(verdict, self._settings.lifecycle, is_idle=is_idle))
-            if time.monotonic() - judged_s >= _JUDGE_LOCK_S:
-                judged_s = time.monotonic()
-                self._judge_lock(is_asked=record.will_lock)
-            seen = await self.gate.engine.probe_activity(port, PROBE_TIMEOUT_S)
-            if (not seen.answered or seen.is_generating) and self._process:
-                if seen.generated_units is not None:
-                    self._generated_units = seen.generated_units
-                seen = replace(
-                    seen,
-                    cpu_seconds=self._process.cpu_seconds(),
-                    generated_units=self._generated_units + self.gate.flowed_bytes,
-                )
-            watch, verdict = liveness.judge(watch, seen, time.monotonic(), self._settings.lifecycle)
-            if verdict is liveness.Verdict.HUNG:
-                silent_s = time.monotonic() - watch.alive_at
-                reason = f"hung: no sign of life or progress for {silent_s:.0f} s"
-                self.post(lifecycle.Stuck(self._output.with_last_words(reason)))
-                return
-            if verdict is liveness.Verdict.SILENT:
-                self._log.warning("engine_silent", answered=seen.answered, generating=seen.is_generating)
+        if record is not None and await self._probing.earn_ready(record):
+            self.post(lifecycle.BecameReady())
+            await self._probing.prove_alive(record)
 
     # --- stop -----------------------------------------------------------------------------------------------
 
     async def _terminate(self) -> None:
-        await self._end_tree()
+        await self._run.end_tree()
         if "exit" in self._tasks:  # its report comes first
             await asyncio.wait({self._tasks["exit"]}, timeout=_REPORT_LIMIT_S)
         self.post(lifecycle.Gone())
 
     async def _sweep(self) -> None:
-        """End what a main process that died by itself left behind (a worker under --admin)."""
-        if self._process is not None and self._process.has_ended and self._process.has_group():
-            self._log.warning("engine_left_processes", pid=self._process.pid)
-            await self._end_tree()
+        await self._run.sweep()
         if self._life.state in lifecycle.AT_REST:
             self._forget_process()
 
-    async def _end_tree(self) -> None:
-        process = self._process
-        if process is None:
-            return
-        began_s = time.monotonic()
-        killed = await process.terminate(self.gate.engine.stop_signals, self._settings.lifecycle.stop_timeout_s)
-        seconds = round(time.monotonic() - began_s, 3)
-        if killed:
-            self._log.warning(
-                "engine_killed",
-                pids=list(killed),
-                seconds=seconds,
-                message="it did not stop in time; on macOS killing a process that holds locked memory can leak it",
-            )
-        else:
-            self._log.info("engine_stopped", pid=process.pid, seconds=seconds)
-        left = process.members()
-        if left:
-            self._log.error("engine_will_not_die", pids=left, message="waiting in the kernel; look at its disk")
-
     def _forget_process(self) -> None:
-        if self._process is not None:
-            self._process.close()
-        self._process = None
-        self.gate.change(record=None)
-        self._died_s = None
         self._cancel("output")
-        self._paths.record.unlink(missing_ok=True)
-
-    async def _await_memory_release(self) -> None:
-        """See locked memory fall before the next start: loading on top of it would choke the machine."""
-        began_s = time.monotonic()
-        while True:
-            released = is_released(self._wired_before, self._wired_loaded, self._wired_bytes())
-            waited_s = time.monotonic() - began_s
-            if released is not False:
-                if waited_s > _RELEASE_POLL_S:
-                    self._log.info("wired_memory_released", seconds=round(waited_s, 3))
-                return
-            if waited_s > _RELEASE_LIMIT_S:
-                self._log.warning("wired_memory_not_released", seconds=round(waited_s, 3))
-                return
-            await asyncio.sleep(_RELEASE_POLL_S)
-
-    def _wired_bytes(self) -> int | None:
-        try:
-            return self._host.system_memory().wired_bytes
-        except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
-            self._log.exception("memory_meter_bug")
-            return None
-
-
-def _plan_digest(plan: LaunchPlan) -> str:
-    """Digest what an engine was started with, its port and emberd's own Python aside.
-
-    An upgrade may bring another Python; that alone is no reason to load the model again.
-    """
-    environment = [f"{name}={value}" for name, value in sorted(plan.environment.items())]
-    files = [f"{name}={text}" for name, text in sorted(plan.files.items())]
-    words = [word for word in plan.arguments[int(plan.by_own_python) :] if word != str(plan.port)]
-    return records.digest([*words, *environment, *files])
+        self._run.forget()

@@ -1,0 +1,329 @@
+"""One engine process: started or adopted, written down, judged, ended, and its memory given back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emberd.core import exit_status
+from emberd.core.errors import StateUnusable
+from emberd.core.wired import is_released
+from emberd.engine import record as records
+from emberd.engine.output import open_for_engine
+from emberd.engine.process import EngineProcess, ProcessTree, launch
+from emberd.host.files import make_private_folder, write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.ports import Host
+    from emberd.core.settings import Settings
+    from emberd.core.types import LaunchPlan, Notice
+    from emberd.services.engine_output import EngineOutput
+    from emberd.services.gate import Gate
+    from emberd.services.lock_meter import LockMeter
+
+_RELEASE_LIMIT_S = 10.0
+_RELEASE_POLL_S = 0.05
+_HAS_ENDED = "it has ended"
+_IS_A_STRANGER = "its pid belongs to another process now"
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Files that are kept of the engine in the state directory."""
+
+    record: Path
+    output: Path
+    scratch: Path
+
+
+class EngineRun:
+    """The process; the supervisor decides when it begins and ends.
+
+    Args:
+        settings: tells emberd's settings.
+        host: this computer.
+        paths: where state is kept.
+        log: events go here.
+        gate: told what the engine is.
+        meter: judges its lock.
+        output: follows what it prints.
+    """
+
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        host: Host,
+        paths: Paths,
+        log: FilteringBoundLogger,
+        gate: Gate,
+        meter: LockMeter,
+        output: EngineOutput,
+    ) -> None:
+        self._settings = settings
+        self._host = host
+        self._paths = paths
+        self._log = log
+        self._gate = gate
+        self._meter = meter
+        self._output = output
+        self._wired_before: int | None = None
+        self._wired_loaded: int | None = None
+        self._died_s: float | None = None
+        self.process: EngineProcess | None = None
+        self.notices: tuple[Notice, ...] = ()
+        """What its owner should know of its settings."""
+        self.starts = 0
+        """Engines that were started so far."""
+        self.last_exit = ""
+        """How the last one ended, in words."""
+
+    # --- begin ----------------------------------------------------------------------------------------------
+
+    async def wait_for_release(self) -> None:
+        """See locked memory fall before the next start: loading on top of it would choke the machine."""
+        began_s = time.monotonic()
+        while True:
+            released = is_released(self._wired_before, self._wired_loaded, self._wired_bytes())
+            waited_s = time.monotonic() - began_s
+            if released is not False:
+                if waited_s > _RELEASE_POLL_S:
+                    self._log.info("wired_memory_released", seconds=round(waited_s, 3))
+                break
+            if waited_s > _RELEASE_LIMIT_S:
+                self._log.warning("wired_memory_not_released", seconds=round(waited_s, 3))
+                break
+            await asyncio.sleep(_RELEASE_POLL_S)
+        self._wired_before, self._wired_loaded = self._wired_bytes(), None
+
+    async def decide_lock(self) -> tuple[bool, tuple[Notice, ...]]:
+        """Return whether to ask for the lock, and what the owner should know about it."""
+        try:
+            decision = await self._meter.decide(
+                self._settings(), self._gate.engine.wishes(), self._gate.engine.model_path()
+            )
+        except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
+            self._log.exception("lock_meter_bug")
+            return self._settings().engine.lock != "never", ()
+        return decision.will_lock and not self._gate.must_not_lock, decision.reasons
+
+    def start(self, plan: LaunchPlan, *, will_lock: bool) -> None:
+        """Start the process and write down what is needed to adopt it, in this order and without a pause."""
+        shutil.rmtree(self._paths.scratch, ignore_errors=True)  # no engine lives: what a killed one left is garbage
+        make_private_folder(self._paths.scratch)
+        for name, text in plan.files.items():
+            write_atomically(Path(name), text)
+        self._output.skip_to_end()
+        output = open_for_engine(self._paths.output)
+        try:
+            process = launch(plan, output, self._host)
+        finally:
+            os.close(output)
+        if self._died_s is not None:
+            gap_ms = round((process.started_s - self._died_s) * 1000, 1)
+            self._log.info("engine_restarted", pid=process.pid, milliseconds_since_death=gap_ms)
+            self._died_s = None
+        self.notices = plan.notices
+        record = records.EngineRecord(
+            pid=process.pid,
+            start_token=self._host.start_token(process.pid) or "",
+            command_digest=None,
+            command=plan.shown_arguments(),
+            plan_digest=plan_digest(plan),
+            port=plan.port,
+            engine=self._gate.engine.name,
+            started_at=time.time(),
+            will_lock=will_lock,
+        )
+        self._take(process, record, is_adopted=False)
+        self.starts += 1
+        self._save_record()
+        for notice in plan.notices:
+            self._log.warning("engine_settings_notice", code=notice.code, message=notice.message)
+        self._log.info("engine_started", pid=process.pid, port=plan.port, command=" ".join(plan.shown_arguments()))
+
+    def _take(self, process: EngineProcess, record: records.EngineRecord, *, is_adopted: bool) -> None:
+        self.process = process
+        self._gate.change(record=record, pids=(process.pid,), is_adopted=is_adopted)
+
+    def note_ready(self) -> None:
+        """Write down what only a loaded engine shows: a wrapper script has become the engine by now."""
+        self._wired_loaded = self._wired_bytes()
+        if self._gate.now.record is None:
+            return
+        command = records.observed_command(self._gate.now.record.pid)
+        found = replace(
+            self._gate.now.record,
+            command_digest=self._gate.now.record.command_digest if command is None else records.digest(command),
+            is_mapped=self._meter.is_mapped,
+        )
+        if found != self._gate.now.record:
+            self._gate.change(record=found)
+            self._save_record()
+
+    def _save_record(self) -> None:
+        if self._gate.now.record is None:
+            return
+        try:
+            records.save(self._paths.record, self._gate.now.record)
+        except StateUnusable as error:
+            # The engine serves all the same; only a crash of emberd would now cost a reload.
+            self._log.error("state_not_saved", error=error.message, remedy=error.remedy)
+
+    async def adopt(self) -> bool:
+        """Take over the engine that an earlier emberd left running.
+
+        Returns:
+            False if there is none, or what is there is not it; a stranger is left alone.
+        """
+        record = records.load(self._paths.record)
+        if record is None:
+            return False
+        tree = ProcessTree(record.pid, self._host)
+        refusal = self._why_not_adopt(record, tree)
+        process: EngineProcess | None = None
+        if refusal is None:
+            try:
+                process = EngineProcess(record.pid, self._host)
+            except ProcessLookupError:
+                refusal = _HAS_ENDED
+        if process is None:
+            self._log.info("engine_not_adopted", pid=record.pid, reason=refusal)
+            if refusal != _IS_A_STRANGER and tree.members():
+                # Ours, but of no use: a model loaded beside it would choke the machine.
+                self._log.warning("engine_left_processes", pid=record.pid)
+                await tree.terminate(self._gate.engine.stop_signals, self._settings().lifecycle.stop_timeout_s)
+            self._paths.record.unlink(missing_ok=True)
+            return False
+        await self._meter.adopt(self._gate.engine.model_path(), is_mapped=record.is_mapped)
+        self._output.skip_to_end()
+        self._take(process, record, is_adopted=True)
+        self._log.info("engine_adopted", pid=record.pid, port=record.port)
+        return True
+
+    def _why_not_adopt(self, record: records.EngineRecord, tree: ProcessTree) -> str | None:
+        """Return why the process of the state file is not adopted, None if it is."""
+        match records.claim(record, self._host):
+            case records.Claim.STRANGER:
+                return _IS_A_STRANGER
+            case records.Claim.ENDED:
+                return _HAS_ENDED
+            case records.Claim.CHANGED:
+                return "it runs another command line than it was started with"
+            case records.Claim.OURS:
+                if record.engine != self._gate.engine.name:
+                    return f"it is {record.engine}, and the settings ask for {self._gate.engine.name}"
+                listening = self._host.listeners(tree.members())
+                if listening and record.port not in listening:
+                    return "it listens on another port"
+                return None
+
+    # --- watch ----------------------------------------------------------------------------------------------
+
+    async def wait_for_exit(self, process: EngineProcess, is_asked: Callable[[], bool]) -> str:
+        """Return when the process has ended, with its status and last words.
+
+        Args:
+            process: the engine's.
+            is_asked: tells whether it was told to stop.
+        """
+        await process.wait()
+        self._died_s = time.monotonic()
+        self._output.read()
+        was_asked = is_asked()
+        ended = exit_status.EngineExit(
+            status=process.status,
+            lived_s=time.monotonic() - process.started_s,
+            asked_to_stop=was_asked,
+            said_anything=self._output.has_said_anything,
+            is_macos=self._host.name == "darwin",
+        )
+        cause = None if was_asked else self._output.cause
+        self.last_exit = exit_status.explain(ended) + (f" (the engine says: {cause})" if cause else "")
+        report = self._log.info if was_asked else self._log.warning
+        report("engine_exited", pid=process.pid, status=process.status, meaning=self.last_exit)
+        return self._output.with_last_words(self.last_exit)
+
+    def is_ours(self, port: int) -> bool:
+        """Return True if the listener belongs to the process tree, or that cannot be told."""
+        listening = self._host.listeners(self.process.members()) if self.process else None
+        return listening is None or port in listening
+
+    def judge_lock(self, *, is_asked: bool) -> None:
+        """Weigh whether the lock holds, and say it when that has changed: a lock can be lost."""
+        try:
+            pids = tuple(self.process.members()) if self.process else ()
+            self._gate.change(pids=pids)
+            has_changed = self._meter.judge(pids, is_asked=is_asked)
+        except Exception:  # noqa: BLE001  # a reading that fails must not cost the engine
+            self._log.exception("lock_meter_bug")
+            return
+        if has_changed:
+            lock = self._meter.status() or {}
+            is_wanting = is_asked and lock["state"] in {"PARTIAL", "ABSENT"}
+            report = self._log.warning if is_wanting else self._log.info
+            report("engine_lock", **{name: value for name, value in lock.items() if value})
+
+    # --- end ------------------------------------------------------------------------------------------------
+
+    async def sweep(self) -> None:
+        """End what a main process that died by itself left behind (a worker under --admin)."""
+        if self.process is not None and self.process.has_ended and self.process.has_group():
+            self._log.warning("engine_left_processes", pid=self.process.pid)
+            await self.end_tree()
+
+    async def end_tree(self) -> None:
+        """Signal the process and its descendants until they have ended, or the kernel holds them."""
+        process = self.process
+        if process is None:
+            return
+        began_s = time.monotonic()
+        killed = await process.terminate(self._gate.engine.stop_signals, self._settings().lifecycle.stop_timeout_s)
+        seconds = round(time.monotonic() - began_s, 3)
+        if killed:
+            self._log.warning(
+                "engine_killed",
+                pids=list(killed),
+                seconds=seconds,
+                message="it did not stop in time; on macOS killing a process that holds locked memory can leak it",
+            )
+        else:
+            self._log.info("engine_stopped", pid=process.pid, seconds=seconds)
+        left = process.members()
+        if left:
+            self._log.error("engine_will_not_die", pids=left, message="waiting in the kernel; look at its disk")
+
+    def forget(self) -> None:
+        """Let go of a process that has ended, and of what was written down of it."""
+        if self.process is not None:
+            self.process.close()
+        self.process = None
+        self._gate.change(record=None)
+        self._died_s = None
+        self._paths.record.unlink(missing_ok=True)
+
+    def _wired_bytes(self) -> int | None:
+        try:
+            return self._host.system_memory().wired_bytes
+        except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
+            self._log.exception("memory_meter_bug")
+            return None
+
+
+def plan_digest(plan: LaunchPlan) -> str:
+    """Digest what an engine was started with, its port and emberd's own Python aside.
+
+    An upgrade may bring another Python; that alone is no reason to load the model again.
+    """
+    environment = [f"{name}={value}" for name, value in sorted(plan.environment.items())]
+    files = [f"{name}={text}" for name, text in sorted(plan.files.items())]
+    words = [word for word in plan.arguments[int(plan.by_own_python) :] if word != str(plan.port)]
+    return records.digest([*words, *environment, *files])
