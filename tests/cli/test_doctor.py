@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from emberd.cli.doctor import FOUND
-from emberd.core.health_service import CATALOGUE
+from emberd.core.health_catalogue import CATALOGUE
 from service_home import LaunchdHome
 from synthetic_gguf import write_gguf
 

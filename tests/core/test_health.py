@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from emberd.core.health import Condition, Severity, visible
+from emberd.core.health_catalogue import CATALOGUE, causes, diagnose
 from emberd.core.health_facts import (
     EngineHealth,
     EngineProblem,
@@ -22,7 +23,6 @@ from emberd.core.health_facts import (
     ServiceHealth,
     Volume,
 )
-from emberd.core.health_service import CATALOGUE, causes, diagnose
 from emberd.core.lock import LockState
 from emberd.core.lock_limits import LockLimits
 from emberd.core.memory import GpuLimits, Pressure, SystemMemory

@@ -14,8 +14,8 @@ from emberd.cli import service
 from emberd.cli.talk import as_json, ask_daemon, show
 from emberd.core.errors import ConfigError, EmberdError, NotRunning
 from emberd.core.health import Condition, Severity, visible
+from emberd.core.health_catalogue import CATALOGUE, diagnose
 from emberd.core.health_facts import Facts, ServiceHealth
-from emberd.core.health_service import CATALOGUE, diagnose
 from emberd.host import ThisHost, config_file
 from emberd.host.instance import holder_of
 from emberd.host.own_health import examine_access

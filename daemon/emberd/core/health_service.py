@@ -1,11 +1,10 @@
-"""Conditions of the daemon and its service manager; and the catalogue of all. Pure."""
+"""Conditions of the daemon and its service manager. Pure."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emberd.core import health_engine, health_files, health_lock, health_memory, health_model
-from emberd.core.health import Condition, Kind, Severity, rank, visible, when
+from emberd.core.health import Condition, Kind, Severity, when
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,43 +42,6 @@ KINDS: dict[str, Kind] = {
     "LOGS_NOT_KEPT": Kind(_W, "What emberd says is not kept"),
     "PSUTIL_TOO_OLD": Kind(_W, "psutil is too old for this system"),
 }
-
-_CAUSES = {**health_files.KINDS, **health_model.KINDS, **health_engine.KINDS}
-_AFTER_ALL: dict[str, Kind] = {
-    # Whatever keeps emberd from starting is the cause.
-    "WAITS": Kind(
-        _E,
-        "emberd waits, because it could not start",
-        tuple(code for code, kind in _CAUSES.items() if kind.severity is _E),
-    ),
-}
-CATALOGUE: dict[str, Kind] = {
-    **health_files.KINDS,
-    **KINDS,
-    **_AFTER_ALL,
-    **health_model.KINDS,
-    **health_engine.KINDS,
-    **health_memory.KINDS,
-    **health_lock.KINDS,
-}
-
-
-def diagnose(facts: Facts) -> list[Condition]:
-    """Return all conditions, the worst first; none is hidden."""
-    every = [
-        *health_files.of_files(facts),
-        *of_service(facts),
-        *health_model.of_model(facts),
-        *health_engine.of_engine(facts),
-        *health_memory.of_memory(facts),
-        *health_lock.of_lock(facts),
-    ]
-    return sorted(every, key=lambda each: rank(each.code, CATALOGUE))
-
-
-def causes(facts: Facts) -> list[Condition]:
-    """Return what to show: symptoms are left out beside their cause."""
-    return visible(diagnose(facts), CATALOGUE)
 
 
 def of_service(facts: Facts) -> Iterator[Condition]:

@@ -26,11 +26,6 @@ class Claims:
         """Whether emberd bound the sockets, rather than a service manager."""
         self._lock: int | None = None
 
-    @property
-    def has_lock(self) -> bool:
-        """Whether this process is the one emberd of its state directory."""
-        return self._lock is not None
-
     def take_given(self, host: Host) -> None:
         """Take the sockets that this process was given, if any; only the first call can.
 

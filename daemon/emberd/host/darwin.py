@@ -14,6 +14,7 @@ from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.residency import Paging
 from emberd.host import darwin_memory
 from emberd.host.activation import from_launchd
+from emberd.host.ask_program import ask_program
 from emberd.host.darwin_calls import DarwinCalls
 from emberd.host.darwin_health import read_health
 from emberd.host.darwin_power import read_power
@@ -205,15 +206,7 @@ class DarwinHost(PosixHost):
 
     def _ask_pmset(self, *arguments: str) -> str | None:
         try:
-            asked = subprocess.run(
-                [self._pmset, *arguments],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_PMSET_TIMEOUT_S,
-                check=False,
-            )
+            asked = ask_program((self._pmset, *arguments), _PMSET_TIMEOUT_S)
         except (OSError, subprocess.SubprocessError):
             return None
         return asked.stdout if asked.returncode == 0 else None

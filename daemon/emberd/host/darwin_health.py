@@ -7,6 +7,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from emberd.core.health_facts import HostHealth
+from emberd.host.ask_program import ask_program
 
 if TYPE_CHECKING:
     from emberd.host.darwin_calls import DarwinCalls
@@ -38,9 +39,7 @@ def read_health(pid: int, calls: DarwinCalls, ps: str = "/bin/ps") -> HostHealth
 def _priority(pid: int, ps: str) -> int | None:
     """Return the scheduling priority (ps(1), keyword pri)."""
     try:
-        ran = subprocess.run(
-            [ps, "-o", "pri=", "-p", str(pid)], capture_output=True, text=True, timeout=_PS_LIMIT_S, check=False
-        )
+        ran = ask_program((ps, "-o", "pri=", "-p", str(pid)), _PS_LIMIT_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return int(ran.stdout) if ran.stdout.strip().isdecimal() else None

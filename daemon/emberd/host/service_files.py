@@ -15,6 +15,7 @@ from xml.parsers.expat import ExpatError
 
 from emberd.core import systemd_unit
 from emberd.core.errors import ServiceManagerFailed, StateUnusable
+from emberd.host.ask_program import ask_program
 from emberd.host.files import remove_leftovers, write_atomically
 
 if TYPE_CHECKING:
@@ -65,15 +66,7 @@ def run(program: str, *words: str, limit_s: float = RUN_LIMIT_S) -> Answer:
             f"{program} was not found on PATH", "Without launchd or systemd, run emberd by hand: emberd run."
         )
     try:
-        ran = subprocess.run(
-            [path, *words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit_s,
-            check=False,
-        )
+        ran = ask_program((path, *words), limit_s)
     except subprocess.TimeoutExpired as error:
         raise ServiceManagerFailed(
             f"{program} {' '.join(words)} has not ended within {limit_s:.0f} s", "Try again."

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 
 from emberd.core.errors import ConfigError, EmberdError, EngineNotUsable
+from emberd.core.health_catalogue import diagnose
 from emberd.core.health_facts import (
     EngineHealth,
     EngineProblem,
@@ -38,7 +39,6 @@ from emberd.core.health_log import (
     last_start,
     printed_version,
 )
-from emberd.core.health_service import diagnose
 from emberd.core.kv_cache import estimate_compute_buffer
 from emberd.core.lock import LockState
 from emberd.core.memory import PowerSource
