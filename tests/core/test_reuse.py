@@ -53,24 +53,24 @@ def test_a_replay_may_process_a_few_tokens_and_at_first_the_reply_once_more(
     processed: int | None, is_replayed: bool, verdict: Verdict
 ):
     held = replace(HELD, is_replayed=is_replayed)
-    assert judge_replay(held, PromptCounts(0, processed, 1), is_new_engine=False) is verdict
+    assert judge_replay(held, PromptCounts(0, processed, 1), may_be_gone=False) is verdict
 
 
 def test_the_reply_of_an_engine_that_did_not_count_it_has_no_more_tokens_than_bytes():
     held = Conversation(replace(STORY, counts=UNTOLD))
     most = MOST_PROCESSED_TOKENS + len(" a time")
-    assert judge_replay(held, PromptCounts(0, most, 1), is_new_engine=False) is Verdict.HIT
-    assert judge_replay(held, PromptCounts(0, most + 1, 1), is_new_engine=False) is Verdict.MISS
+    assert judge_replay(held, PromptCounts(0, most, 1), may_be_gone=False) is Verdict.HIT
+    assert judge_replay(held, PromptCounts(0, most + 1, 1), may_be_gone=False) is Verdict.MISS
 
 
-def test_a_new_engine_cannot_have_it():
-    assert judge_replay(HELD, MISS, is_new_engine=True) is Verdict.PRIMED
+def test_what_may_be_gone_is_no_miss():
+    assert judge_replay(HELD, MISS, may_be_gone=True) is Verdict.PRIMED
 
 
 def test_of_a_turn_that_was_cut_it_is_not_known_how_much_is_there():
     cut = replace(HELD, turn=replace(STORY, was_cut=True))
-    assert judge_replay(cut, MISS, is_new_engine=False) is Verdict.PRIMED
-    assert judge_replay(replace(cut, is_replayed=True), MISS, is_new_engine=False) is Verdict.MISS
+    assert judge_replay(cut, MISS, may_be_gone=False) is Verdict.PRIMED
+    assert judge_replay(replace(cut, is_replayed=True), MISS, may_be_gone=False) is Verdict.MISS
     new = Turn("/completion", {"prompt": "Once upon a time"}, "", PromptCounts(0, 10, 5))
     assert found_what_was_kept(cut, new) is None
 
@@ -83,7 +83,8 @@ def test_of_a_turn_that_was_cut_it_is_not_known_how_much_is_there():
     [
         ("Once upon a time there", 1199, True),
         ("Once upon", 999, True),
-        ("Once upon a time there", 1000 - MOST_PROCESSED_TOKENS - 1, False),
+        ("Once upon a time there", 500, True),
+        ("Once upon a time there", 499, False),
         ("Twice upon", 0, None),
         ("Once upon a time there", None, None),
     ],
@@ -91,8 +92,14 @@ def test_of_a_turn_that_was_cut_it_is_not_known_how_much_is_there():
 def test_the_next_turn_must_find_the_prompt_of_the_last_one(
     prompt: str, reused: int | None, has_found: bool | None
 ):
-    new = Turn("/completion", {"prompt": prompt}, "", PromptCounts(reused, 10, 5))
+    processed = None if reused is None else max(1210 - reused, 1)
+    new = Turn("/completion", {"prompt": prompt}, "", PromptCounts(reused, processed, 5))
     assert found_what_was_kept(HELD, new) is has_found
+
+
+def test_a_prompt_that_the_engine_had_to_cut_may_begin_elsewhere():
+    new = Turn("/completion", {"prompt": "Once upon a time there"}, "", PromptCounts(0, 900, 5))
+    assert found_what_was_kept(HELD, new) is None
 
 
 def chat(*contents: str, **more: Any) -> Turn:

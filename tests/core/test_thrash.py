@@ -43,6 +43,7 @@ class Run:
         self.priority: Priority = priority
         self.is_holding = is_holding
         self.frees = frees
+        self.has_let_go = True
         self.go(2)
 
     def go(self, seconds: float, mib_per_s: float = 0.0, pressure: Pressure = Pressure.NORMAL) -> list[Hold]:
@@ -52,7 +53,7 @@ class Run:
             self.now_s += 2
             self.counter += int(mib_per_s * 2 * MIB)
             before = self.guard.hold
-            reading = Reading(self.now_s, self.counter, pressure)
+            reading = Reading(self.now_s, self.counter, pressure, has_let_go=self.has_let_go)
             self.guard = step(self.guard, reading, self.priority, is_holding=self.is_holding, frees=self.frees)
             if self.guard.hold is not before:
                 entered.append(self.guard.hold)
@@ -104,6 +105,24 @@ def test_what_has_relieved_the_computer_stays_let_go_while_it_still_swaps():
     assert run.go(600, mib_per_s=140) == []
     assert run.guard.rate_after == pytest.approx(140 * MIB)
     assert not run.guard.is_helpless
+
+
+def test_the_quiet_before_a_storm_is_no_part_of_what_it_wrote():
+    run = Run()
+    run.go(40, mib_per_s=0.5)
+    assert run.go(4, mib_per_s=200) == [Hold.NO_WARMING]
+    assert run.guard.rate_before == pytest.approx(200 * MIB)
+    assert run.go(60, mib_per_s=140) == [], "it has relieved the computer"
+
+
+def test_relief_is_measured_when_what_was_let_go_is_gone():
+    run = Run(frees=Hold.NOTHING)
+    assert run.go(4, mib_per_s=200) == [Hold.NOTHING]
+    run.has_let_go = False  # a user's generation holds up the restart
+    assert run.go(60, mib_per_s=200) == []
+    run.has_let_go = True
+    assert run.go(STEP_S + RATE_S + 4, mib_per_s=5) == []
+    assert run.guard.rate_after == pytest.approx(5 * MIB)
 
 
 def test_where_the_machine_comes_first_it_stays_let_go_even_in_vain():

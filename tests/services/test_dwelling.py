@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from emberd.core.turn import UNTOLD, PromptCounts, Turn
 from emberd.core.types import EngineSample
 from emberd.core.warmth import Reason, Trigger
 from emberd.host import ThisHost
-from emberd.host.toucher import Locked, Touched, Toucher
+from emberd.host.toucher import Locked, Touched, Toucher, ToucherRefused
 from emberd.services import places, pressure_watch, touching
 from emberd.services.accounts import Accounts
 from emberd.services.forecaster import Forecaster
@@ -68,6 +69,8 @@ class ReadyEngine:
     @staticmethod
     async def _agree(*_: Any) -> bool:
         return True
+
+    since_s = 0.0
 
     def forget_counts(self) -> None:
         self.in_log = UNTOLD
@@ -835,6 +838,37 @@ async def test_a_new_engine_gets_the_latest_conversation_only(rig: Rig):
     assert prompts == ["b", "b"], "a is not in the new engine's cache"
 
 
+async def test_the_latest_that_another_one_has_pushed_out_has_missed_nothing(rig: Rig):
+    rig.room, rig.engine.engine.name = CacheRoom(4, 4096), "llama-server"
+    cut = replace(tale("b", 500), was_cut=True)
+    prompts = rig.hears(tale("a", 500), cut, counts=[MISS, MISS, MISS, HIT])
+    await rig.service.warm()
+    assert prompts == ["b", "a", "b"]
+    assert [each["is_latest"] for each in missed(rig)] == [False]
+    assert (await rig.service.warm())["steps"] == ["touch", "replay"]
+
+
+async def test_an_engine_that_loads_again_in_place_has_lost_its_cache_and_missed_nothing(rig: Rig):
+    rig.engine.engine.name = "llama-server"
+    rig.hears(tale("a", 500), counts=[MISS, HIT])
+    rig.engine.since_s = time.monotonic()
+    for _ in range(2):
+        assert (await rig.service.warm())["steps"] == ["touch", "replay"]
+    assert not missed(rig)
+    rig.engine.engine_key = "2:b"
+    rig.hears(tale("b", 500), counts=[MISS])
+    assert (await rig.service.warm())["steps"] == ["touch"], "nothing has loaded since that turn"
+
+
+async def test_that_turns_of_a_kind_are_replayed_no_more_is_said_once(rig: Rig):
+    rig.engine.engine.name = "llama-server"
+    rig.hears(tale("a", 500), counts=[MISS])
+    for _ in range(3):
+        await rig.service.warm()
+    told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "replays_barred"]
+    assert [each["kinds"] for each in told] == [["llama"]]
+
+
 async def test_what_the_engines_log_tells_counts_where_its_replies_tell_nothing(rig: Rig):
     rig.hears(TURN)
 
@@ -880,6 +914,45 @@ async def test_passes_that_take_too_much_of_a_processor_for_nothing_are_made_les
     await rig.service._look()
     assert rig.service._last is not None
     assert rig.service._last["reason"] == "losing", "what was taken is brought back all the same"
+
+
+async def test_what_a_storm_cost_does_not_put_off_what_comes_after_it(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(touching, "PAUSE_S", 0.001)
+    used_s = itertools.count()
+    monkeypatch.setattr(rig.warming, "cpu_s", lambda **_: next(used_s))
+    async with asyncio.timeout(LIMIT_S):
+        await rig.touching.run()
+    told = rig.dwelt()
+    assert told is not None
+    assert told["cpu_s"] > 20
+    assert rig.warming.spending.wait_s == 0
+    much_s = itertools.count(0, 50)
+    monkeypatch.setattr(rig.warming, "cpu_s", lambda **_: next(much_s))
+    rig.host.of_engine = EngineMemory(swapped_bytes=50 * MIB, footprint_bytes=100 * MIB)
+    assert (await rig.service.warm())["had_lost"]
+    assert rig.warming.spending.wait_s == 0, "it brought back what had been taken"
+
+
+async def test_after_critical_pressure_a_storm_is_not_touched_against_for_a_while(rig: Rig):
+    await rig.watch.read()
+    rig.watch.last_critical_s = time.monotonic()
+    rig.host.of_system = SystemMemory(swapped_out_bytes=32 * MIB, pressure=Pressure.WARN)
+    await rig.watch.read()
+    await rig.service._after_reading()
+    assert not rig.touching.is_on
+
+
+async def test_touching_that_cannot_be_done_rests_before_the_next_try(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(touching, "PAUSE_S", 0.001)
+
+    async def refuse(*_: Any) -> Touched:
+        raise ToucherRefused("unreadable", "no")
+
+    monkeypatch.setattr(rig.toucher, "touch", refuse)
+    async with asyncio.timeout(LIMIT_S):
+        await rig.touching.run()
+    rig.touching.begin()
+    assert not rig.touching.is_on
 
 
 async def test_a_storm_makes_it_touch_at_once_and_all_the_time_before_anything_is_missing(rig: Rig):

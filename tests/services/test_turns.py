@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from emberd.core.reuse import CacheRoom
-from emberd.core.turn import Turn, is_of_same_conversation
+from emberd.core.reuse import CacheRoom, Verdict
+from emberd.core.turn import PromptCounts, Turn, is_of_same_conversation
 from emberd.core.warmth import Cache
 from emberd.services.turns import Turns
 
@@ -129,3 +129,46 @@ def test_what_ends_late_on_an_engine_that_died_tells_nothing_of_the_next_one():
     turns.end(ENGINE, lambda: turn(SEA))
     assert turns.cache(second, is_adopted=False) is Cache.KNOWN
     assert turns.last == turn(HILLS)
+
+
+# --- what replays are made of -------------------------------------------------------------------------------------
+
+HIT, MISS = PromptCounts(500, 1, 1), PromptCounts(0, 501, 1)
+
+
+def told(prompt: str, reused: int = 0, path: str = "/completion") -> Turn:
+    return Turn(path, {"prompt": prompt}, "", PromptCounts(reused, 500, 0))
+
+
+def prompts(turns: Turns, engine_key: str = ENGINE) -> list[str]:
+    return [each.turn.body["prompt"] for each in turns.to_replay(engine_key)]
+
+
+def test_two_conversations_that_push_each_other_out_bar_nothing():
+    turns = Turns(lambda: MANY, lambda: CacheRoom(4, 4096))
+    for number in range(4):
+        for tale in (SEA, HILLS):
+            latest = told(tale + "more " * number)
+            after(turns, latest)
+            turns.replayed(ENGINE, latest, HIT)
+    assert turns.ledger(ENGINE).barred == set()
+    assert turns.ledger(ENGINE).lost_turns == 0
+
+
+def test_what_another_engine_held_is_gone_when_a_user_comes_before_the_first_pass():
+    turns = Turns(lambda: MANY, lambda: CacheRoom(4, 4096))
+    after(turns, told(SEA), told(HILLS))
+    assert prompts(turns) == [HILLS, SEA, HILLS]
+    turns.begin("2:b")
+    turns.end("2:b", lambda: told(HILLS + "more"))
+    assert prompts(turns, "2:b") == [HILLS + "more"]
+
+
+def test_a_kind_that_saves_nothing_is_not_sent_beside_another_one_either():
+    turns = Turns(lambda: MANY, lambda: CacheRoom(4, 4096))
+    text, chat = told(SEA), told(HILLS, path="/v1/completions")
+    after(turns, text)
+    assert turns.replayed(ENGINE, text, MISS) is Verdict.MISS
+    after(turns, chat)
+    assert turns.ledger(ENGINE).barred == {"llama"}
+    assert prompts(turns) == [HILLS]

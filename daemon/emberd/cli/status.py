@@ -122,7 +122,7 @@ def _reuse_rows(reuse: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     rows = [("cache", "; ".join(words), "")] if words else []
     if reuse["barred"]:
-        rows.append(("", "replays do not find their prompt on this engine, and are sent no more", "yellow"))
+        rows.append(("", "replays save nothing on this engine, and are sent no more", "yellow"))
     return rows
 
 

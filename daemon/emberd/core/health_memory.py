@@ -158,9 +158,9 @@ def _of_warmth(facts: Facts) -> Iterator[Condition]:
     yield from when(
         memory.is_helpless,
         "RELIEF_IMPOSSIBLE",
-        "more than 512 MiB a minute are written to swap while the model is kept whole",
-        "Close programs that use much memory. warmth.may_restart = true lets emberd end the engine's lock by a "
-        "restart; a smaller model leaves room.",
+        "it writes more to swap than warmth.priority allows, and the model is kept whole all the same",
+        "Close programs that use much memory, or take a smaller model. Where the engine's own lock is in the way, "
+        "warmth.may_restart = true lets emberd end it by a restart.",
     )
     yield from when(
         bool(memory.waste),

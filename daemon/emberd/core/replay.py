@@ -59,8 +59,9 @@ _CHAT = ("/v1/chat/completions", "/chat/completions")
 _LLAMA = ("/completion", "/completions")
 _UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_prefix", "input_suffix"})
 """With these the engine builds another prompt than the text that is seen here, or makes several generations."""
-_TAIL_CHARACTERS = 32
-"""Some eight tokens. On a CPU (KoboldCPP, 2 GiB, two cores) ten took 0.38 s and one 0.22."""
+_TAIL_BYTES = 32
+"""Some eight tokens, and never more than 35: a token has a byte at least. On a CPU (KoboldCPP, 2 GiB, two cores)
+ten took 0.38 s and one 0.22."""
 _MESSAGE_TOKENS = 32
 """What a template puts around a message, and some to spare."""
 GENKEY = "emberd-replay"
@@ -142,7 +143,11 @@ def shortened(turn: Turn) -> Turn:
     A replay that finds the whole cache in place processes one token, and uses the buffers for that alone. After
     this one the whole turn has some tokens to process, as a user's next turn will have.
     """
-    return replace(turn, reply=turn.reply[:-_TAIL_CHARACTERS])
+    characters = size_bytes = 0
+    while characters < len(turn.reply) and size_bytes < _TAIL_BYTES:
+        characters += 1
+        size_bytes += len(turn.reply[-characters].encode("utf-8", "surrogatepass"))
+    return replace(turn, reply=turn.reply[: len(turn.reply) - characters])
 
 
 def _text(path: str, kept: dict[str, Any], reply: str, engine: str) -> Replay | None:

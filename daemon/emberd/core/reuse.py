@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 
     from emberd.core.turn import PromptCounts, Turn
 
-MOST_PROCESSED_TOKENS = 64
+MOST_PROCESSED_TOKENS = 136
 """A replay that finds its prompt in the cache processes no more. Seen: 1 to 3 with KoboldCPP, 13 with llama-server
-and a sliding window (it begins at a checkpoint), 8 more after a replay without the last words."""
+and a sliding window, 8 more after a replay without the last words. A hybrid model's state begins at a checkpoint,
+which some builds of llama-server make 64 tokens before the prompt's end, and anew only after 64 more
+(server-context.cpp)."""
+LEAST_FOUND_SHARE = 0.5
+"""A user's turn that finds less of the prompt that was kept has lost it. Some templates write the system prompt
+into the last message only, so that the turn before it differs from there on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +72,15 @@ class Verdict(Enum):
     """The engine does not tell."""
 
 
-def judge_replay(held: Conversation, counts: PromptCounts, *, is_new_engine: bool) -> Verdict:
-    """Judge what a replay found.
+def judge_replay(held: Conversation, counts: PromptCounts, *, may_be_gone: bool) -> Verdict:
+    """Judge what a replay found; it may be gone from a new engine, or one that has loaded its model again.
 
     The first replay of a turn may process as many tokens more as the reply has: what an engine generates can be
     other tokens than those that it makes of the same text, and thoughts are left out of a chat's history. A text
     has no more tokens than bytes.
     """
     turn = held.turn
-    if is_new_engine or (turn.was_cut and not held.is_replayed):
+    if may_be_gone or (turn.was_cut and not held.is_replayed):
         return Verdict.PRIMED
     if counts.processed is None:
         return Verdict.UNKNOWN
@@ -87,10 +92,12 @@ def judge_replay(held: Conversation, counts: PromptCounts, *, is_new_engine: boo
 
 def found_what_was_kept(held: Conversation, new: Turn) -> bool | None:
     """Return whether a user's next turn found the prompt of the last one; None if it goes on elsewhere."""
-    kept = held.turn.counts.prompt
-    if kept is None or held.turn.was_cut or new.counts.reused is None or not new.continues(held.turn):
+    kept, new_prompt = held.turn.counts.prompt, new.counts.prompt
+    if kept is None or held.turn.was_cut or new_prompt is None or not new.continues(held.turn):
         return None
-    return new.counts.reused >= kept - MOST_PROCESSED_TOKENS
+    if new_prompt < kept:
+        return None  # the engine has cut it
+    return (new.counts.reused or 0) >= LEAST_FOUND_SHARE * kept
 
 
 def to_replay(held: Sequence[Conversation], room: CacheRoom) -> list[Conversation]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from emberd.core.lock import LockState
 from emberd.core.memory import Pressure
+from emberd.core.pressure import STORM_BYTES_PER_S
 
 if TYPE_CHECKING:
     from emberd.core.settings import Priority
@@ -90,12 +91,14 @@ class Reading:
         swapped_out_bytes: written to swap since boot, by everybody; None if unknown.
         pressure: memory pressure.
         is_losing: memory of the idle engine is being taken, and no lock keeps its weights.
+        has_let_go: what the guard has let go is gone, and nobody uses it: a restart is over, no request runs.
     """
 
     now_s: float
     swapped_out_bytes: int | None
     pressure: Pressure
     is_losing: bool = False
+    has_let_go: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,8 @@ def step(guard: Guard, seen: Reading, priority: Priority, *, is_holding: bool, f
         is_holding: the model is warmed or locked at all; otherwise what is written is not emberd's doing.
         frees: what to let go so that memory is given back (`what_frees`).
     """
+    if guard.hold is not Hold.ALL and guard.rate_after is None and not seen.has_let_go:
+        guard = replace(guard, since_s=seen.now_s, quiet_since_s=None)  # relief cannot be seen yet
     guard = _measured(replace(guard, readings=_within_window(guard, seen)))
     is_over = guard.written_bytes > BUDGET_BYTES[priority]
     yields = priority == "machine-first" and seen.is_losing and frees is Hold.NO_WARMING
@@ -200,10 +205,21 @@ def _let_go(guard: Guard, now_s: float, frees: Hold) -> Guard:
     # It held everything before: this is a relapse.
     relapsed = guard.since_s > float("-inf") and now_s - guard.since_s < SETTLED_S
     calm_s = min(guard.calm_s * 2, LONGEST_CALM_S) if relapsed else guard.calm_s
-    began_s = guard.readings[0][0] if guard.readings else now_s
-    # A storm that is younger than RATE_S is measured from its beginning.
-    rate = _rate(guard.readings) or (guard.written_bytes / (now_s - began_s) if now_s > began_s else None)
-    return Guard(frees, now_s, calm_s, rate_before=rate)
+    return Guard(frees, now_s, calm_s, rate_before=_rate_of_storm(guard.readings))
+
+
+def _is_quiet(before: tuple[float, int], after: tuple[float, int]) -> bool:
+    return after[1] - before[1] <= STORM_BYTES_PER_S * (after[0] - before[0])
+
+
+def _rate_of_storm(readings: tuple[tuple[float, int], ...]) -> float | None:
+    """Return the bytes written in a second, over RATE_S or since the storm began: without the quiet before it."""
+    while len(readings) > 1 and _is_quiet(*readings[:2]):
+        readings = readings[1:]
+    if len(readings) < 2:  # noqa: PLR2004  # no time between them
+        return None
+    seconds = readings[-1][0] - readings[0][0]
+    return _rate(readings) or ((readings[-1][1] - readings[0][1]) / seconds if seconds else None)
 
 
 def _take_hold(guard: Guard, now_s: float) -> Guard:

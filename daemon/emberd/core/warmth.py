@@ -347,7 +347,7 @@ def may_keep_touching(seen: Snapshot, settings: WarmthSettings, *, has_lost: boo
     5 s later a third of the model was gone; its user waited 11 and 13 times as long as for a hot token. It costs up
     to a third of a core for 2 GiB; never on battery, nor against the pager where the machine comes first.
     """
-    is_free_to = seen.is_ready and seen.hold is Hold.ALL and seen.pressure is not Pressure.CRITICAL
+    is_free_to = seen.is_ready and seen.hold is Hold.ALL and not is_too_tight(seen)
     is_touchable = seen.is_mapped is not False and seen.lock is not LockState.HELD and not seen.is_locked_outside
     is_taken = has_lost or (seen.is_storming and settings.priority != "machine-first")
     return is_free_to and is_touchable and is_taken and not saves_power(seen.power)

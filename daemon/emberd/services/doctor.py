@@ -313,8 +313,10 @@ class Examination:
         if path is None:
             return None
         facts = read_model_facts(path)
-        cache = kv_cache_bytes(facts, self._settings, adapter.wishes()) or 0
-        return facts.weights_bytes + cache + (estimate_compute_buffer(facts.vocabulary_tokens) or 0)
+        wishes = adapter.wishes()
+        cache = kv_cache_bytes(facts, self._settings, wishes) or 0
+        others = sum(_size(Path(name).expanduser()) or 0 for name in wishes.files)
+        return facts.weights_bytes + others + cache + (estimate_compute_buffer(facts.vocabulary_tokens) or 0)
 
     def _saved_power(self) -> str:
         policy, power = self._settings.warmth.on_battery, self._host.power()
@@ -372,13 +374,14 @@ def _waste(warmth: Mapping[str, Any]) -> str:
     """Say what keep-warm has cost without saving anything, by the engine's own counts; empty if nothing."""
     reuse, words = warmth.get("reuse") or {}, []
     if reuse.get("barred"):
-        words.append(
-            f"{reuse['misses']} of {reuse['replays']} replays did not find their prompt in the engine's cache and "
-            f"processed {reuse['wasted_tokens']} tokens; no more are sent to this engine "
-            f"({', '.join(reuse['barred'])})"
-        )
-    if reuse.get("lost_turns"):
-        words.append(f"{reuse['lost_turns']} turns of users did not find the prompt that replays had kept")
+        if reuse["misses"]:
+            words.append(
+                f"{reuse['misses']} of {reuse['replays']} replays did not find their prompt in the engine's cache "
+                f"and processed {reuse['wasted_tokens']} tokens"
+            )
+        if reuse["lost_turns"]:
+            words.append(f"{reuse['lost_turns']} turns of users did not find the prompt that replays had kept")
+        words.append(f"no more replays are sent to this engine ({', '.join(reuse['barred'])})")
     if warmth.get("over_budget_for_s"):
         words.append(
             f"more than {BUDGET_SHARE:.0%} of a core within {BUDGET_WINDOW_S / 60:.0f} minutes while no memory was "

@@ -122,15 +122,22 @@ class EngineOutput:
 
     def forget_counts(self) -> None:
         """A generation is about to be sent: what is told from now on is of that one."""
-        self.read()
+        self._read_for_counts()
         # KoboldCPP ends a line when it begins the next one.
         self._counts, self._old_words = UNTOLD, self._follower.unfinished
 
     def counts(self) -> PromptCounts:
         """Return what was told of the generation that has just ended."""
-        self.read()
+        self._read_for_counts()
         new_words = "" if self._old_words else self._follower.unfinished
         return self._engine.counts_in_line(new_words) or self._counts
+
+    def _read_for_counts(self) -> None:
+        """Read; a request must not fail because a full disk or too many open files keep the log from being read."""
+        try:
+            self.read()
+        except OSError as error:
+            self._log.warning("output_not_read", error=str(error))
 
 
 def _limits(settings: LogSettings) -> tuple[int, int]:

@@ -108,6 +108,11 @@ class Gate:
         return self.now.life.state
 
     @property
+    def since_s(self) -> float:
+        """Since when the engine is in this state, on the monotonic clock."""
+        return self.now.life.since_s
+
+    @property
     def port(self) -> int | None:
         """The engine's port, None while it is not ready."""
         return self.now.record.port if self.now.record and self.state is State.READY else None

@@ -295,7 +295,7 @@ class KeepWarm:
     # --- acting ---------------------------------------------------------------------------------------------
 
     async def _act(self, decision: Decision, seen: Snapshot) -> None:
-        self._say_budget(is_over=decision.reason is Reason.OVER_BUDGET, wait_s=seen.budget_wait_s)
+        self._say_budget(decision, seen.budget_wait_s)
         if not decision.steps:
             if self._rest != decision.reason.value:
                 self._log.debug("keepwarm_rests", reason=decision.reason.value)
@@ -317,9 +317,11 @@ class KeepWarm:
             if Step.TOUCH.value in done:
                 self._keep_touching(seen, has_lost=found.has_lost)
         used_s = warming.cpu_s() - cpu_s
-        if found.has_lost or seen.is_storming:
+        was_missing = found.has_lost or seen.is_storming or warming.has_primed or seen.trigger is Trigger.RESTARTED
+        if was_missing:
             warming.spending.excuse()
-        warming.spending.add(WarmthCost(passes=1, cpu_ms=max(round(used_s * 1000), 0)))
+        cost = WarmthCost(passes=1, cpu_ms=max(round(used_s * 1000), 0))
+        warming.spending.add(cost, counts=not was_missing)
         self._last = {
             "reason": decision.reason.value,
             "steps": done,
@@ -356,11 +358,12 @@ class KeepWarm:
         if seen.trigger is Trigger.LOSING and not self._touching.is_on:  # else nothing is missing because of that
             self._loss_wait_s = warmth.next_loss_wait(self._loss_wait_s, found, settings, is_storming=is_storming)
 
-    def _say_budget(self, *, is_over: bool, wait_s: float) -> None:
+    def _say_budget(self, decision: Decision, wait_s: float) -> None:
         """Say once that keep-warm took too much of a processor for nothing."""
-        if is_over and not self._is_over_budget:
+        if decision.reason is Reason.OVER_BUDGET and not self._is_over_budget:
+            self._is_over_budget = True
             self._log.warning("keepwarm_over_budget", wait_s=round(wait_s, 1))
-        self._is_over_budget = is_over
+        self._is_over_budget = self._is_over_budget and wait_s > 0
 
 
 def _in_s(seconds: float) -> datetime:

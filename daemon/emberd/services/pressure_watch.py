@@ -168,8 +168,15 @@ class PressureWatch:
             self._calm_since_s = now_s
         self._recall_own_memory()
         is_locked = self._gate.lock_state is LockState.HELD
-        swapped_bytes = memory.swapped_out_bytes
-        self._watch_swap(thrash.Reading(now_s, swapped_bytes, memory.pressure, is_losing and not is_locked))
+        self._watch_swap(
+            thrash.Reading(
+                now_s,
+                memory.swapped_out_bytes,
+                memory.pressure,
+                is_losing=is_losing and not is_locked,
+                has_let_go=self._has_let_go(),
+            )
+        )
         if self.guard.hold is thrash.Hold.ALL and memory.pressure is not Pressure.CRITICAL:
             self._warming.letting_go.clear()
         else:
@@ -223,6 +230,16 @@ class PressureWatch:
             )
         if now.hold is not was.hold:
             self.wake(Trigger.RELIEVED if now.hold is thrash.Hold.ALL else Trigger.TIMER)
+
+    def _has_let_go(self) -> bool:
+        """Return True if what the guard has let go is gone, and no request of a user's uses it all the same."""
+        is_locked = self._gate.lock_state in {LockState.HELD, LockState.PARTIAL}
+        match self.guard.hold:
+            case thrash.Hold.NOTHING if is_locked or self._gate.port is None:
+                return False
+            case thrash.Hold.NO_OUTSIDE_LOCK if self._warming.is_locked_outside:
+                return False
+        return not self._warming.requests
 
     def _notice_engine(self) -> None:
         key = self._gate.sample().key

@@ -28,18 +28,23 @@ class Spending:
         self._saved_s = time.monotonic()
         self._recent: deque[tuple[float, float]] = deque()
 
-    def add(self, cost: WarmthCost) -> None:
-        """Add a cost."""
+    def add(self, cost: WarmthCost, *, counts: bool = True) -> None:
+        """Add a cost.
+
+        Args:
+            cost: what it was.
+            counts: against the budget, too; not where memory had been taken.
+        """
         self._total += cost
         self._unsaved += cost
-        if cost.cpu_ms:
+        if cost.cpu_ms and counts:
             now_s = time.monotonic()
             self._recent.append((now_s, cost.cpu_ms / 1000))
             while now_s - self._recent[0][0] > BUDGET_WINDOW_S:
                 self._recent.popleft()
 
     def excuse(self) -> None:
-        """Memory was taken from the model: what bringing it back has cost does not count against the budget."""
+        """Memory was taken from the model: what was spent before was not for nothing."""
         self._recent.clear()
 
     @property

@@ -20,6 +20,9 @@ PAUSE_S = 0.2
 _CALM_ROUNDS = 25
 """The weights are left alone again when nothing was taken of them for about 5 s and the computer is calm."""
 _LONGEST_S = 600.0
+_REST_S = 30.0
+"""After so long, or where it cannot be done, it rests: reading back what is taken makes programs wait for memory,
+too, which alone must not keep it on. The share of waiting is told over the last 10 s (PSI)."""
 
 
 class Touching:
@@ -49,6 +52,7 @@ class Touching:
         self._may_go_on = may_go_on
         self._is_calm = is_calm
         self._task: asyncio.Task[None] | None = None
+        self._rests_until_s = 0.0
 
     @property
     def is_on(self) -> bool:
@@ -56,8 +60,8 @@ class Touching:
         return self._task is not None and not self._task.done()
 
     def begin(self) -> None:
-        """Begin, if it is not on."""
-        if not self.is_on:
+        """Begin, if it is neither on nor rests."""
+        if not self.is_on and time.monotonic() >= self._rests_until_s:
             self._task = asyncio.create_task(self.run())
             self._warming.is_touching = lambda: self.is_on
 
@@ -83,10 +87,13 @@ class Touching:
                     continue  # somebody came
                 rounds += 1
                 calm = 0 if was_cold or not self._is_calm() else calm + 1
+            if calm < _CALM_ROUNDS and time.monotonic() - began_s >= _LONGEST_S:
+                self._rests_until_s = time.monotonic() + _REST_S
         except (ToucherRefused, ToucherLost) as error:
+            self._rests_until_s = time.monotonic() + _REST_S
             self._log.warning("keepwarm_failed", step="dwell", reason=str(error))
         except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
             self._log.exception("keepwarm_bug")
-        self._warming.spending.add(WarmthCost(cpu_ms=round(used_s * 1000)))
+        self._warming.spending.add(WarmthCost(cpu_ms=round(used_s * 1000)), counts=False)
         seconds = round(time.monotonic() - began_s, 1)
         self._log.info("keepwarm_dwelt", rounds=rounds, seconds=seconds, cpu_s=round(used_s, 2))

@@ -121,8 +121,10 @@ class Turns:
             return
         self._running -= 1
         self.ended_s = time.monotonic()
-        if self._room().conversations > 1:
+        if self._room().conversations > 1 or self._held_by != engine_key:
             self._take_apart()  # the turn before may be of another conversation
+        if self._held_by != engine_key:
+            self._held = [replace(each, is_gone=True) for each in self._held]  # they were another engine's
         self._has_skipped = self._tell is not None or self._held_by != engine_key
         self._tell, self._in_log, self._held_by, self._has_changed = tell, in_log, engine_key, True
         self._is_known = not self._running
@@ -167,18 +169,29 @@ class Turns:
     def to_replay(self, engine_key: str | None) -> list[Conversation]:
         """Return the conversations that a pass replays, in order; a new engine gets the latest one only."""
         self._take_apart()
-        held = self._held if engine_key == self._holder else self._held[-1:]
+        others = self._held[:-1] if engine_key == self._holder else []
+        barred = self.ledger(engine_key).barred
+        held = [each for each in others if each.turn.kind not in barred] + self._held[-1:]
         return to_replay(held, self._room())
 
-    def replayed(self, engine_key: str | None, turn: Turn, counts: PromptCounts) -> Verdict:
-        """Take what this engine told of a replay of this turn; return what that says of its cache."""
+    def replayed(
+        self, engine_key: str | None, turn: Turn, counts: PromptCounts, *, may_be_gone: bool = False
+    ) -> Verdict:
+        """Take what this engine told of a replay of this turn; return what that says of its cache.
+
+        Args:
+            engine_key: of the engine.
+            turn: that was replayed.
+            counts: what was told.
+            may_be_gone: something is known that may have taken it from the cache.
+        """
         self.last_replay = counts
         number = next((number for number, each in enumerate(self._held) if each.turn is turn), None)
         if self._running or number is None:
             return Verdict.UNKNOWN  # a user has come, or it was forgotten
         held, is_latest = self._held[number], number == len(self._held) - 1
         is_new = engine_key != self._holder
-        verdict = judge_replay(held, counts, is_new_engine=is_new)
+        verdict = judge_replay(held, counts, may_be_gone=is_new or may_be_gone)
         self._ledger = self.ledger(engine_key).after_replay(turn.kind, verdict, counts, is_latest=is_latest)
         self._ledger_of = engine_key
         if is_new:
@@ -232,16 +245,18 @@ class Turns:
         self._held = kept
 
     def _judge(self, turn: Turn) -> None:
-        """Hold a user's turn against what was kept of its conversation, if nothing came between."""
-        if self._has_skipped:
+        """Hold a user's turn against what was kept of its conversation, if nothing came between.
+
+        A conversation before the latest may have been pushed out by that one.
+        """
+        if self._has_skipped or not self._held or self._held[-1].is_gone:
             return
-        for held in reversed(self._held):
-            has_found = None if held.is_gone else found_what_was_kept(held, turn)
-            if has_found is not None:
-                ledger = self._ledger if self._held_by == self._ledger_of else ReuseLedger()
-                self._ledger = ledger.after_turn(turn.kind, has_found=has_found, is_replayed=held.is_replayed)
-                self._ledger_of = self._held_by
-                return
+        held = self._held[-1]
+        has_found = found_what_was_kept(held, turn)
+        if has_found is not None:
+            ledger = self._ledger if self._held_by == self._ledger_of else ReuseLedger()
+            self._ledger = ledger.after_turn(turn.kind, has_found=has_found, is_replayed=held.is_replayed)
+            self._ledger_of = self._held_by
 
 
 def _size_of(turn: Turn) -> int:

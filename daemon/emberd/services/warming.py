@@ -85,6 +85,10 @@ class Warming:
         """Held by a pass, which is one at a time."""
         self.is_touching: Callable[[], bool] = lambda: False
         """Whether the weights are touched between two passes."""
+        self.has_primed = False
+        """Whether the last replays had to bring a prompt into the cache."""
+        self._replayed_s = 0.0
+        self._said_barred: frozenset[str] = frozenset()
         self.last_pass_s: float | None = None
         """When a pass that warmed everything ended last, None for never."""
 
@@ -255,7 +259,11 @@ class Warming:
         return Cache.KNOWN if cache is Cache.EMPTY and can_replay and settings.reprime else cache
 
     def _is_replayable(self, turn: Turn, engine: EngineSample) -> bool:
-        if turn.kind in self.turns.ledger(engine.key).barred:
+        barred = self.turns.ledger(engine.key).barred
+        if barred - self._said_barred:
+            self._log.warning("replays_barred", kinds=sorted(barred))
+        self._said_barred = barred
+        if turn.kind in barred:
             return False
         return is_replayable(turn, self._gate.engine.name, keeps_state=engine.keeps_state)
 
@@ -273,6 +281,7 @@ class Warming:
         continues = await self._gate.engine.continues_turns(port, ASK_S)
         to_send = [each.turn for each in self.turns.to_replay(key)]
         first_s, has_missed = None, False
+        self.has_primed = False
         while to_send:
             turn = to_send.pop(0)
             is_first = first_s is None
@@ -284,14 +293,19 @@ class Warming:
                     return None
                 took_s, counts = sent
                 first_s = took_s if first_s is None else first_s  # the others have more to process
-                if self._judge(key, turn, counts) is Verdict.MISS:
+                # What another one's miss has pushed out is no miss of its own.
+                if self._judge(key, turn, counts, may_be_gone=has_missed) is Verdict.MISS:
                     has_missed, to_send = True, [] if turn is self.turns.last else to_send[-1:]
                     break
         return None if first_s is None or has_missed else {"replay_ratio": self.forecaster.note_replay(first_s)}
 
-    def _judge(self, key: str | None, turn: Turn, counts: PromptCounts) -> Verdict:
+    def _judge(self, key: str | None, turn: Turn, counts: PromptCounts, *, may_be_gone: bool) -> Verdict:
         """Hold what the engine told of a replay against what it should have found."""
-        verdict = self.turns.replayed(key, turn, counts)
+        # An engine that loads its model again in place (KoboldCPP's reload) keeps its process, and no cache.
+        has_loaded_again = self._gate.since_s > max(self.turns.ended_s or 0.0, self._replayed_s)
+        self._replayed_s = time.monotonic()
+        verdict = self.turns.replayed(key, turn, counts, may_be_gone=may_be_gone or has_loaded_again)
+        self.has_primed = self.has_primed or verdict is Verdict.PRIMED
         if verdict is Verdict.MISS:
             is_barred = turn.kind in self.turns.ledger(key).barred
             self._log.warning(
