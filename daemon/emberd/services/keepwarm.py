@@ -302,7 +302,7 @@ class KeepWarm:
             self._rest = decision.reason.value
             return
         warming, losses, engine = self._warming, self._watch.losses, self._gate.sample()
-        began_s, cpu_s = time.monotonic(), warming.cpu_s()
+        began_s, cpu_s, warming.has_primed = time.monotonic(), warming.cpu_s(), False
         found = losses.before_a_pass(engine)
         is_thorough = warmth.must_use_buffers(seen, found)
         is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)

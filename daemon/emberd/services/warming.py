@@ -86,7 +86,7 @@ class Warming:
         self.is_touching: Callable[[], bool] = lambda: False
         """Whether the weights are touched between two passes."""
         self.has_primed = False
-        """Whether the last replays had to bring a prompt into the cache."""
+        """Whether a replay of this pass had to bring a prompt into the cache."""
         self._replayed_s = 0.0
         self._said_barred: frozenset[str] = frozenset()
         self.last_pass_s: float | None = None
@@ -281,7 +281,6 @@ class Warming:
         continues = await self._gate.engine.continues_turns(port, ASK_S)
         to_send = [each.turn for each in self.turns.to_replay(key)]
         first_s, has_missed = None, False
-        self.has_primed = False
         while to_send:
             turn = to_send.pop(0)
             is_first = first_s is None
