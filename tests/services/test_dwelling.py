@@ -942,6 +942,27 @@ async def test_after_critical_pressure_a_storm_is_not_touched_against_for_a_whil
     assert not rig.touching.is_on
 
 
+@pytest.mark.parametrize("is_swapping", [True, False])
+async def test_after_a_long_time_it_rests_unless_the_computer_writes_to_swap(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, *, is_swapping: bool
+):
+    monkeypatch.setattr(touching, "PAUSE_S", 0.001)
+    monkeypatch.setattr(touching, "_LONGEST_S", 0)
+    if is_swapping:
+        await rig.watch.read()
+        rig.host.of_system = SystemMemory(swapped_out_bytes=32 * MIB)
+        await rig.watch.read()
+        monkeypatch.setattr(rig.touching, "_is_calm", lambda: True)
+    async with asyncio.timeout(LIMIT_S):
+        await rig.touching.run()
+    told = rig.dwelt()
+    assert told is not None
+    assert (told["rounds"] >= 25) is is_swapping
+    rig.touching.begin()
+    assert rig.touching.is_on is is_swapping
+    rig.touching.stop()
+
+
 async def test_touching_that_cannot_be_done_rests_before_the_next_try(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(touching, "PAUSE_S", 0.001)
 

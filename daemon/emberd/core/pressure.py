@@ -89,8 +89,11 @@ def is_sign_of_storm(before: SystemMemory | None, now: SystemMemory, seconds: fl
 
     The level of memory pressure is no sign: available memory can be low for weeks while nothing is taken.
     """
-    if (now.stall_some_share or 0.0) >= _WARN_STALL_SOME:
-        return True
+    return (now.stall_some_share or 0.0) >= _WARN_STALL_SOME or is_swapping(before, now, seconds)
+
+
+def is_swapping(before: SystemMemory | None, now: SystemMemory, seconds: float) -> bool:
+    """Return True if the computer has written STORM_BYTES_PER_S or more to swap between two readings."""
     if before is None or seconds <= 0:
         return False
     return (_rate(before.swapped_out_bytes, now.swapped_out_bytes, seconds) or 0.0) >= STORM_BYTES_PER_S

@@ -78,7 +78,9 @@ class KeepWarm:
         self._rest = ""
         self._next_s: float | None = None
         self._scheduler: Any = None
-        self._touching = Touching(log, warming, self._may_touch, lambda: not watch.is_tight)
+        self._touching = Touching(
+            log, warming, self._may_touch, lambda: not watch.is_tight, lambda: watch.is_swapping
+        )
         watch.wake = self.wake
 
     async def run(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from emberd.core import thrash, warmth
 from emberd.core.lock import LockState
 from emberd.core.memory import PowerSource, Pressure
-from emberd.core.pressure import STORM_LASTS_S, is_sign_of_storm
+from emberd.core.pressure import STORM_LASTS_S, is_sign_of_storm, is_swapping
 from emberd.core.warmth import Trigger
 from emberd.services.losses import Losses
 
@@ -67,7 +67,7 @@ class PressureWatch:
         self._warming = warming
         self._engine_key: str | None = None
         self._calm_since_s = self._read_s = time.monotonic()
-        self._storm_s: float | None = None
+        self._storm_s = self._swapping_s = float("-inf")
         self._power: tuple[float, Power] | None = None
         self._gap_s = clock_gap_s()
         self._recalling: asyncio.Task[None] | None = None
@@ -82,7 +82,12 @@ class PressureWatch:
     @property
     def is_storming(self) -> bool:
         """Whether the computer takes memory from its programs, as it tells itself."""
-        return self._storm_s is not None and time.monotonic() - self._storm_s < STORM_LASTS_S
+        return time.monotonic() - self._storm_s < STORM_LASTS_S
+
+    @property
+    def is_swapping(self) -> bool:
+        """Whether the computer writes to swap in it."""
+        return time.monotonic() - self._swapping_s < STORM_LASTS_S
 
     @property
     def is_tight(self) -> bool:
@@ -162,6 +167,8 @@ class PressureWatch:
         was, self.memory = self.memory, memory
         if is_sign_of_storm(was, memory, now_s - self._read_s):
             self._storm_s = now_s
+        if is_swapping(was, memory, now_s - self._read_s):
+            self._swapping_s = now_s
         self._read_s = now_s
         is_losing = self._watch_engine()
         if not warmth.is_calm(was, memory, self.guard, is_losing=is_losing):

@@ -21,8 +21,8 @@ _CALM_ROUNDS = 25
 """The weights are left alone again when nothing was taken of them for about 5 s and the computer is calm."""
 _LONGEST_S = 600.0
 _REST_S = 30.0
-"""After so long, or where it cannot be done, it rests: reading back what is taken makes programs wait for memory,
-too, which alone must not keep it on. The share of waiting is told over the last 10 s (PSI)."""
+"""After so long, unless the computer writes to swap, and where it cannot be done it rests: reading back what is taken
+makes programs wait for memory, too, which alone must not keep it on. That share is told over the last 10 s (PSI)."""
 
 
 class Touching:
@@ -38,6 +38,7 @@ class Touching:
         warming: touches.
         may_go_on: tells whether the weights may still be touched.
         is_calm: tells whether the computer leaves its programs their memory.
+        is_swapping: tells whether it writes to swap.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class Touching:
         warming: Warming,
         may_go_on: Callable[[], Awaitable[bool]],
         is_calm: Callable[[], bool],
+        is_swapping: Callable[[], bool],
     ) -> None:
         self._log = log
         self._warming = warming
         self._may_go_on = may_go_on
         self._is_calm = is_calm
+        self._is_swapping = is_swapping
         self._task: asyncio.Task[None] | None = None
         self._rests_until_s = 0.0
 
@@ -75,7 +78,10 @@ class Touching:
         began_s, rounds, used_s = time.monotonic(), 0, 0.0
         try:
             calm = 0
-            while calm < _CALM_ROUNDS and time.monotonic() - began_s < _LONGEST_S:
+            while calm < _CALM_ROUNDS:
+                if time.monotonic() - began_s > _LONGEST_S and not self._is_swapping():
+                    self._rests_until_s = time.monotonic() + _REST_S
+                    break
                 await asyncio.sleep(PAUSE_S)
                 if not await self._may_go_on():
                     break
@@ -87,8 +93,6 @@ class Touching:
                     continue  # somebody came
                 rounds += 1
                 calm = 0 if was_cold or not self._is_calm() else calm + 1
-            if calm < _CALM_ROUNDS and time.monotonic() - began_s >= _LONGEST_S:
-                self._rests_until_s = time.monotonic() + _REST_S
         except (ToucherRefused, ToucherLost) as error:
             self._rests_until_s = time.monotonic() + _REST_S
             self._log.warning("keepwarm_failed", step="dwell", reason=str(error))
