@@ -21,8 +21,8 @@ _CALM_ROUNDS = 25
 """The weights are left alone again when nothing was taken of them for about 5 s and the computer is calm."""
 _LONGEST_S = 600.0
 _REST_S = 30.0
-"""After so long, unless the computer writes to swap, and where it cannot be done it rests: reading back what is taken
-makes programs wait for memory, too, which alone must not keep it on. That share is told over the last 10 s (PSI)."""
+"""After so long, unless the computer writes to swap, and where it cannot be done it rests: reading back what is
+taken makes programs wait for memory, too, which alone must not keep it on. That share is of the last 10 s (PSI)."""
 
 
 class Touching:
