@@ -58,13 +58,22 @@ def test_chat_leaves_the_assistants_turn_open():
     }
 
 
-@pytest.mark.parametrize("reply", ["", "short", "a reply of more than thirty-two characters, which is usual"])
-def test_a_shortened_turn_is_the_beginning_of_the_whole_one(reply: str):
+@pytest.mark.parametrize(
+    ("reply", "tail"),
+    [
+        ("", ""),
+        ("short", "short"),
+        ("a reply of more than twelve bytes", "twelve bytes"),
+        ("\u0e01\u0e02\u0e03\u0e04\u0e05\u0e06", "\u0e03\u0e04\u0e05\u0e06"),
+        ("ends with \U0001f600\U0001f600\U0001f600", "\U0001f600" * 3),
+    ],
+)
+def test_a_shortened_turn_is_the_beginning_of_the_whole_one(reply: str, tail: str):
     turn = Turn("/v1/completions", {"prompt": "Once"}, reply)
     made = [make_replay(each, "koboldcpp", continues_turn=True) for each in (turn, shortened(turn))]
     whole, short = (each.body["prompt"] for each in made if each is not None)
     assert whole.startswith(short)
-    assert len(whole) - len(short) == min(len(reply), 32)
+    assert whole.removeprefix(short) == tail
     assert short.startswith("Once"), "the user's own words stay whole"
 
 

@@ -59,9 +59,9 @@ _CHAT = ("/v1/chat/completions", "/chat/completions")
 _LLAMA = ("/completion", "/completions")
 _UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_prefix", "input_suffix"})
 """With these the engine builds another prompt than the text that is seen here, or makes several generations."""
-_TAIL_BYTES = 32
-"""Some eight tokens, and never more than 35: a token has a byte at least. On a CPU (KoboldCPP, 2 GiB, two cores)
-ten took 0.38 s and one 0.22."""
+_TAIL_BYTES = 12
+"""Some three tokens, and never more than 15: a token has a byte at least. Several use other parts of the buffers
+than one does; ten take longer: 0.38 s, and one 0.22, on a CPU (KoboldCPP, 2 GiB, two cores)."""
 _MESSAGE_TOKENS = 32
 """What a template puts around a message, and some to spare."""
 GENKEY = "emberd-replay"
