@@ -14,6 +14,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import psutil
 import pytest
 
 from emberd.cli.talk import duration
@@ -168,6 +169,20 @@ def test_the_demo_streams_survives_a_kill_and_leaves_nothing(demo_home: Path):
         assert "killing the engine with -9" in said.stdout
         assert "SIGKILL: perhaps out of memory" in said.stdout
         assert said.stdout.rstrip().endswith("nothing is left running")
+
+
+@needs_xllamacpp
+def test_the_demos_daemon_and_engine_end_with_a_demo_that_was_killed(demo_home: Path):
+    environment = _environment(demo_home, {"PYTHONPATH": f"{demo_home}/packages", "PYTHONUNBUFFERED": "1"})
+    with subprocess.Popen(
+        [sys.executable, "-c", MAIN, "demo", "--stay"], env=environment, stdout=subprocess.PIPE, text=True
+    ) as demo:
+        assert demo.stdout is not None
+        assert any("closing status" in line for line in demo.stdout)
+        family = psutil.Process(demo.pid).children(recursive=True)
+        assert len(family) >= 2
+        demo.kill()
+    assert psutil.wait_procs(family, timeout=30)[1] == []
 
 
 @needs_xllamacpp

