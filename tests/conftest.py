@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
+import psutil
 import pytest
 
 from daemon_process import Daemon
@@ -26,7 +29,36 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for _number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(_number, signal.SIG_DFL)
 
+# Every process of a test run inherits this, so that the end of the run can tell whether one was left.
+RUN = "TEST_RUN_OF_EMBERD"
+LEFT_LIMIT_S = 20.0
+
 STANDIN = Path(__file__).parent / "koboldcpp_standin"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        os.environ[RUN] = str(os.getpid())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that leaves a process behind; pytest's own workers are its children, and end with it."""
+    if hasattr(session.config, "workerinput"):
+        return
+    _, left = psutil.wait_procs([one for one in psutil.process_iter() if _was_left(one)], timeout=LEFT_LIMIT_S)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            session.config.get_terminal_writer().line(f"\nleft behind by a test: {process.pid} {process.cmdline()}")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _was_left(process: psutil.Process) -> bool:
+    try:
+        mine = process.environ().get(RUN) == str(os.getpid())
+        return mine and process.ppid() != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @pytest.fixture(scope="session")
