@@ -270,7 +270,9 @@ def _stay(port: int, state: StatePaths) -> None:
     try:
         _say(f"serving on http://127.0.0.1:{port} until Ctrl-C")
         click.echo(f"    OpenAI clients:   base URL http://127.0.0.1:{port}/v1, any key")
-        click.echo(f'    curl:             curl http://127.0.0.1:{port}/v1/completions -d \'{{"prompt": "Hello"}}\'')
+        click.echo(
+            f'    curl:             curl http://127.0.0.1:{port}/v1/completions -d \'{{"prompt": "Hello"}}\''
+        )
         click.echo(f"    SillyTavern:      Text Completion, llama.cpp, http://127.0.0.1:{port}")
         while True:
             time.sleep(1)
