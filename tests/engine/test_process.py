@@ -98,7 +98,7 @@ async def test_an_exit_is_noticed_at_once_with_its_status(launcher: Launcher):
 
 async def test_an_adopted_process_is_watched_without_being_its_parent(launcher: Launcher):
     """The grandchild stands for an engine whose emberd was killed: its parent is somebody else."""
-    parent = launcher.start(FAMILY)
+    parent = launcher.start(ORPHANER)
     child_pid = int((await launcher.said())[1])
     adopted = EngineProcess(child_pid, HOST)
     waiting = asyncio.create_task(adopted.wait())
