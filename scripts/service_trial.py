@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from emberd.core.settings import Settings, read, to_toml
+from emberd.host.ask_program import ask_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -115,15 +116,7 @@ class Answer:
 def run_program(*words: str, limit_s: float = TOOL_LIMIT_S) -> Answer:
     """Run a program found on PATH."""
     try:
-        ran = subprocess.run(
-            ["/usr/bin/env", *words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit_s,
-            check=False,
-        )
+        ran = ask_program(["/usr/bin/env", *words], limit_s)
     except (OSError, subprocess.SubprocessError) as error:
         return Answer(None, "", str(error))
     return Answer(ran.returncode, ran.stdout, ran.stderr)

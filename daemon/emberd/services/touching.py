@@ -56,6 +56,7 @@ class Touching:
         self._is_swapping = is_swapping
         self._task: asyncio.Task[None] | None = None
         self._rests_until_s = 0.0
+        warming.is_touching = lambda: self.is_on
 
     @property
     def is_on(self) -> bool:
@@ -66,7 +67,6 @@ class Touching:
         """Begin, if it is neither on nor rests."""
         if not self.is_on and time.monotonic() >= self._rests_until_s:
             self._task = asyncio.create_task(self.run())
-            self._warming.is_touching = lambda: self.is_on
 
     def stop(self) -> None:
         """End at once."""
