@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from emberd.services.endpoint import Endpoint
     from emberd.services.keepwarm import KeepWarm
     from emberd.services.knocks import Knocks
-    from emberd.services.memory_meter import MemoryMeter
     from emberd.services.notifier import Notifier
+    from emberd.services.observer import Observer
     from emberd.services.proxy import Proxy
     from emberd.services.residency_meter import ResidencyMeter
     from emberd.services.sleep_blocker import SleepBlocker
@@ -118,7 +118,7 @@ class _Daemon:
         self._proxy: Proxy
         self._turns: Turns
         self._knocks: Knocks
-        self._memory: MemoryMeter
+        self._observer: Observer
         self._accounts: Accounts
         self._swap: SwapMeter
         self._residency: ResidencyMeter
@@ -136,10 +136,12 @@ class _Daemon:
         from emberd.services.forecaster import Forecaster  # noqa: PLC0415
         from emberd.services.keepwarm import KeepWarm  # noqa: PLC0415
         from emberd.services.knocks import Knocks  # noqa: PLC0415
-        from emberd.services.memory_meter import MemoryMeter  # noqa: PLC0415
+        from emberd.services.model_use import ModelUse  # noqa: PLC0415
         from emberd.services.notifier import Notifier  # noqa: PLC0415
+        from emberd.services.observer import Observer  # noqa: PLC0415
         from emberd.services.pressure_watch import PressureWatch  # noqa: PLC0415
         from emberd.services.proxy import Proxy  # noqa: PLC0415
+        from emberd.services.replays import Replays  # noqa: PLC0415
         from emberd.services.residency_meter import ResidencyMeter  # noqa: PLC0415
         from emberd.services.sleep_blocker import SleepBlocker  # noqa: PLC0415
         from emberd.services.spending import Spending  # noqa: PLC0415
@@ -147,6 +149,7 @@ class _Daemon:
         from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
         from emberd.services.turns import Turns  # noqa: PLC0415
         from emberd.services.warming import Warming  # noqa: PLC0415
+        from emberd.services.weights import Weights  # noqa: PLC0415
 
         logs.configure_for(self._settings, self._host)
         self._log = logs.logger("daemon")
@@ -169,23 +172,19 @@ class _Daemon:
             self._knocks,
             logs.logger("endpoint"),
         )
-        self._memory = MemoryMeter(self._host, logs.logger("memory"), gate.sample)
+        observer = self._observer = Observer(self._host, logs.logger("memory"), gate.sample)
         self._accounts = Accounts(self._paths.history, logs.logger("history"))
-        self._swap = SwapMeter(self._host, self._accounts, logs.logger("swap"), gate.sample)
-        self._residency = ResidencyMeter(self._host, logs.logger("residency"), gate.sample)
+        self._swap = SwapMeter(observer, self._accounts, logs.logger("swap"))
+        self._residency = ResidencyMeter(self._host.paging, logs.logger("residency"), observer)
         log = logs.logger("keepwarm")
-        warming = Warming(
-            self._host,
-            log,
-            gate,
-            self._residency.toucher,
-            self._turns,
-            self._proxy.places,
-            Forecaster(self._host, logs.logger("forecast"), gate.sample, self._turns, self._residency.status),
-            Spending(self._accounts),
-        )
-        watch = PressureWatch(self._host, log, lambda: self._settings.warmth, gate, self._memory, warming)
-        self._keepwarm = KeepWarm(log, lambda: self._settings.warmth, gate, warming, watch, self._knocks)
+        use = ModelUse(gate, self._proxy.places)
+        forecaster = Forecaster(logs.logger("forecast"), observer, self._turns, self._residency.status)
+        spending = Spending(self._accounts)
+        weights = Weights(self._host, log, gate, self._residency.toucher, use, forecaster, spending)
+        replays = Replays(log, gate, self._turns, use, forecaster, spending)
+        watch = PressureWatch(self._host, log, lambda: self._settings.warmth, gate, observer, weights, use)
+        warming = Warming(log, gate, use, weights, replays, forecaster, spending)
+        self._keepwarm = KeepWarm(log, lambda: self._settings.warmth, gate, observer, warming, watch, self._knocks)
         self._sleep = SleepBlocker(self._host, logs.logger("power"), lambda: self._settings, gate)
         self._notifier = Notifier(NotifySocket(os.environ, os.getpid()), self._log)
 
@@ -415,7 +414,7 @@ class _Daemon:
             **self._proxy.status(),
             "seconds_since_knock": self._knocks.seconds_since,
             "remembers_turn": self._turns.last is not None,
-            "memory": await self._memory.status(),
+            "memory": await self._observer.status(),
             "prevents_sleep": self._sleep.is_held,
             "residency": await self._residency.status(),
             "warmth": await self._keepwarm.status(),

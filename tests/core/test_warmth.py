@@ -28,9 +28,6 @@ from emberd.core.warmth import (
     decide,
     is_calm,
     is_losing,
-    may_keep_touching,
-    next_interval,
-    next_loss_wait,
 )
 
 NOW_S = 10_000.0
@@ -77,6 +74,11 @@ settings = st.builds(
     min_interval_s=st.floats(1, 60),
     max_interval_s=st.floats(60, 3600),
 )
+
+
+def after(found: Found, wish: WarmthSettings, **seen: Any) -> Decision:
+    """Return the decision behind a pass."""
+    return decide(Snapshot(NOW_S, last_pass_s=NOW_S, found=found, **seen), wish)
 
 
 # --- promises -----------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def test_steps_and_reasons_agree(seen: Snapshot, wish: WarmthSettings):
     st.booleans(),
 )
 def test_intervals_stay_within_bounds(interval_s: float, found: Found, wish: WarmthSettings, is_storming: bool):
-    next_s = next_interval(interval_s, found, wish, is_storming=is_storming)
+    next_s = after(found, wish, interval_s=interval_s, is_storming=is_storming).interval_s
     assert wish.min_interval_s <= next_s <= wish.max_interval_s
 
 
@@ -286,11 +288,14 @@ def test_an_estimate_of_swap_is_no_proof_of_a_loss():
 def test_passes_for_losses_that_find_nothing_missing_come_later_each_time():
     waits = [AUTO.min_interval_s]
     for _ in range(10):
-        waits.append(next_loss_wait(waits[-1], Found(cold_share=0.0), AUTO, is_storming=False))
+        found = Found(cold_share=0.0, was_for_loss=True)
+        waits.append(after(found, AUTO, loss_wait_s=waits[-1]).loss_wait_s)
     assert waits[1:4] == [10, 20, 40]
     assert waits[-1] == AUTO.max_interval_s
-    for found, is_storming in ((Found(cold_share=0.5), False), (Found(cold_share=0.0), True)):
-        assert next_loss_wait(waits[-1], found, AUTO, is_storming=is_storming) == AUTO.min_interval_s
+    for cold_share, is_storming in ((0.5, False), (0.0, True)):
+        found = Found(cold_share=cold_share, was_for_loss=True)
+        behind = after(found, AUTO, loss_wait_s=waits[-1], is_storming=is_storming)
+        assert behind.loss_wait_s == AUTO.min_interval_s
     seen = Snapshot(NOW_S, trigger=Trigger.LOSING, last_pass_s=NOW_S - 30, interval_s=300)
     assert decide(seen, AUTO).reason is Reason.LOSING
     assert decide(replace(seen, loss_wait_s=40), AUTO).reason is Reason.NOT_DUE
@@ -332,6 +337,25 @@ def test_what_has_come_back_counts_as_there():
     assert best_of(best, EngineMemory()) == best
 
 
+def test_a_pass_that_was_not_for_a_loss_does_not_make_the_next_loss_wait():
+    assert after(Found(cold_share=0.0), AUTO, loss_wait_s=7.0).loss_wait_s == 7
+
+
+def test_a_new_engine_begins_with_the_shortest_interval():
+    seen = Snapshot(NOW_S, trigger=Trigger.RESTARTED, is_ready=False, interval_s=300)
+    assert decide(seen, AUTO).interval_s == AUTO.min_interval_s
+
+
+@given(snapshots, settings, st.none() | st.builds(Found, st.none() | st.floats(0, 1)))
+def test_what_forbids_a_pass_forbids_touching_but_for_a_user_and_the_interval(
+    seen: Snapshot, wish: WarmthSettings, found: Found | None
+):
+    decision = decide(replace(seen, found=found), wish)
+    beside_users = {Reason.BUSY, Reason.NOT_DUE, Reason.OVER_BUDGET, Reason.NOTHING_TO_DO}
+    if decision.may_touch and not decision.steps:
+        assert decision.reason in beside_users
+
+
 def test_pressure_shortens_the_wait_for_the_next_pass():
     seen = Snapshot(NOW_S, last_pass_s=NOW_S - 20, interval_s=300)
     assert decide(seen, AUTO).reason is Reason.NOT_DUE
@@ -351,14 +375,14 @@ def test_pressure_shortens_the_wait_for_the_next_pass():
     ],
 )
 def test_the_interval_follows_what_was_taken(found: Found, interval_s: float):
-    assert next_interval(100, found, AUTO, is_storming=False) == interval_s
+    assert after(found, AUTO, interval_s=100).interval_s == interval_s
 
 
 @given(st.floats(5, 900), st.builds(Found, cold_share=st.none() | st.floats(0, 1)))
 def test_while_the_computer_swaps_the_interval_never_grows_whatever_a_pass_has_found(
     interval_s: float, found: Found
 ):
-    assert next_interval(interval_s, found, AUTO, is_storming=True) <= interval_s
+    assert after(found, AUTO, interval_s=interval_s, is_storming=True).interval_s <= interval_s
     seen = Snapshot(NOW_S, last_pass_s=NOW_S - AUTO.min_interval_s, interval_s=interval_s, is_storming=True)
     assert decide(seen, AUTO).reason is Reason.DUE
 
@@ -367,7 +391,10 @@ def test_while_the_computer_swaps_the_interval_never_grows_whatever_a_pass_has_f
 def test_the_weights_are_touched_without_a_pause_only_while_they_may_be_taken(
     seen: Snapshot, wish: WarmthSettings, has_lost: bool
 ):
-    if may_keep_touching(seen, wish, has_lost=has_lost):
+    found = Found(cold_share=1.0) if has_lost else None
+    decision = decide(replace(seen, found=found), wish)
+    assert decision.may_touch or not decision.begins_touching
+    if decision.begins_touching:
         assert has_lost or seen.is_storming
         assert seen.hold is Hold.ALL
         assert seen.pressure is not Pressure.CRITICAL
@@ -392,7 +419,8 @@ def test_the_computer_tells_that_the_weights_are_taken_before_a_pass_has_found_i
     priority: Any, is_storming: bool, has_lost: bool, touches: bool
 ):
     seen = Snapshot(NOW_S, is_storming=is_storming, power=Power(PowerSource.MAINS))
-    assert may_keep_touching(seen, replace(AUTO, priority=priority), has_lost=has_lost) is touches
+    found = Found(cold_share=1.0) if has_lost else None
+    assert decide(replace(seen, found=found), replace(AUTO, priority=priority)).begins_touching is touches
 
 
 @pytest.mark.parametrize(
@@ -410,4 +438,4 @@ def test_what_took_too_much_for_nothing_waits_unless_memory_is_missing(trigger: 
     decision = decide(seen, AUTO)
     assert decision.reason is reason
     if reason is Reason.OVER_BUDGET:
-        assert decision == Decision((), reason, 30)
+        assert (decision.steps, decision.look_again_s) == ((), 30)

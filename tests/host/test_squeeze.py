@@ -15,6 +15,7 @@ from emberd.core.types import EngineSample
 from emberd.host.linux import LinuxHost
 from emberd.host.toucher import Toucher
 from emberd.services.accounts import Accounts
+from emberd.services.observer import Observer
 from emberd.services.swap_meter import SwapMeter
 from memory_holder import holding
 from memory_squeeze import can_squeeze, squeeze
@@ -59,7 +60,8 @@ async def test_a_program_that_waits_for_memory_wakes_who_watches_for_stalls(tmp_
 async def test_what_an_idle_engine_loses_to_swap_is_seen_counted_and_charged_to_it(tmp_path: Path):
     host, accounts = LinuxHost(), Accounts(tmp_path / "history.db", structlog.get_logger())
     engine = EngineSample(None, (), is_idle=False, requests=0)
-    swap = SwapMeter(host, accounts, structlog.get_logger(), lambda: engine)
+    log = structlog.get_logger()
+    swap = SwapMeter(Observer(host, log, lambda: engine), accounts, log)
     with squeeze(tmp_path, 256 * MIB) as group, holding("anonymous", 128 * MIB, within=group.joining) as pid:
         engine = EngineSample(f"{pid}:a", (pid,), is_idle=True, requests=1)
         await swap.tick()

@@ -412,11 +412,11 @@ def test_cachestat_counts_what_mincore_counts(tmp_path: Path):
     read(path, MIB, 2 * MIB)
     toucher = in_this_process(path, cachestat=CACHESTAT)
     spans = [(0, 0, 6 * MIB), (0, MIB, MIB), (0, 4 * MIB, MIB)]
-    by_mincore = toucher.count(spans)
+    by_mincore = toucher.obey({"id": 1, "do": "count", "spans": spans})
     toucher.mappings[0].is_told = False  # as if the file were a stranger's
     try:
-        by_cachestat = toucher.count(spans)
-        sampled = toucher.sample(6)
+        by_cachestat = toucher.obey({"id": 2, "do": "count", "spans": spans})
+        sampled = toucher.obey({"id": 3, "do": "sample", "pages": 6})
     except toucher_process.Refused as refused:
         pytest.skip(f"this kernel has no cachestat: {refused}")
     finally:

@@ -28,12 +28,15 @@ from emberd.services.accounts import Accounts
 from emberd.services.forecaster import Forecaster
 from emberd.services.keepwarm import KeepWarm
 from emberd.services.knocks import Knocks
-from emberd.services.memory_meter import MemoryMeter
+from emberd.services.model_use import ModelUse
+from emberd.services.observer import Observer
 from emberd.services.places import Places
 from emberd.services.pressure_watch import PressureWatch
+from emberd.services.replays import Replays
 from emberd.services.spending import Spending
 from emberd.services.turns import Turns
 from emberd.services.warming import Warming
+from emberd.services.weights import Weights
 from page_cache import MIB, write
 
 if TYPE_CHECKING:
@@ -169,20 +172,15 @@ class Rig:
         async def nothing() -> None:
             return None
 
-        self.settings = Settings().warmth
-        self.warming = Warming(
-            host,
-            log,
-            engine,
-            self.toucher,
-            turns,
-            self.places,
-            Forecaster(host, log, engine.sample, turns, nothing),
-            Spending(Accounts(folder / "history.db", log)),
-        )
-        meter = MemoryMeter(host, log, engine.sample)
-        self.watch = PressureWatch(host, log, lambda: self.settings, engine, meter, self.warming)
-        self.service = KeepWarm(log, lambda: self.settings, engine, self.warming, self.watch, Knocks())
+        self.settings, accounts = Settings().warmth, Accounts(folder / "history.db", log)
+        observer = Observer(host, log, engine.sample)
+        self.use = ModelUse(engine, self.places)
+        forecaster, self.spending = Forecaster(log, observer, turns, nothing), Spending(accounts)
+        self.weights = Weights(host, log, engine, self.toucher, self.use, forecaster, self.spending)
+        replays = Replays(log, engine, turns, self.use, forecaster, self.spending)
+        self.watch = PressureWatch(host, log, lambda: self.settings, engine, observer, self.weights, self.use)
+        warming = Warming(log, engine, self.use, self.weights, replays, forecaster, self.spending)
+        self.service = KeepWarm(log, lambda: self.settings, engine, observer, warming, self.watch, Knocks())
         self.touching = self.service._touching
 
     def hears(self, *told: Turn, counts: Sequence[PromptCounts] = ()) -> list[str]:
@@ -323,7 +321,8 @@ async def test_it_goes_on_while_a_pass_sends_its_replay(rig: Rig, monkeypatch: p
 
     monkeypatch.setattr(rig.toucher, "touch", seen_touch)
     rig.engine.engine.send = send
-    rig.watch.memory = SystemMemory(pressure=Pressure.WARN)
+    rig.host.of_system = SystemMemory(pressure=Pressure.WARN)
+    await rig.watch.read()
     async with asyncio.timeout(LIMIT_S):
         dwelling = asyncio.create_task(rig.touching.run())
         assert "replay" in (await rig.service.warm())["steps"]
@@ -332,14 +331,16 @@ async def test_it_goes_on_while_a_pass_sends_its_replay(rig: Rig, monkeypatch: p
 
 async def test_it_stays_while_there_is_pressure(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(touching, "PAUSE_S", 0.001)
-    rig.watch.memory = SystemMemory(pressure=Pressure.WARN)
+    rig.host.of_system = SystemMemory(pressure=Pressure.WARN)
+    await rig.watch.read()
     touch, rounds = rig.toucher.touch, 0
 
     async def counted() -> Touched:
         nonlocal rounds
         rounds += 1
         if rounds == 60:
-            rig.watch.memory = SystemMemory(pressure=Pressure.NORMAL)
+            rig.host.of_system = SystemMemory(pressure=Pressure.NORMAL)
+            await rig.watch.read()
         return await touch()
 
     monkeypatch.setattr(rig.toucher, "touch", counted)
@@ -360,33 +361,33 @@ async def test_a_look_is_taken_at_once_when_memory_of_the_idle_engine_is_taken(
     rig: Rig, memory: EngineMemory, is_losing: bool
 ):
     await rig.watch.read()
-    rig.service._trigger = Trigger.TIMER  # the first look is for the new engine
+    rig.service._schedule._trigger = Trigger.TIMER  # the first look is for the new engine
     rig.host.of_engine = memory
     await rig.watch.read()
-    assert rig.service._trigger is (Trigger.LOSING if is_losing else Trigger.TIMER)
+    assert rig.service._schedule._trigger is (Trigger.LOSING if is_losing else Trigger.TIMER)
 
 
 async def test_what_a_generation_needed_and_gave_back_is_no_loss(rig: Rig):
     await rig.watch.read()
-    rig.service._trigger = Trigger.TIMER
+    rig.service._schedule._trigger = Trigger.TIMER
     rig.engine.is_idle = False
     rig.host.of_engine = EngineMemory(resident_bytes=300 * MIB)
     await rig.watch.read()
     rig.engine.is_idle = True
     rig.host.of_engine = EngineMemory(resident_bytes=100 * MIB)
     await rig.watch.read()
-    assert rig.service._trigger is Trigger.TIMER
+    assert rig.service._schedule._trigger is Trigger.TIMER
 
 
 async def test_what_a_pass_of_emberds_own_needed_is_no_loss(rig: Rig):
     await rig.watch.read()
-    rig.service._trigger = Trigger.TIMER
-    async with rig.warming.passing:
+    rig.service._schedule._trigger = Trigger.TIMER
+    async with rig.use.passing:
         rig.host.of_engine = EngineMemory(resident_bytes=300 * MIB)
         await rig.watch.read()
     rig.host.of_engine = EngineMemory(resident_bytes=100 * MIB)
     await rig.watch.read()
-    assert rig.service._trigger is Trigger.TIMER
+    assert rig.service._schedule._trigger is Trigger.TIMER
 
 
 async def test_a_new_engine_is_not_held_against_the_old_one(rig: Rig):
@@ -394,15 +395,15 @@ async def test_a_new_engine_is_not_held_against_the_old_one(rig: Rig):
     rig.engine.engine_key = "2:b"
     rig.host.of_engine = EngineMemory(resident_bytes=MIB)
     await rig.watch.read()
-    assert rig.service._trigger is Trigger.RESTARTED
+    assert rig.service._schedule._trigger is Trigger.RESTARTED
 
 
 async def test_a_loss_that_comes_too_soon_is_looked_after_when_that_is_due(rig: Rig):
-    rig.warming.last_pass_s = time.monotonic()
-    rig.service._trigger = Trigger.LOSING
+    rig.use.last_pass_s = time.monotonic()
+    rig.service._schedule._trigger = Trigger.LOSING
     await rig.service._look()
-    assert rig.service._trigger is Trigger.LOSING
-    rig.warming.last_pass_s -= Settings().warmth.min_interval_s
+    assert rig.service._schedule._trigger is Trigger.LOSING
+    rig.use.last_pass_s -= Settings().warmth.min_interval_s
     await rig.service._look()
     told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "keepwarm"]
     assert [each["reason"] for each in told] == [Reason.LOSING.value]
@@ -412,7 +413,7 @@ async def test_a_loss_that_comes_too_soon_is_looked_after_when_that_is_due(rig: 
 async def test_a_loss_that_the_touching_kept_away_makes_no_later_one_wait(rig: Rig, *, is_dwelling: bool):
     if is_dwelling:
         rig.touching.begin()
-    rig.service._trigger = Trigger.LOSING
+    rig.service._schedule._trigger = Trigger.LOSING
     await rig.service._look()
     shortest_s = Settings().warmth.min_interval_s
     assert rig.service._loss_wait_s == (shortest_s if is_dwelling else 2 * shortest_s)
@@ -482,14 +483,14 @@ async def test_a_new_engine_is_noticed_at_once(rig: Rig):
     changed = asyncio.Event()
     rig.engine.wait_for_change = changed.wait
     following = asyncio.create_task(rig.watch._follow_engine())
-    rig.service._trigger = Trigger.TIMER
+    rig.service._schedule._trigger = Trigger.TIMER
     await asyncio.sleep(0)
     changed.set()
     rig.engine.wait_for_change = asyncio.Event().wait
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     following.cancel()
-    assert rig.service._trigger is Trigger.RESTARTED
+    assert rig.service._schedule._trigger is Trigger.RESTARTED
 
 
 TURN = Turn(
@@ -511,7 +512,7 @@ async def test_a_replay_has_several_tokens_to_process_where_the_buffers_for_them
     rig: Rig, pressure: Pressure, swapped_bytes: int | None, count: int
 ):
     prompts = rig.hears(TURN)
-    rig.watch.memory = SystemMemory(pressure=pressure)
+    rig.host.of_system = SystemMemory(pressure=pressure)
     rig.host.of_engine = EngineMemory(swapped_bytes=swapped_bytes, footprint_bytes=100 * MIB)
     told = await rig.service.warm()
     assert told["steps"] == ["touch", "replay"]
@@ -572,7 +573,7 @@ async def test_what_a_replay_leaves_in_swap_is_a_loss_only_once(rig: Rig):
         rig.host.of_engine = EngineMemory(
             100 * MIB, swapped_bytes=swapped_bytes, footprint_bytes=200 * MIB, major_faults=0
         )
-        rig.watch._watch_engine()
+        rig.watch._watch_engine(rig.watch._observer.look())
         return bool((await rig.service.warm())["had_lost"])
 
     assert await has_lost(96 * MIB)
@@ -659,18 +660,18 @@ async def test_a_pass_under_way_ends_under_critical_pressure(rig: Rig):
         assert (await warming)["steps"] == ["touch"]
     rig.host.of_system = SystemMemory(swapped_out_bytes=0, pressure=Pressure.NORMAL)
     await rig.watch.read()
-    assert not rig.warming.letting_go.is_set()
+    assert not rig.use.letting_go.is_set()
 
 
 @pytest.mark.parametrize("trigger", [Trigger.KNOCK, Trigger.RELIEVED, Trigger.LOSING])
 @pytest.mark.parametrize("obstacle", ["user", "pressure"])
 async def test_what_woke_it_outlasts_an_obstacle_that_passes(rig: Rig, trigger: Trigger, obstacle: str):
-    rig.watch.memory = SystemMemory(pressure=Pressure.NORMAL)
+    rig.host.of_system = SystemMemory(pressure=Pressure.NORMAL)
     if obstacle == "user":
         rig.engine.is_idle = False
     else:
         rig.watch.last_critical_s = time.monotonic()
-    rig.service._trigger = trigger
+    rig.service._schedule._trigger = trigger
     await rig.service._look()
     assert rig.service._last is None
     rig.engine.is_idle, rig.watch.last_critical_s = True, None
@@ -681,14 +682,14 @@ async def test_what_woke_it_outlasts_an_obstacle_that_passes(rig: Rig, trigger: 
 
 async def test_the_hours_of_the_settings_count_again_when_a_verb_has_ended(rig: Rig):
     rig.settings = replace(WarmthSettings(), cool_hours=("00:00-12:00", "12:00-00:00"))
-    rig.service._cool_until_s = time.monotonic() - 1
+    rig.service._pauses.cool_until_s = time.monotonic() - 1
     assert (await rig.service._snapshot()).cool_until_s is not None
     assert (await rig.service._snapshot()).cool_until_s > time.monotonic()
 
 
 async def test_a_clock_that_is_set_back_puts_off_no_look(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     planned: list[float] = []
-    monkeypatch.setattr(rig.service, "_plan", planned.append)
+    monkeypatch.setattr(rig.service._schedule, "plan", planned.append)
     await rig.watch.read()
     planned.clear()
     monkeypatch.setattr(pressure_watch, "clock_gap_s", lambda: rig.watch._gap_s - 7200)
@@ -709,18 +710,18 @@ async def test_a_lock_that_a_user_ends_is_not_kept_in_part(rig: Rig, monkeypatch
 
     monkeypatch.setattr(rig.toucher, "lock", lock)
     monkeypatch.setattr(rig.toucher, "unlock", unlock)
-    assert await rig.warming._touch(locks=True) is None
+    assert await rig.weights.lock() is None
     assert unlocked.is_set()
-    assert not rig.warming.is_locked_outside
+    assert not rig.weights.is_locked_outside
 
 
 async def test_a_lock_on_a_file_that_was_replaced_is_none(rig: Rig):
-    assert await rig.warming._touch(locks=True) is not None
-    assert rig.warming.is_locked_outside
+    assert await rig.weights.lock() is not None
+    assert rig.weights.is_locked_outside
     model = rig.engine.sample().model
     assert model is not None
     os.utime(model, (1, 1))
-    assert not rig.warming.is_locked_outside
+    assert not rig.weights.is_locked_outside
 
 
 async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig):
@@ -742,7 +743,7 @@ async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig):
     async with asyncio.timeout(LIMIT_S / 2):
         looking = asyncio.create_task(rig.service._look())
         await begun.wait()
-        rig.warming.last_pass_s = time.monotonic()
+        rig.use.last_pass_s = time.monotonic()
         rig.host.of_system = SystemMemory(swapped_out_bytes=1024 * MIB, pressure=Pressure.WARN)
         await rig.watch.read()
         await looking
@@ -761,7 +762,7 @@ async def test_a_look_that_is_asked_for_during_another_one_comes_after_it(rig: R
     await rig.service._look()
     status = await rig.service.status()
     assert status["next_look_in_s"] is None or status["next_look_in_s"] < 1
-    assert rig.service._trigger is Trigger.KNOCK
+    assert rig.service._schedule._trigger is Trigger.KNOCK
 
 
 @pytest.mark.parametrize(("pressure", "times"), [(Pressure.NORMAL, 0), (Pressure.UNKNOWN, 0), (Pressure.WARN, 1)])
@@ -899,18 +900,18 @@ async def test_passes_that_take_too_much_of_a_processor_for_nothing_are_made_les
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
     used_s = iter(range(0, 10_000, 20))
-    monkeypatch.setattr(rig.warming, "cpu_s", lambda **_: next(used_s))
-    rig.service._trigger = Trigger.KNOCK
+    monkeypatch.setattr(Warming, "cpu_s", lambda _: next(used_s))
+    rig.service._schedule._trigger = Trigger.KNOCK
     await rig.service._look()
-    rig.warming.last_pass_s = time.monotonic() - 3600
+    rig.use.last_pass_s = time.monotonic() - 3600
     for _ in range(2):
-        rig.service._trigger = Trigger.KNOCK
+        rig.service._schedule._trigger = Trigger.KNOCK
         await rig.service._look()
     told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "keepwarm_over_budget"]
     assert len(told) == 1
     assert 590 < told[0]["wait_s"] <= 600
     assert (await rig.service.status())["over_budget_for_s"] > 590
-    rig.service._trigger = Trigger.LOSING
+    rig.service._schedule._trigger = Trigger.LOSING
     await rig.service._look()
     assert rig.service._last is not None
     assert rig.service._last["reason"] == "losing", "what was taken is brought back all the same"
@@ -919,18 +920,18 @@ async def test_passes_that_take_too_much_of_a_processor_for_nothing_are_made_les
 async def test_what_a_storm_cost_does_not_put_off_what_comes_after_it(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(touching, "PAUSE_S", 0.001)
     used_s = itertools.count()
-    monkeypatch.setattr(rig.warming, "cpu_s", lambda **_: next(used_s))
+    monkeypatch.setattr(rig.weights, "cpu_s", lambda: next(used_s))
     async with asyncio.timeout(LIMIT_S):
         await rig.touching.run()
     told = rig.dwelt()
     assert told is not None
     assert told["cpu_s"] > 20
-    assert rig.warming.spending.wait_s == 0
+    assert rig.spending.wait_s == 0
     much_s = itertools.count(0, 50)
-    monkeypatch.setattr(rig.warming, "cpu_s", lambda **_: next(much_s))
+    monkeypatch.setattr(Warming, "cpu_s", lambda _: next(much_s))
     rig.host.of_engine = EngineMemory(swapped_bytes=50 * MIB, footprint_bytes=100 * MIB)
     assert (await rig.service.warm())["had_lost"]
-    assert rig.warming.spending.wait_s == 0, "it brought back what had been taken"
+    assert rig.spending.wait_s == 0, "it brought back what had been taken"
 
 
 async def test_after_critical_pressure_a_storm_is_not_touched_against_for_a_while(rig: Rig):
@@ -952,7 +953,7 @@ async def test_after_a_long_time_it_rests_unless_the_computer_writes_to_swap(
         await rig.watch.read()
         rig.host.of_system = SystemMemory(swapped_out_bytes=32 * MIB)
         await rig.watch.read()
-        monkeypatch.setattr(rig.touching, "_is_calm", lambda: True)
+        monkeypatch.setattr(PressureWatch, "is_tight", False)
     async with asyncio.timeout(LIMIT_S):
         await rig.touching.run()
     told = rig.dwelt()

@@ -15,7 +15,7 @@ from emberd.engine.http import EngineHttp
 from emberd.engine.koboldcpp import KoboldCpp
 from emberd.engine.llama_server import ExternalServer
 from emberd.host import ThisHost
-from emberd.services.exchange import Ended
+from emberd.services.turns import Ended
 
 unused: Any = None
 LLAMA = ExternalServer(Settings(), ThisHost(), EngineHttp(), unused)

@@ -13,6 +13,7 @@ import structlog
 
 from emberd.core.types import EngineSample
 from emberd.host import ThisHost
+from emberd.services.observer import Observer
 from emberd.services.residency_meter import ResidencyMeter
 from page_cache import MIB, evict, on_linux, read, write
 
@@ -34,7 +35,8 @@ class Rig:
         self.events: list[dict[str, Any]] = []
         self.engine = EngineSample(None, (), is_idle=False, requests=0)
         log = structlog.wrap_logger(None, processors=[self._keep], wrapper_class=structlog.BoundLogger)
-        self.meter = ResidencyMeter(ThisHost(), log, lambda: self.engine)
+        host = ThisHost()
+        self.meter = ResidencyMeter(host.paging, log, Observer(host, log, lambda: self.engine))
 
     def _keep(self, _: Any, __: str, event: dict[str, Any]) -> Any:
         self.events.append(event)

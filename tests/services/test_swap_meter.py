@@ -11,6 +11,7 @@ import structlog
 from emberd.core.types import EngineSample
 from emberd.host.linux import LinuxHost
 from emberd.services.accounts import Accounts
+from emberd.services.observer import Observer
 from emberd.services.swap_meter import SwapMeter
 
 if TYPE_CHECKING:
@@ -41,12 +42,9 @@ def kernel(tmp_path: Path) -> Kernel:
 def meter(kernel: Kernel, tmp_path: Path, samples: list[EngineSample]) -> SwapMeter:
     last = samples[-1]
     left = iter(samples)
-    return SwapMeter(
-        LinuxHost(kernel.proc),
-        Accounts(tmp_path / "history.db", structlog.get_logger()),
-        structlog.get_logger(),
-        lambda: next(left, last),
-    )
+    log = structlog.get_logger()
+    observer = Observer(LinuxHost(kernel.proc), log, lambda: next(left, last))
+    return SwapMeter(observer, Accounts(tmp_path / "history.db", log), log)
 
 
 IDLE = EngineSample("77:a", (PID,), is_idle=True, requests=3)
@@ -117,12 +115,9 @@ async def test_a_reboot_starts_the_count_afresh(kernel: Kernel, tmp_path: Path):
 
 
 async def test_where_the_system_tells_nothing_nothing_is_claimed(tmp_path: Path):
-    swap = SwapMeter(
-        LinuxHost(tmp_path / "nowhere"),
-        Accounts(tmp_path / "h.db", structlog.get_logger()),
-        structlog.get_logger(),
-        lambda: NONE,
-    )
+    log = structlog.get_logger()
+    observer = Observer(LinuxHost(tmp_path / "nowhere"), log, lambda: NONE)
+    swap = SwapMeter(observer, Accounts(tmp_path / "h.db", log), log)
     await swap.tick()
     await swap.tick()
     assert await swap.status(600) is None

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from emberd.core.types import EngineSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,23 @@ class SystemMemory:
     pressure: Pressure = Pressure.UNKNOWN
     stall_some_share: float | None = None
     stall_full_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Everything that was read at one moment; whoever decides, foretells or accounts for something shares it.
+
+    Attributes:
+        at_s: that moment, on the monotonic clock.
+        engine: what the engine was.
+        memory: the memory of its processes.
+        system: the computer's memory.
+    """
+
+    at_s: float
+    engine: EngineSample
+    memory: EngineMemory
+    system: SystemMemory
 
 
 class PowerSource(Enum):

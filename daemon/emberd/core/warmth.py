@@ -127,6 +127,39 @@ class Cache(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """What a pass found of the time before it. Unknown is None.
+
+    Attributes:
+        cold_share: share of the weights' pages that had gone.
+        swapped_bytes: what of the engine was written to swap, and not what an earlier pass already left there.
+        buffers_bytes: the same without what a replay left there that used the buffers for several tokens.
+        engine_bytes: the engine's footprint, to compare that with.
+        replay_ratio: time of the replay, divided by that of a hot one.
+        major_faults: of the engine since the last pass; a replay that is slow without any met a busy processor.
+        was_for_loss: memory seemed to be taken, which is why the pass was made, and nothing else brought it back.
+    """
+
+    cold_share: float | None = None
+    swapped_bytes: int | None = None
+    buffers_bytes: int | None = None
+    engine_bytes: int | None = None
+    replay_ratio: float | None = None
+    major_faults: int | None = None
+    was_for_loss: bool = False
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether something had been taken from the model."""
+        swapped_share = (self.swapped_bytes or 0) / self.engine_bytes if self.engine_bytes else 0.0
+        return (
+            (self.cold_share or 0.0) > _LOST_SHARE
+            or swapped_share > _LOST_SHARE
+            or ((self.replay_ratio or 0.0) > _SLOW_REPLAY and self.major_faults != 0)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything that the decision rests on. Times are of one monotonic clock.
 
@@ -152,6 +185,8 @@ class Snapshot:
         loss_wait_s: how soon after a pass a loss calls for the next one.
         is_storming: the computer swaps, or programs wait for memory.
         budget_wait_s: how long keep-warm has to wait because it took too much of a processor for nothing.
+        taken: what is missing of the engine's own memory, as the computer tells.
+        found: what the pass found that has just ended; None where none has.
     """
 
     now_s: float
@@ -175,6 +210,8 @@ class Snapshot:
     loss_wait_s: float = 0.0
     is_storming: bool = False
     budget_wait_s: float = 0.0
+    taken: Found = field(default_factory=Found)
+    found: Found | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,18 +222,39 @@ class Decision:
         steps: in this order.
         reason: why.
         look_again_s: seconds until the next look, unless something happens before.
+        is_thorough: a replay is to use the buffers for several tokens, too.
+        may_touch: nothing forbids to touch the weights between two passes.
+        begins_touching: memory is taken, so that they are to be touched between two passes from now on.
+        interval_s: the interval from now on.
+        loss_wait_s: how soon after a pass a loss calls for the next one, from now on.
     """
 
     steps: tuple[Step, ...]
     reason: Reason
     look_again_s: float
+    is_thorough: bool = False
+    may_touch: bool = False
+    begins_touching: bool = False
+    interval_s: float = 0.0
+    loss_wait_s: float = 0.0
 
 
 def decide(seen: Snapshot, settings: WarmthSettings) -> Decision:
-    """Decide from one snapshot."""
-    obstacle = _obstacle(seen, settings)
-    if obstacle is not None:
-        return obstacle
+    """Decide from one snapshot; behind a pass, from one with what it found."""
+    seen = replace(seen, interval_s=_next_interval(seen, settings), loss_wait_s=_next_loss_wait(seen, settings))
+    touches = may_touch(seen, settings)
+    return replace(
+        _obstacle(seen, settings) or _pass(seen, settings),
+        is_thorough=_must_use_buffers(seen),
+        may_touch=touches,
+        begins_touching=touches and _is_taken(seen, settings),
+        interval_s=seen.interval_s,
+        loss_wait_s=seen.loss_wait_s,
+    )
+
+
+def _pass(seen: Snapshot, settings: WarmthSettings) -> Decision:
+    """Return whether a pass is due, and its steps."""
     interval_s = effective_interval(seen, settings)
     due_in_s = _due_in(seen, interval_s, settings)
     if due_in_s > 0:
@@ -238,8 +296,16 @@ def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
     return None if found is None else Decision(*found[1:])
 
 
+def may_warm(seen: Snapshot, settings: WarmthSettings) -> bool:
+    """Return True if neither the owner nor the computer forbids to bring anything back."""
+    is_wanted = settings.mode != "off" and not any(
+        _is_before(seen.now_s, until_s) for until_s in (seen.paused_until_s, seen.cool_until_s)
+    )
+    return is_wanted and seen.hold is Hold.ALL and not is_too_tight(seen)
+
+
 def is_too_tight(seen: Snapshot) -> bool:
-    """Tell whether memory pressure is critical, or was a short time ago."""
+    """Return True if memory pressure is critical, or was a short time ago."""
     if seen.pressure is Pressure.CRITICAL:
         return True
     return seen.last_critical_s is not None and seen.now_s - seen.last_critical_s < CALM_AFTER_CRITICAL_S
@@ -286,7 +352,7 @@ def _for_cache(seen: Snapshot, settings: WarmthSettings) -> tuple[Step, ...]:
 
 
 def saves_power(power: Power) -> bool:
-    """Tell whether the computer runs on its battery, or was told to save power."""
+    """Return True if the computer runs on its battery, or was told to save power."""
     return power.source is PowerSource.BATTERY or power.is_low_power is True
 
 
@@ -299,63 +365,36 @@ def _bounded(seconds: float, settings: WarmthSettings) -> float:
     return min(max(seconds, settings.min_interval_s), longest)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a pass found of the time before it. Unknown is None.
-
-    Attributes:
-        cold_share: share of the weights' pages that had gone.
-        swapped_bytes: what of the engine was written to swap, and not what an earlier pass already left there.
-        buffers_bytes: the same without what a replay left there that used the buffers for several tokens.
-        engine_bytes: the engine's footprint, to compare that with.
-        replay_ratio: time of the replay, divided by that of a hot one.
-        major_faults: of the engine since the last pass; a replay that is slow without any met a busy processor.
-    """
-
-    cold_share: float | None = None
-    swapped_bytes: int | None = None
-    buffers_bytes: int | None = None
-    engine_bytes: int | None = None
-    replay_ratio: float | None = None
-    major_faults: int | None = None
-
-    @property
-    def has_lost(self) -> bool:
-        """Whether something had been taken from the model."""
-        swapped_share = (self.swapped_bytes or 0) / self.engine_bytes if self.engine_bytes else 0.0
-        return (
-            (self.cold_share or 0.0) > _LOST_SHARE
-            or swapped_share > _LOST_SHARE
-            or ((self.replay_ratio or 0.0) > _SLOW_REPLAY and self.major_faults != 0)
-        )
-
-
-def must_use_buffers(seen: Snapshot, found: Found) -> bool:
+def _must_use_buffers(seen: Snapshot) -> bool:
     """Return True if a replay of one token is too little: some of the engine's own memory was written to swap.
 
     The other takes twice as long, and a user who comes meanwhile waits for it. Sent every 5 s in a storm it spared
     the next first token up to 350 major faults.
     """
-    if found.buffers_bytes is None:
+    if seen.taken.buffers_bytes is None:
         return seen.pressure in {Pressure.WARN, Pressure.CRITICAL}
-    return found.buffers_bytes > BUFFERS_BYTES
+    return seen.taken.buffers_bytes > BUFFERS_BYTES
 
 
-def may_keep_touching(seen: Snapshot, settings: WarmthSettings, *, has_lost: bool) -> bool:
-    """Return True if the weights are to be touched between two passes, too: they are taken, and no lock holds.
+def may_touch(seen: Snapshot, settings: WarmthSettings) -> bool:
+    """Return True if the weights may be touched between two passes, beside users, too; never on battery."""
+    is_touchable = seen.is_mapped is not False and seen.lock is not LockState.HELD and not seen.is_locked_outside
+    return seen.is_ready and is_touchable and may_warm(seen, settings) and not saves_power(seen.power)
+
+
+def _is_taken(seen: Snapshot, settings: WarmthSettings) -> bool:
+    """Return True if the weights are being taken, so that passes alone do not keep them.
 
     That something takes them is told by the computer. A pass at the beginning of a storm finds nothing missing, and
-    5 s later a third of the model was gone; its user waited 11 and 13 times as long as for a hot token. It costs up
-    to a third of a core for 2 GiB; never on battery, nor against the pager where the machine comes first.
+    5 s later a third of the model was gone; its user waited 11 and 13 times as long as for a hot token. To touch
+    them costs up to a third of a core for 2 GiB; not against the pager where the machine comes first.
     """
-    is_free_to = seen.is_ready and seen.hold is Hold.ALL and not is_too_tight(seen)
-    is_touchable = seen.is_mapped is not False and seen.lock is not LockState.HELD and not seen.is_locked_outside
-    is_taken = has_lost or (seen.is_storming and settings.priority != "machine-first")
-    return is_free_to and is_touchable and is_taken and not saves_power(seen.power)
+    has_lost = seen.found is not None and seen.found.has_lost
+    return has_lost or (seen.is_storming and settings.priority != "machine-first")
 
 
 def is_calm(was: SystemMemory | None, now: SystemMemory, guard: Guard, *, is_losing: bool) -> bool:
-    """Tell whether nothing happens between two readings that would have to be followed closely."""
+    """Return True if nothing happens between two readings that would have to be followed closely."""
     if was is None or guard.hold is not Hold.ALL or is_losing:
         return False
     has_swapped = _difference(now.swapped_out_bytes, was.swapped_out_bytes) > 0
@@ -363,7 +402,7 @@ def is_calm(was: SystemMemory | None, now: SystemMemory, guard: Guard, *, is_los
 
 
 def is_losing(best: EngineMemory | None, now: EngineMemory) -> bool:
-    """Tell whether memory of an idle engine was taken since it was at its best: evicted, or written to swap."""
+    """Return True if memory of an idle engine was taken since it was at its best: evicted, or written to swap."""
     if best is None:
         return False
     evicted_bytes = _difference(best.resident_bytes, now.resident_bytes)
@@ -384,20 +423,26 @@ def _difference(more: int | None, less: int | None) -> int:
     return 0 if more is None or less is None else more - less
 
 
-def next_loss_wait(wait_s: float, found: Found, settings: WarmthSettings, *, is_storming: bool) -> float:
+def _next_loss_wait(seen: Snapshot, settings: WarmthSettings) -> float:
     """Return how soon after a pass for a loss the next one may come: later each time that nothing was missing.
 
     An engine that gives memory back by itself looks as if it was taken; while the computer swaps it was.
     """
-    is_real = found.has_lost or is_storming
-    return settings.min_interval_s if is_real else min(wait_s * 2, settings.max_interval_s)
+    if seen.found is None or not seen.found.was_for_loss:
+        return seen.loss_wait_s
+    is_real = seen.found.has_lost or seen.is_storming
+    return settings.min_interval_s if is_real else min(seen.loss_wait_s * 2, settings.max_interval_s)
 
 
-def next_interval(interval_s: float, found: Found, settings: WarmthSettings, *, is_storming: bool) -> float:
+def _next_interval(seen: Snapshot, settings: WarmthSettings) -> float:
     """Return the interval after a pass: shorter where something had been taken, else longer, within the bounds.
 
-    While the computer swaps it does not grow, whatever a pass has found.
+    While the computer swaps it does not grow, whatever a pass has found. A new engine begins with the shortest.
     """
-    grows = 1.0 if is_storming else _LONGER
-    changed_s = interval_s * (_SHORTER if found.has_lost else grows)
+    if seen.trigger is Trigger.RESTARTED:
+        return settings.min_interval_s
+    if seen.found is None:
+        return seen.interval_s
+    grows = 1.0 if seen.is_storming else _LONGER
+    changed_s = seen.interval_s * (_SHORTER if seen.found.has_lost else grows)
     return min(max(changed_s, settings.min_interval_s), settings.max_interval_s)

@@ -173,35 +173,20 @@ def is_told(path: str, facts: os.stat_result) -> bool:
     return facts.st_uid == os.geteuid() or os.access(path, os.W_OK, effective_ids=True)
 
 
-class Toucher:
-    """Keeps the mappings and carries out the commands."""
+class Commands:
+    """The lines that come in; while something is done only a stop and the end of input are obeyed."""
 
-    def __init__(self, paging: Json) -> None:
-        self.populate = paging["populate"]
-        self.cachestat = paging["cachestat"]
-        self.checks_owner = paging["checks_owner"]
-        self.touches_twice = paging["touches_twice"]
-        self.keeps_executable = paging["keeps_executable"]
-        self.paths: list[str] = []
-        self.mappings: list[Mapping] = []
-        self.vector = ctypes.create_string_buffer(BLOCK_BYTES // PAGE_BYTES)
-        self.step_bytes = FIRST_STEP_BYTES
+    def __init__(self) -> None:
         self.pending = b""
         self.waiting: list[Json] = []
         self.is_stopped = False
 
-    # --- lines ----------------------------------------------------------------------------------------------
+    def next(self) -> Json | None:
+        """Return the next command, one that had to wait first; None at the end of input."""
+        return self.waiting.pop(0) if self.waiting else self.read()
 
-    def serve(self) -> None:
-        """Carry out commands until the end of input."""
-        while True:
-            command = self.waiting.pop(0) if self.waiting else self.next_command()
-            if command is None:
-                return
-            self.answer(command)
-
-    def next_command(self) -> Json | None:
-        """Return the next command; None at the end of input."""
+    def read(self) -> Json | None:
+        """Return the next line's command; None at the end of input."""
         while b"\n" not in self.pending:
             data = os.read(0, 65536)
             if not data:
@@ -210,6 +195,148 @@ class Toucher:
         line, self.pending = self.pending.split(b"\n", 1)
         command: Json = json.loads(line)
         return command
+
+    def look_for_stop(self) -> None:
+        """Read what has come without waiting; exits at the end of input."""
+        while select.select([0], [], [], 0)[0]:
+            command = self.read()
+            if command is None:
+                os._exit(0)
+            if command["do"] == "stop":
+                self.is_stopped = True
+                say({"id": command["id"]})
+            else:
+                self.waiting.append(command)
+
+
+class Residency:
+    """What the kernel tells of the mappings' pages."""
+
+    def __init__(self, cachestat: int | None) -> None:
+        self.cachestat = cachestat
+        self.vector = ctypes.create_string_buffer(BLOCK_BYTES // PAGE_BYTES)
+
+    def source(self, mappings: list[Mapping]) -> str:
+        """Return what will tell residency, or refuse: what cannot be trusted is unknown."""
+        if all(each.is_told for each in mappings):
+            return "mincore"
+        mapping = next(each for each in mappings if not each.is_told)
+        if self.cachestat is not None and mapping.size:
+            try:
+                self.cached_pages(mapping, 0, 1)
+            except OSError as error:
+                if error.errno not in {_EPERM, _ENOSYS}:
+                    raise Refused("no_reading", f"cachestat: {error.strerror}") from error
+            else:
+                return "cachestat"
+        raise Refused("not_owner", f"{mapping.path} belongs to another user, and may not be written")
+
+    def cached_pages(self, mapping: Mapping, first: int, last: int) -> int:
+        """Count cached pages with cachestat (Linux 6.5, <linux/mman.h>: two u64 asked, five answered)."""
+        wanted = struct.pack("QQ", first * PAGE_BYTES, (last - first) * PAGE_BYTES)
+        told = ctypes.create_string_buffer(40)
+        if libc.syscall(self.cachestat, mapping.descriptor, wanted, told, 0) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        cached: int = struct.unpack_from("Q", told.raw)[0]
+        return cached
+
+    def bits(self, mapping: Mapping, first: int, last: int) -> bytes:
+        """Return a byte for each page: 1 if it is resident."""
+        if libc.mincore(mapping.address + first * PAGE_BYTES, (last - first) * PAGE_BYTES, self.vector) != 0:
+            raise Refused("no_reading", f"mincore: {os.strerror(ctypes.get_errno())}")
+        return self.vector.raw[: last - first].translate(_RESIDENT_BIT)
+
+    def is_resident(self, mapping: Mapping, page: int) -> int:
+        """Return the bit of one page; bits() would copy the whole vector."""
+        if libc.mincore(mapping.address + page * PAGE_BYTES, PAGE_BYTES, self.vector) != 0:
+            raise Refused("no_reading", f"mincore: {os.strerror(ctypes.get_errno())}")
+        return self.vector[0][0] & 1
+
+    def count(self, mappings: list[Mapping], stretches: list[Stretch]) -> Json:
+        """Count the resident pages of each stretch."""
+        source = self.source(mappings)
+        if source == "cachestat":
+            counts = [self.cached_pages(*each) if each[2] > each[1] else 0 for each in stretches]
+        else:
+            counts = self.count_by_mincore(mappings, stretches)
+        totals = [last - first for _, first, last in stretches]
+        return {"source": source, "page_bytes": PAGE_BYTES, "counts": list(zip(counts, totals, strict=True))}
+
+    def count_by_mincore(self, mappings: list[Mapping], stretches: list[Stretch]) -> list[int]:
+        """Count in one walk over the files; stretches may overlap."""
+        counts = [0] * len(stretches)
+        for mapping in mappings:
+            mine = sorted(
+                (first, last, number)
+                for number, (owner, first, last) in enumerate(stretches)
+                if owner is mapping and last > first
+            )
+            for begin in range(0, mapping.pages, len(self.vector)):
+                end = min(begin + len(self.vector), mapping.pages)
+                here = [each for each in mine if each[0] < end and each[1] > begin]
+                mine = [each for each in mine if each[1] > begin]
+                if not here:
+                    continue
+                bits = self.bits(mapping, begin, end)
+                for first, last, number in here:
+                    counts[number] += bits.count(1, max(first - begin, 0), min(last, end) - begin)
+        return counts
+
+    def sample(self, mappings: list[Mapping], wanted: int) -> Json:
+        """Look at one page in each of `wanted` equal stretches, chosen at random."""
+        source = self.source(mappings)
+        total = sum(each.pages for each in mappings)
+        wanted = min(wanted, total)
+        chances = struct.unpack(f"={wanted}I", os.urandom(4 * wanted))
+        resident = begin = 0
+        left = iter(mappings)
+        mapping = None
+        for number, chance in enumerate(chances):
+            low, high = number * total // wanted, (number + 1) * total // wanted
+            page = low + (chance * (high - low) >> 32)
+            while mapping is None or page >= begin + mapping.pages:
+                begin += mapping.pages if mapping is not None else 0
+                mapping = next(left)
+            if source == "cachestat":
+                resident += self.cached_pages(mapping, page - begin, page - begin + 1)
+            else:
+                resident += self.is_resident(mapping, page - begin)
+        return {"source": source, "resident": resident, "sampled": wanted, "total": total, "page_bytes": PAGE_BYTES}
+
+    def runs(self, mapping: Mapping, first: int, last: int, *, bit: int) -> Iterator[tuple[int, int]]:
+        """Yield first and last page (exclusive) of each run of resident pages (`bit` 1) or cold ones (0)."""
+        for begin in range(first, last, len(self.vector)):
+            end = min(begin + len(self.vector), last)
+            bits = self.bits(mapping, begin, end) if mapping.is_told else bytes(end - begin)
+            page = bits.find(bit)
+            while page >= 0:
+                stop = bits.find(1 - bit, page)
+                stop = len(bits) if stop < 0 else stop
+                yield begin + page, begin + stop
+                page = bits.find(bit, stop)
+
+
+class Toucher:
+    """Keeps the mappings and carries out the commands."""
+
+    def __init__(self, paging: Json) -> None:
+        self.populate = paging["populate"]
+        self.checks_owner = paging["checks_owner"]
+        self.touches_twice = paging["touches_twice"]
+        self.keeps_executable = paging["keeps_executable"]
+        self.paths: list[str] = []
+        self.mappings: list[Mapping] = []
+        self.step_bytes = FIRST_STEP_BYTES
+        self.residency = Residency(paging["cachestat"])
+        self.commands = Commands()
+
+    # --- lines ----------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Carry out commands until the end of input."""
+        while (command := self.commands.next()) is not None:
+            self.answer(command)
 
     def answer(self, command: Json) -> None:
         """Carry out a command and write its answer."""
@@ -230,8 +357,8 @@ class Toucher:
         self.refresh()
         number, spans = command["id"], command.get("spans")
         work = {
-            "count": lambda: self.count(spans),
-            "sample": lambda: self.sample(command["pages"]),
+            "count": lambda: self.residency.count(self.mappings, self.stretches(spans)),
+            "sample": lambda: self.residency.sample(self.mappings, command["pages"]),
             "touch": lambda: self.touch(number, spans),
             "lock": lambda: self.lock(number),
             "unlock": self.unlock,
@@ -239,18 +366,6 @@ class Toucher:
         if work is None:
             raise Refused("usage", f"no such command: {verb}")
         return work()
-
-    def look_for_stop(self) -> None:
-        """Read what has come without waiting; exits at the end of input."""
-        while select.select([0], [], [], 0)[0]:
-            command = self.next_command()
-            if command is None:
-                os._exit(0)
-            if command["do"] == "stop":
-                self.is_stopped = True
-                say({"id": command["id"]})
-            else:
-                self.waiting.append(command)
 
     # --- mappings -------------------------------------------------------------------------------------------
 
@@ -291,97 +406,6 @@ class Toucher:
             cut.append((mapping, first, max(-(-end // PAGE_BYTES), first) if end > offset else first))
         return cut
 
-    # --- residency ------------------------------------------------------------------------------------------
-
-    def source(self) -> str:
-        """Return what will tell residency, or refuse: what cannot be trusted is unknown."""
-        if all(each.is_told for each in self.mappings):
-            return "mincore"
-        mapping = next(each for each in self.mappings if not each.is_told)
-        if self.cachestat is not None and mapping.size:
-            try:
-                self.cached_pages(mapping, 0, 1)
-            except OSError as error:
-                if error.errno not in {_EPERM, _ENOSYS}:
-                    raise Refused("no_reading", f"cachestat: {error.strerror}") from error
-            else:
-                return "cachestat"
-        raise Refused("not_owner", f"{mapping.path} belongs to another user, and may not be written")
-
-    def cached_pages(self, mapping: Mapping, first: int, last: int) -> int:
-        """Count cached pages with cachestat (Linux 6.5, <linux/mman.h>: two u64 asked, five answered)."""
-        wanted = struct.pack("QQ", first * PAGE_BYTES, (last - first) * PAGE_BYTES)
-        told = ctypes.create_string_buffer(40)
-        if libc.syscall(self.cachestat, mapping.descriptor, wanted, told, 0) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        cached: int = struct.unpack_from("Q", told.raw)[0]
-        return cached
-
-    def bits(self, mapping: Mapping, first: int, last: int) -> bytes:
-        """Return a byte for each page: 1 if it is resident."""
-        if libc.mincore(mapping.address + first * PAGE_BYTES, (last - first) * PAGE_BYTES, self.vector) != 0:
-            raise Refused("no_reading", f"mincore: {os.strerror(ctypes.get_errno())}")
-        return self.vector.raw[: last - first].translate(_RESIDENT_BIT)
-
-    def is_resident(self, mapping: Mapping, page: int) -> int:
-        """Return the bit of one page; bits() would copy the whole vector."""
-        if libc.mincore(mapping.address + page * PAGE_BYTES, PAGE_BYTES, self.vector) != 0:
-            raise Refused("no_reading", f"mincore: {os.strerror(ctypes.get_errno())}")
-        return self.vector[0][0] & 1
-
-    def count(self, spans: list[Span] | None) -> Json:
-        """Count the resident pages of each span."""
-        source = self.source()
-        stretches = self.stretches(spans)
-        if source == "cachestat":
-            counts = [self.cached_pages(*each) if each[2] > each[1] else 0 for each in stretches]
-        else:
-            counts = self.count_by_mincore(stretches)
-        totals = [last - first for _, first, last in stretches]
-        return {"source": source, "page_bytes": PAGE_BYTES, "counts": list(zip(counts, totals, strict=True))}
-
-    def count_by_mincore(self, stretches: list[Stretch]) -> list[int]:
-        """Count in one walk over the files; stretches may overlap."""
-        counts = [0] * len(stretches)
-        for mapping in self.mappings:
-            mine = sorted(
-                (first, last, number)
-                for number, (owner, first, last) in enumerate(stretches)
-                if owner is mapping and last > first
-            )
-            for begin in range(0, mapping.pages, len(self.vector)):
-                end = min(begin + len(self.vector), mapping.pages)
-                here = [each for each in mine if each[0] < end and each[1] > begin]
-                mine = [each for each in mine if each[1] > begin]
-                if not here:
-                    continue
-                bits = self.bits(mapping, begin, end)
-                for first, last, number in here:
-                    counts[number] += bits.count(1, max(first - begin, 0), min(last, end) - begin)
-        return counts
-
-    def sample(self, wanted: int) -> Json:
-        """Look at one page in each of `wanted` equal stretches, chosen at random."""
-        source = self.source()
-        total = sum(each.pages for each in self.mappings)
-        wanted = min(wanted, total)
-        chances = struct.unpack(f"={wanted}I", os.urandom(4 * wanted))
-        resident = begin = 0
-        mappings = iter(self.mappings)
-        mapping = None
-        for number, chance in enumerate(chances):
-            low, high = number * total // wanted, (number + 1) * total // wanted
-            page = low + (chance * (high - low) >> 32)
-            while mapping is None or page >= begin + mapping.pages:
-                begin += mapping.pages if mapping is not None else 0
-                mapping = next(mappings)
-            if source == "cachestat":
-                resident += self.cached_pages(mapping, page - begin, page - begin + 1)
-            else:
-                resident += self.is_resident(mapping, page - begin)
-        return {"source": source, "resident": resident, "sampled": wanted, "total": total, "page_bytes": PAGE_BYTES}
-
     # --- touching -------------------------------------------------------------------------------------------
 
     def touch(self, number: int, spans: list[Span] | None) -> Json:
@@ -389,7 +413,7 @@ class Toucher:
         began_s = said_s = time.perf_counter()
         stretches = self.stretches(spans)
         total = sum(last - first for _, first, last in stretches)
-        self.is_stopped = False
+        self.commands.is_stopped = False
         done = cold = 0
         for loaded, was_cold in self.load(stretches):
             # What is taken during the pass is loaded again by it.
@@ -399,14 +423,14 @@ class Toucher:
             if now_s - said_s >= PROGRESS_S:
                 said_s = now_s
                 say({"id": number, "progress": [done * PAGE_BYTES, total * PAGE_BYTES]})
-            self.look_for_stop()
-            if self.is_stopped:
+            self.commands.look_for_stop()
+            if self.commands.is_stopped:
                 break
-        if cold and self.touches_twice and not self.is_stopped:
+        if cold and self.touches_twice and not self.commands.is_stopped:
             self.load_again(stretches)
         is_cold_told = all(each.is_told for each in self.mappings)
         return {
-            "is_complete": not self.is_stopped,
+            "is_complete": not self.commands.is_stopped,
             "done_bytes": done * PAGE_BYTES,
             "total_bytes": total * PAGE_BYTES,
             "cold_bytes": cold * PAGE_BYTES if is_cold_told else None,
@@ -422,15 +446,15 @@ class Toucher:
         error = None
         for mapping in self.mappings:
             for begin in range(0, mapping.size, LOCK_STEP_BYTES):
-                self.look_for_stop()
-                if self.is_stopped or error is not None:
+                self.commands.look_for_stop()
+                if self.commands.is_stopped or error is not None:
                     break
                 length = min(LOCK_STEP_BYTES, mapping.size - begin)
                 if libc.mlock(mapping.address + begin, length) == 0:
                     locked += length
                 else:
                     error = os.strerror(ctypes.get_errno())
-        complete = result["is_complete"] and error is None and not self.is_stopped
+        complete = result["is_complete"] and error is None and not self.commands.is_stopped
         return {**result, "is_complete": complete, "locked_bytes": locked, "lock_error": error}
 
     def unlock(self) -> Json:
@@ -466,7 +490,7 @@ class Toucher:
         """
         began_s = time.perf_counter()
         for mapping, first, last in stretches:
-            for page, stop in self.runs(mapping, first, last, bit=1):
+            for page, stop in self.residency.runs(mapping, first, last, bit=1):
                 for step in range(page, stop, RESIDENT_STEP_BYTES // PAGE_BYTES):
                     end = min(step + RESIDENT_STEP_BYTES // PAGE_BYTES, stop)
                     load_pages(mapping, step, end)
@@ -476,8 +500,8 @@ class Toucher:
 
     def load_gaps(self, mapping: Mapping, first: int, last: int) -> Iterator[int]:
         """Load the cold pages in order, step by step; yield how many there were in each."""
-        asked, block = first, len(self.vector)
-        for begin, stop in self.runs(mapping, first, last, bit=0):
+        asked, block = first, len(self.residency.vector)
+        for begin, stop in self.residency.runs(mapping, first, last, bit=0):
             block_end = min(first + ((begin - first) // block + 1) * block, last)
             page = begin
             while page < stop:
@@ -486,18 +510,6 @@ class Toucher:
                 self.load_cold(mapping, page, end)
                 yield end - page
                 page = end
-
-    def runs(self, mapping: Mapping, first: int, last: int, *, bit: int) -> Iterator[tuple[int, int]]:
-        """Yield first and last page (exclusive) of each run of resident pages (`bit` 1) or cold ones (0)."""
-        for begin in range(first, last, len(self.vector)):
-            end = min(begin + len(self.vector), last)
-            bits = self.bits(mapping, begin, end) if mapping.is_told else bytes(end - begin)
-            page = bits.find(bit)
-            while page >= 0:
-                stop = bits.find(1 - bit, page)
-                stop = len(bits) if stop < 0 else stop
-                yield begin + page, begin + stop
-                page = bits.find(bit, stop)
 
     def load_cold(self, mapping: Mapping, page: int, stop: int) -> None:
         """Fault pages in and load them; the time it takes sets the length of the next step."""
@@ -530,10 +542,10 @@ class Toucher:
         for mapping, first, last in stretches:
             for begin in range(first, last, RESIDENT_STEP_BYTES // PAGE_BYTES):
                 end = min(begin + RESIDENT_STEP_BYTES // PAGE_BYTES, last)
-                if not mapping.is_told or 0 not in self.bits(mapping, begin, end):
+                if not mapping.is_told or 0 not in self.residency.bits(mapping, begin, end):
                     load_pages(mapping, begin, end)
-                self.look_for_stop()
-                if self.is_stopped:
+                self.commands.look_for_stop()
+                if self.commands.is_stopped:
                     return
 
 

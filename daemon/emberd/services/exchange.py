@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emberd.core.errors import NotReady
 from emberd.core.generation import changes_cache, continued, recognise
-from emberd.core.streamed import COUNTS, StreamedReply, reply_text
-from emberd.core.turn import UNTOLD, Turn
+from emberd.core.streamed import StreamedReply
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
 from emberd.services.messages import ClientGone, end_to_end, engine_request
 from emberd.services.places import Hold
+from emberd.services.turns import Ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.generation import Generation
-    from emberd.core.ports import Engine
     from emberd.core.turn import PromptCounts
     from emberd.engine.connection import ReplyHead
     from emberd.services.gate import Gate
@@ -325,51 +323,6 @@ class Exchange:
         is_known = self._stream is not None or self._status in {None, _HTTP_OK}
         generation = self._generation if is_known else None
         return Ended(generation, self._stream, bytes(self._whole or b""), self._gate.engine, in_log, self._was_cut)
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A generation that has ended, not yet taken apart. Never printed.
-
-    Attributes:
-        generation: what was asked, None if what the cache holds now is not known.
-        stream: the reply, if it was streamed.
-        whole: else its bytes, empty if they were too many.
-        engine: knows how it tells counts.
-        in_log: what its log told.
-        was_cut: it did not come to its end.
-    """
-
-    generation: Generation | None = field(repr=False)
-    stream: StreamedReply | None = field(repr=False)
-    whole: bytes = field(repr=False)
-    engine: Engine = field(repr=False)
-    in_log: PromptCounts
-    was_cut: bool = False
-
-    def turn(self) -> Turn | None:
-        """Return what the engine's cache holds now, None if that is not known."""
-        generation, stream = self.generation, self.stream
-        if generation is None:
-            return None
-        if stream is not None:
-            stream.read()
-            text, told = stream.text, stream.told
-        else:
-            content = _object_of(self.whole)
-            text = reply_text(generation.dialect, content) or ""
-            told = {name: content[name] for name in COUNTS if name in content}
-        counts = self.engine.counts_in_reply(told)
-        counts = self.in_log if counts == UNTOLD else counts
-        return Turn(generation.path, generation.body, text, counts, self.was_cut)
-
-
-def _object_of(whole: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(whole)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _cause(error: EngineBrokeOff) -> str:

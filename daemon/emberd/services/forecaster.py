@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from emberd.core.ports import Host
-    from emberd.core.types import EngineSample
+    from emberd.services.observer import Observer
     from emberd.services.turns import Turns
 
 _LOOK_AGAIN_S = 60.0
@@ -26,24 +25,21 @@ class Forecaster:
     """Remembers what this engine took on this computer, for as long as emberd runs.
 
     Args:
-        host: this computer.
         log: events go here.
-        sample: tells what the engine is.
+        observer: reads the engine's memory.
         turns: knows when a user's reply began.
         residency: tells how much of the weights is in memory, as plain values; None without an engine.
     """
 
     def __init__(
         self,
-        host: Host,
         log: FilteringBoundLogger,
-        sample: Callable[[], EngineSample],
+        observer: Observer,
         turns: Turns,
         residency: Callable[[], Awaitable[dict[str, Any] | None]],
     ) -> None:
-        self._host = host
         self._log = log
-        self._sample = sample
+        self._observer = observer
         self._turns = turns
         self._residency = residency
         self._experience = Experience()
@@ -72,7 +68,7 @@ class Forecaster:
         if seen is None or seen["share"] is None:
             self._forecast = Forecast(Temperature.UNKNOWN, None)
             return
-        memory = self._host.engine_memory(self._sample().pids)
+        memory = self._observer.recent().memory
         missing_bytes = seen["total_bytes"] - seen["resident_bytes"]
         self._forecast = forecast(
             Condition(seen["total_bytes"], missing_bytes, memory.swapped_bytes), self._experience

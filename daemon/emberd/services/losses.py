@@ -8,33 +8,26 @@ from emberd.core import warmth
 from emberd.core.warmth import Found
 
 if TYPE_CHECKING:
-    from emberd.core.memory import EngineMemory
-    from emberd.core.ports import Host
-    from emberd.core.types import EngineSample
+    from emberd.core.memory import EngineMemory, Observation
 
 
 class Losses:
-    """Compares the engine's memory with what it was at its best, and with what the last pass left.
+    """Compares the engine's memory with what it was at its best, and with what the last pass left."""
 
-    Args:
-        host: this computer.
-    """
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self) -> None:
         self._key: str | None = None
         self._best: EngineMemory | None = None
         self._unused_swap_bytes = self._useless_swap_bytes = 0
         self._faults: int | None = None
 
-    def watch(self, engine: EngineSample, *, is_idle: bool) -> bool:
-        """Read the engine's memory; return True if some was taken from it.
+    def watch(self, seen: Observation, *, is_idle: bool) -> bool:
+        """Return True if memory was taken from the engine since it was at its best.
 
         Args:
-            engine: what it is now.
+            seen: what is now.
             is_idle: neither a user nor emberd is at work: what a generation needed and gave back was not taken.
         """
-        memory = self._read(engine)
+        memory = self._of_this_engine(seen)
         swapped_bytes = memory.swapped_bytes or 0
         self._unused_swap_bytes = min(self._unused_swap_bytes, swapped_bytes)
         self._useless_swap_bytes = min(self._useless_swap_bytes, swapped_bytes)
@@ -42,38 +35,38 @@ class Losses:
         self._best = warmth.best_of(None if is_losing else self._best, memory) if is_idle else None
         return is_losing
 
-    def before_a_pass(self, engine: EngineSample) -> Found:
+    def taken(self, seen: Observation) -> Found:
         """Return what was taken from the engine since the last pass."""
-        memory = self._read(engine)
+        is_known, memory = seen.engine.key == self._key, seen.memory
         swapped_bytes, buffers_bytes = (
-            None if memory.swapped_bytes is None else max(memory.swapped_bytes - left_bytes, 0)
+            None if memory.swapped_bytes is None else max(memory.swapped_bytes - is_known * left_bytes, 0)
             for left_bytes in (self._unused_swap_bytes, self._useless_swap_bytes)
         )
         return Found(swapped_bytes=swapped_bytes, buffers_bytes=buffers_bytes, engine_bytes=memory.footprint_bytes)
 
-    def note_pass(self, engine: EngineSample, *, is_thorough: bool) -> None:
+    def note_pass(self, seen: Observation, *, is_thorough: bool) -> None:
         """Remember what a whole pass has left in swap: the next one would not bring it back either.
 
         After a replay nobody uses it: some 100 MiB of KoboldCPP's own memory, from loading the model. Without a
         replay it may be a cache that emberd cannot reach.
 
         Args:
-            engine: what it is now.
+            seen: what is now.
             is_thorough: the pass used the buffers for several tokens, too; what others leave may yet be needed.
         """
-        self._unused_swap_bytes = self._read(engine).swapped_bytes or 0
+        self._unused_swap_bytes = self._of_this_engine(seen).swapped_bytes or 0
         if is_thorough:
             self._useless_swap_bytes = self._unused_swap_bytes
 
-    def major_faults(self, engine: EngineSample) -> int | None:
+    def major_faults(self, seen: Observation) -> int | None:
         """Return the engine's major faults since the last question, None if they are not told."""
-        count = self._read(engine).major_faults
+        count = self._of_this_engine(seen).major_faults
         before, self._faults = self._faults, count
         return None if count is None or before is None else count - before
 
-    def _read(self, engine: EngineSample) -> EngineMemory:
-        """Read the memory; of another engine than the last one nothing is known."""
-        if engine.key != self._key:
-            self._key, self._best, self._faults = engine.key, None, None
+    def _of_this_engine(self, seen: Observation) -> EngineMemory:
+        """Return its memory; of another engine than the last one nothing is known."""
+        if seen.engine.key != self._key:
+            self._key, self._best, self._faults = seen.engine.key, None, None
             self._unused_swap_bytes = self._useless_swap_bytes = 0
-        return self._host.engine_memory(engine.pids)
+        return seen.memory

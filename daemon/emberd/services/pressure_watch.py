@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from emberd.core.memory import Power, SystemMemory
+    from emberd.core.memory import Observation, Power
     from emberd.core.ports import Host
     from emberd.core.settings import WarmthSettings
     from emberd.services.gate import Gate
-    from emberd.services.memory_meter import MemoryMeter
-    from emberd.services.warming import Warming
+    from emberd.services.model_use import ModelUse
+    from emberd.services.observer import Observer
+    from emberd.services.weights import Weights
 
 WATCH_INTERVAL_S = 2.0
 """A storm writes 220 MB to swap in a second (6.6 GB in 30 s, measured): the longest one may go unnoticed."""
@@ -46,8 +47,9 @@ class PressureWatch:
         log: events go here.
         settings: tells the settings of warmth.
         gate: the way to the engine.
-        meter: reads the computer's memory.
-        warming: what is held, and who uses the model.
+        observer: reads memory.
+        weights: tell what is held of them.
+        use: tells who is at work.
     """
 
     def __init__(
@@ -56,25 +58,26 @@ class PressureWatch:
         log: FilteringBoundLogger,
         settings: Callable[[], WarmthSettings],
         gate: Gate,
-        meter: MemoryMeter,
-        warming: Warming,
+        observer: Observer,
+        weights: Weights,
+        use: ModelUse,
     ) -> None:
         self._host = host
         self._log = log
         self._settings = settings
         self._gate = gate
-        self._meter = meter
-        self._warming = warming
+        self._observer = observer
+        self._weights = weights
+        self._use = use
         self._engine_key: str | None = None
-        self._calm_since_s = self._read_s = time.monotonic()
+        self._calm_since_s = time.monotonic()
         self._storm_s = self._swapping_s = float("-inf")
         self._power: tuple[float, Power] | None = None
         self._gap_s = clock_gap_s()
         self._recalling: asyncio.Task[None] | None = None
-        self.losses = Losses(host)
+        self._seen: Observation | None = None
+        self.losses = Losses()
         self.guard = thrash.Guard()
-        self.memory: SystemMemory | None = None
-        """The last reading, None before the first."""
         self.last_critical_s: float | None = None
         self.wake: Callable[[Trigger], None] = lambda _: None
         """Told when keep-warm is to look at once."""
@@ -92,11 +95,11 @@ class PressureWatch:
     @property
     def is_tight(self) -> bool:
         """Whether there is memory pressure, or a storm."""
-        return self.is_storming or (self.memory is not None and self.memory.pressure in _TIGHT)
+        return self.is_storming or (self._seen is not None and self._seen.system.pressure in _TIGHT)
 
-    def latest(self) -> SystemMemory:
-        """Return the last reading of the computer's memory; before the first one, what it is now."""
-        return self._meter.read() if self.memory is None else self.memory
+    def latest(self) -> Observation:
+        """Return what was seen last; before that, what is now."""
+        return self._observer.look() if self._seen is None else self._seen
 
     def status(self) -> dict[str, Any]:
         """Return what the guard holds, and how letting go has helped, as plain values."""
@@ -150,7 +153,7 @@ class PressureWatch:
             self._notice_engine()
 
     def _is_calm(self) -> bool:
-        is_at_rest = self._gate.port is not None and not self._warming.is_touching()
+        is_at_rest = self._gate.port is not None and not self._weights.is_kept_touched
         return is_at_rest and time.monotonic() - self._calm_since_s > _CALM_AFTER_S
 
     async def _read_after(self, pause: Awaitable[None], after_reading: Callable[[], Awaitable[None]]) -> None:
@@ -163,21 +166,22 @@ class PressureWatch:
 
     async def read(self) -> None:
         """Take one reading, and draw the consequences."""
-        memory, now_s = self._meter.read(), time.monotonic()
-        was, self.memory = self.memory, memory
-        if is_sign_of_storm(was, memory, now_s - self._read_s):
-            self._storm_s = now_s
-        if is_swapping(was, memory, now_s - self._read_s):
-            self._swapping_s = now_s
-        self._read_s = now_s
-        is_losing = self._watch_engine()
-        if not warmth.is_calm(was, memory, self.guard, is_losing=is_losing):
-            self._calm_since_s = now_s
+        was, seen = self._seen, self._observer.look()
+        self._seen = seen
+        before, memory = was.system if was else None, seen.system
+        seconds = seen.at_s - was.at_s if was else 0.0
+        if is_sign_of_storm(before, memory, seconds):
+            self._storm_s = seen.at_s
+        if is_swapping(before, memory, seconds):
+            self._swapping_s = seen.at_s
+        is_losing = self._watch_engine(seen)
+        if not warmth.is_calm(before, memory, self.guard, is_losing=is_losing):
+            self._calm_since_s = seen.at_s
         self._recall_own_memory()
         is_locked = self._gate.lock_state is LockState.HELD
         self._watch_swap(
             thrash.Reading(
-                now_s,
+                seen.at_s,
                 memory.swapped_out_bytes,
                 memory.pressure,
                 is_losing=is_losing and not is_locked,
@@ -185,12 +189,12 @@ class PressureWatch:
             )
         )
         if self.guard.hold is thrash.Hold.ALL and memory.pressure is not Pressure.CRITICAL:
-            self._warming.letting_go.clear()
+            self._use.letting_go.clear()
         else:
-            self._warming.letting_go.set()  # a pass that is under way would bring back gigabytes yet
-        pressure_was = was.pressure if was else Pressure.UNKNOWN
+            self._use.letting_go.set()  # a pass that is under way would bring back gigabytes yet
+        pressure_was = before.pressure if before else Pressure.UNKNOWN
         if memory.pressure is Pressure.CRITICAL:
-            self.last_critical_s = now_s
+            self.last_critical_s = seen.at_s
         elif pressure_was is Pressure.CRITICAL:
             self.wake(Trigger.RELIEVED)
         elif memory.pressure is Pressure.WARN and pressure_was is Pressure.NORMAL:
@@ -213,14 +217,14 @@ class PressureWatch:
     def _recall_own_memory(self) -> None:
         """Keep emberd itself in memory while there is pressure; reading swap can take long: nobody waits for it."""
         is_recalling = self._recalling is not None and not self._recalling.done()
-        if not is_recalling and (self.is_tight or self._warming.is_touching()):
+        if not is_recalling and (self.is_tight or self._weights.is_kept_touched):
             self._recalling = asyncio.create_task(asyncio.to_thread(self._host.recall_own_memory))
 
     def _watch_swap(self, reading: thrash.Reading) -> None:
         """Let go, or take hold again, as the thrash guard says."""
         was, settings = self.guard, self._settings()
-        is_locked_outside, lock = self._warming.is_locked_outside, self._gate.lock_state
-        is_warming = settings.mode != "off" and self._warming.last_pass_s is not None
+        is_locked_outside, lock = self._weights.is_locked_outside, self._gate.lock_state
+        is_warming = settings.mode != "off" and self._use.last_pass_s is not None
         frees = thrash.what_frees(
             lock, settings.priority, is_locked_outside=is_locked_outside, may_restart=settings.may_restart
         )
@@ -244,9 +248,9 @@ class PressureWatch:
         match self.guard.hold:
             case thrash.Hold.NOTHING if is_locked or self._gate.port is None:
                 return False
-            case thrash.Hold.NO_OUTSIDE_LOCK if self._warming.is_locked_outside:
+            case thrash.Hold.NO_OUTSIDE_LOCK if self._weights.is_locked_outside:
                 return False
-        return not self._warming.requests
+        return not self._use.requests
 
     def _notice_engine(self) -> None:
         key = self._gate.sample().key
@@ -254,11 +258,10 @@ class PressureWatch:
             self._engine_key = key
             self.wake(Trigger.RESTARTED)
 
-    def _watch_engine(self) -> bool:
+    def _watch_engine(self, seen: Observation) -> bool:
         """Have a look taken at once when memory of the idle engine is taken, which is returned."""
         self._notice_engine()
-        is_idle = self._warming.is_free and not self._warming.passing.locked()
-        is_losing = self.losses.watch(self._gate.sample(), is_idle=is_idle)
+        is_losing = self.losses.watch(seen, is_idle=self._use.is_idle)
         if is_losing:
             self.wake(Trigger.LOSING)
         return is_losing

@@ -12,12 +12,11 @@ from emberd.core.residency import Residency, Unknown
 from emberd.host.toucher import Toucher, ToucherLost, ToucherRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from structlog.typing import FilteringBoundLogger
 
-    from emberd.core.ports import Host
+    from emberd.core.residency import Paging
     from emberd.core.types import EngineSample
+    from emberd.services.observer import Observer
 
 _FRESH_S = 2.0
 """While a model loads, residency is old after seconds; who asks for the status is shown no older one."""
@@ -27,23 +26,22 @@ class ResidencyMeter:
     """Keeps the toucher and the last residency.
 
     Args:
-        host: this computer.
+        paging: what this system's calls can do.
         log: events go here.
-        sample: tells what the engine is.
+        observer: reads the engine's memory.
     """
 
-    def __init__(self, host: Host, log: FilteringBoundLogger, sample: Callable[[], EngineSample]) -> None:
-        self._host = host
+    def __init__(self, paging: Paging, log: FilteringBoundLogger, observer: Observer) -> None:
         self._log = log
-        self._sample = sample
-        self.toucher = Toucher(host.paging)
+        self._observer = observer
+        self.toucher = Toucher(paging)
         self._last: tuple[str, float, Residency] | None = None
         self._reading = asyncio.Lock()
 
     async def tick(self) -> Residency | None:
         """Read once; None while there is no engine. Never fails: what cannot be read is unknown."""
         async with self._reading:
-            engine = self._sample()
+            engine = self._observer.sample()
             if engine.key is None:
                 self._last = None
                 return None
@@ -64,7 +62,7 @@ class ResidencyMeter:
     async def status(self) -> dict[str, Any] | None:
         """Return the residency as plain values, at most _FRESH_S old. None without an engine."""
         last = self._last
-        is_old = last is None or last[0] != self._sample().key or time.monotonic() - last[1] > _FRESH_S
+        is_old = last is None or last[0] != self._observer.sample().key or time.monotonic() - last[1] > _FRESH_S
         if is_old and not self.toucher.is_touching:  # a pass over a cold model takes seconds
             await self.tick()
             last = self._last
@@ -77,7 +75,7 @@ class ResidencyMeter:
     async def _read(self, engine: EngineSample) -> Residency:
         if engine.model is None:
             return residency.unknown(Unknown.NO_MODEL)
-        memory = self._host.engine_memory(engine.pids)
+        memory = self._observer.recent().memory
         if engine.weights_bytes and residency.is_copied(engine.weights_bytes, memory, is_mapped=engine.is_mapped):
             return residency.from_process(engine.weights_bytes, memory)
         self.toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])

@@ -6,6 +6,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from emberd.core.warmth_cost import BUDGET_WINDOW_S, WarmthCost, budget_wait_s
 
 if TYPE_CHECKING:
@@ -62,6 +64,18 @@ class Spending:
         """Return it as plain values."""
         today = await self._accounts.today(WarmthCost) + self._unsaved
         return {"cost": _plain(self._total), "cost_today": _plain(today)}
+
+
+def cpu_s(*pids: int | None) -> float:
+    """Return the processor time of these processes so far, in seconds; of one that does not exist, 0."""
+    return sum(_cpu_s(pid) for pid in pids if pid is not None)
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        return sum(psutil.Process(pid).cpu_times()[:2])
+    except psutil.Error:
+        return 0.0
 
 
 def _plain(cost: WarmthCost) -> dict[str, Any]:

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 from emberd.core.swap_account import SwapReading, SwapWrites, attribute, share_of_endurance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from structlog.typing import FilteringBoundLogger
 
-    from emberd.core.ports import Host
     from emberd.core.types import EngineSample
     from emberd.services.accounts import Accounts
+    from emberd.services.observer import Observer
 
 TICK_S = 60.0
 
@@ -23,19 +21,15 @@ class SwapMeter:
     """Keeps the account.
 
     Args:
-        host: this computer.
+        observer: reads the counters.
         accounts: kept across restarts.
         log: events go here.
-        sample: tells what the engine is and whether it worked.
     """
 
-    def __init__(
-        self, host: Host, accounts: Accounts, log: FilteringBoundLogger, sample: Callable[[], EngineSample]
-    ) -> None:
-        self._host = host
+    def __init__(self, observer: Observer, accounts: Accounts, log: FilteringBoundLogger) -> None:
+        self._observer = observer
         self._accounts = accounts
         self._log = log
-        self._sample = sample
         self._last: tuple[SwapReading, EngineSample] | None = None
 
     async def run(self) -> None:
@@ -49,12 +43,9 @@ class SwapMeter:
 
     async def tick(self) -> SwapWrites:
         """Take one reading, and account for what was written since the last one."""
-        engine = self._sample()
-        reading = SwapReading(
-            self._host.system_memory().swapped_out_bytes,
-            self._host.engine_memory(engine.pids).swapped_bytes,
-            engine.key,
-        )
+        seen = self._observer.look()
+        engine = seen.engine
+        reading = SwapReading(seen.system.swapped_out_bytes, seen.memory.swapped_bytes, engine.key)
         last, self._last = self._last, (reading, engine)
         if last is None:
             return SwapWrites()
@@ -66,7 +57,7 @@ class SwapMeter:
 
     async def status(self, endurance_tb: float) -> dict[str, Any] | None:
         """Return today's account and its share of the rated endurance, None where the system tells nothing."""
-        if self._host.system_memory().swapped_out_bytes is None:
+        if self._observer.recent().system.swapped_out_bytes is None:
             return None
         today = await self._accounts.today(SwapWrites)
         return {

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from emberd.services.warming import Warming
+    from emberd.services.model_use import ModelUse
+    from emberd.services.pressure_watch import PressureWatch
+    from emberd.services.spending import Spending
+    from emberd.services.weights import Weights
 
 PAUSE_S = 0.2
 _CALM_ROUNDS = 25
@@ -35,28 +38,30 @@ class Touching:
 
     Args:
         log: events go here.
-        warming: touches.
+        weights: are touched.
+        spending: adds up what it costs.
+        watch: tells whether memory is taken.
+        use: tells when a pass is under way.
         may_go_on: tells whether the weights may still be touched.
-        is_calm: tells whether the computer leaves its programs their memory.
-        is_swapping: tells whether it writes to swap.
     """
 
     def __init__(
         self,
         log: FilteringBoundLogger,
-        warming: Warming,
+        weights: Weights,
+        spending: Spending,
+        watch: PressureWatch,
+        use: ModelUse,
         may_go_on: Callable[[], Awaitable[bool]],
-        is_calm: Callable[[], bool],
-        is_swapping: Callable[[], bool],
     ) -> None:
         self._log = log
-        self._warming = warming
+        self._weights = weights
+        self._spending = spending
+        self._watch = watch
+        self._use = use
         self._may_go_on = may_go_on
-        self._is_calm = is_calm
-        self._is_swapping = is_swapping
         self._task: asyncio.Task[None] | None = None
         self._rests_until_s = 0.0
-        warming.is_touching = lambda: self.is_on
 
     @property
     def is_on(self) -> bool:
@@ -66,12 +71,17 @@ class Touching:
     def begin(self) -> None:
         """Begin, if it is neither on nor rests."""
         if not self.is_on and time.monotonic() >= self._rests_until_s:
+            self._weights.is_kept_touched = True
             self._task = asyncio.create_task(self.run())
+            self._task.add_done_callback(self._note_end)
 
     def stop(self) -> None:
         """End at once."""
         if self._task is not None:
             self._task.cancel()
+
+    def _note_end(self, _: asyncio.Task[None]) -> None:
+        self._weights.is_kept_touched = self.is_on
 
     async def run(self) -> None:
         """Touch until nothing is taken any more, or nothing may be touched."""
@@ -79,25 +89,25 @@ class Touching:
         try:
             calm = 0
             while calm < _CALM_ROUNDS:
-                if time.monotonic() - began_s > _LONGEST_S and not self._is_swapping():
+                if time.monotonic() - began_s > _LONGEST_S and not self._watch.is_swapping:
                     self._rests_until_s = time.monotonic() + _REST_S
                     break
                 await asyncio.sleep(PAUSE_S)
                 if not await self._may_go_on():
                     break
-                cpu_s = self._warming.cpu_s(with_engine=False)  # the engine's at this time may be a user's
-                was_cold = await self._warming.touch_again()
-                if not self._warming.passing.locked():  # a pass counts what the toucher does meanwhile
-                    used_s += max(self._warming.cpu_s(with_engine=False) - cpu_s, 0.0)
+                cpu_s = self._weights.cpu_s()  # the engine's at this time may be a user's
+                was_cold = await self._weights.touch_again()
+                if not self._use.passing.locked():  # a pass counts what the toucher does meanwhile
+                    used_s += max(self._weights.cpu_s() - cpu_s, 0.0)
                 if was_cold is None:
                     continue  # somebody came
                 rounds += 1
-                calm = 0 if was_cold or not self._is_calm() else calm + 1
+                calm = 0 if was_cold or self._watch.is_tight else calm + 1
         except (ToucherRefused, ToucherLost) as error:
             self._rests_until_s = time.monotonic() + _REST_S
             self._log.warning("keepwarm_failed", step="dwell", reason=str(error))
         except Exception:  # noqa: BLE001  # keeping warm is not worth the daemon
             self._log.exception("keepwarm_bug")
-        self._warming.spending.add(WarmthCost(cpu_ms=round(used_s * 1000)), counts=False)
+        self._spending.add(WarmthCost(cpu_ms=round(used_s * 1000)), counts=False)
         seconds = round(time.monotonic() - began_s, 1)
         self._log.info("keepwarm_dwelt", rounds=rounds, seconds=seconds, cpu_s=round(used_s, 2))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.reuse import (
@@ -19,13 +19,54 @@ from emberd.core.reuse import (
     judge_replay,
     to_replay,
 )
-from emberd.core.turn import UNTOLD, is_of_same_conversation
+from emberd.core.streamed import COUNTS, reply_text
+from emberd.core.turn import UNTOLD, Turn, is_of_same_conversation
 from emberd.core.warmth import Cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from emberd.core.turn import PromptCounts, Turn
+    from emberd.core.generation import Generation
+    from emberd.core.ports import Engine
+    from emberd.core.streamed import StreamedReply
+    from emberd.core.turn import PromptCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A generation that has ended, not yet taken apart. Never printed.
+
+    Attributes:
+        generation: what was asked, None if what the cache holds now is not known.
+        stream: the reply, if it was streamed.
+        whole: else its bytes, empty if they were too many.
+        engine: knows how it tells counts.
+        in_log: what its log told.
+        was_cut: it did not come to its end.
+    """
+
+    generation: Generation | None = field(repr=False)
+    stream: StreamedReply | None = field(repr=False)
+    whole: bytes = field(repr=False)
+    engine: Engine = field(repr=False)
+    in_log: PromptCounts
+    was_cut: bool = False
+
+    def turn(self) -> Turn | None:
+        """Return what the engine's cache holds now, None if that is not known."""
+        generation, stream = self.generation, self.stream
+        if generation is None:
+            return None
+        if stream is not None:
+            stream.read()
+            text, told = stream.text, stream.told
+        else:
+            content = _object_of(self.whole)
+            text = reply_text(generation.dialect, content) or ""
+            told = {name: content[name] for name in COUNTS if name in content}
+        counts = self.engine.counts_in_reply(told)
+        counts = self.in_log if counts == UNTOLD else counts
+        return Turn(generation.path, generation.body, text, counts, self.was_cut)
 
 
 class Turns:
@@ -261,3 +302,11 @@ class Turns:
 
 def _size_of(turn: Turn) -> int:
     return len(json.dumps(turn.body)) + len(turn.reply.encode("utf-8", "surrogatepass"))
+
+
+def _object_of(whole: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(whole)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""The memory meter: what the status shows, and when pressure is news."""
+"""The observer: what the status shows, and when pressure is news."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import structlog
 from emberd.core.memory import Pressure, SystemMemory
 from emberd.core.types import EngineSample
 from emberd.host import ThisHost
-from emberd.services import memory_meter
-from emberd.services.memory_meter import MemoryMeter
+from emberd.services import observer
+from emberd.services.observer import Observer
 from page_cache import MIB, on_linux
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ class DictatedHost(ThisHost):
         return self.seen
 
 
-def meter(host: ThisHost, events: list[dict[str, Any]]) -> MemoryMeter:
+def meter(host: ThisHost, events: list[dict[str, Any]]) -> Observer:
     def keep(_: Any, level: str, event: dict[str, Any]) -> Any:
         events.append({**event, "level_of_event": level})
         raise structlog.DropEvent
 
     log = structlog.wrap_logger(None, processors=[keep], wrapper_class=structlog.BoundLogger)
     sample = EngineSample("1:a", (os.getpid(),), is_idle=True, requests=0)
-    return MemoryMeter(host, log, lambda: sample)
+    return Observer(host, log, lambda: sample)
 
 
 async def test_a_change_of_pressure_is_logged_once_and_the_unknown_is_no_change():
@@ -53,7 +53,7 @@ async def test_a_change_of_pressure_is_logged_once_and_the_unknown_is_no_change(
     levels = ["normal", "normal", "warn", "warn", "unknown", "warn", "critical", "normal"]
     for level in levels:
         host.seen = SystemMemory(pressure=Pressure(level))
-        meters.read()
+        meters.look()
     assert [(event["was"], event["level"]) for event in events] == [
         ("normal", "warn"),
         ("warn", "critical"),
@@ -65,7 +65,7 @@ async def test_a_change_of_pressure_is_logged_once_and_the_unknown_is_no_change(
 async def test_pressure_that_is_there_at_the_start_is_news():
     host, events = DictatedHost(), []
     host.seen = SystemMemory(pressure=Pressure.CRITICAL)
-    meter(host, events).read()
+    meter(host, events).look()
     assert [event["level"] for event in events] == ["critical"]
 
 
@@ -73,11 +73,11 @@ async def test_swap_traffic_is_told_over_the_last_readings(monkeypatch: pytest.M
     host = DictatedHost()
     meters = meter(host, [])
     now_s = 100.0
-    monkeypatch.setattr(memory_meter.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(observer.time, "monotonic", lambda: now_s)
     assert (await meters.status())["system"]["swap_out_bytes_per_s"] is None, "one reading makes no rate"
     for written in (0, 1000 * MIB, 1000 * MIB, 1000 * MIB, 1020 * MIB):
         host.seen = SystemMemory(swapped_in_bytes=0, swapped_out_bytes=written)
-        meters.read()
+        meters.look()
         now_s += 10
     host.seen = SystemMemory(swapped_in_bytes=60 * MIB, swapped_out_bytes=1030 * MIB)
     system = (await meters.status())["system"]

@@ -1,0 +1,58 @@
+"""The users of the model: requests, which come first, and keep-warm's passes, which give way to them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from emberd.services.gate import Gate
+    from emberd.services.places import Places
+
+
+class ModelUse:
+    """Tells who is at work, and ends a pass for a user or for the thrash guard.
+
+    Args:
+        gate: the way to the engine.
+        places: tells who waits.
+    """
+
+    def __init__(self, gate: Gate, places: Places) -> None:
+        self._gate = gate
+        self._places = places
+        self.letting_go = asyncio.Event()
+        """Set while nothing may be brought back: a pass that is under way ends."""
+        self.passing = asyncio.Lock()
+        """Held by a pass, which is one at a time."""
+        self.last_pass_s: float | None = None
+        """When a pass that warmed everything ended last, on the monotonic clock; None for never."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the engine is ready and no user uses it or waits for it."""
+        return self._gate.port is not None and self._gate.sample().is_idle and not self._places.waiting
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the same is true of passes."""
+        return self.is_free and not self.passing.locked()
+
+    @property
+    def requests(self) -> int:
+        """Requests of users that run or wait; those that run count as one."""
+        return (0 if self._gate.sample().is_idle else 1) + self._places.waiting
+
+    def interruption(self) -> asyncio.Task[None]:
+        """Wait for a user who comes from now on, or for the guard to let go."""
+        return asyncio.create_task(_first_of(self._places.next_arrival, self.letting_go))
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Return when one of them is set."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()

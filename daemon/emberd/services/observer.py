@@ -1,0 +1,96 @@
+"""The one place where the memory of the engine and of the computer is read while emberd runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from emberd.core.memory import Observation, Pressure
+from emberd.core.pressure import SwapRates, swap_rates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from emberd.core.memory import SystemMemory
+    from emberd.core.ports import Host
+    from emberd.core.types import EngineSample
+
+_APART_S = 10.0
+_KEPT = 3
+"""Rates are told over the last 20 to 30 s."""
+_FRESH_S = 1.0
+"""What is asked for together, such as the parts of a status, shares an observation of this age."""
+
+
+class Observer:
+    """Looks; logs changes of memory pressure.
+
+    Args:
+        host: this computer.
+        log: events go here.
+        sample: tells what the engine is.
+    """
+
+    def __init__(self, host: Host, log: FilteringBoundLogger, sample: Callable[[], EngineSample]) -> None:
+        self._host = host
+        self._log = log
+        self.sample = sample
+        self._readings: deque[tuple[float, SystemMemory]] = deque(maxlen=_KEPT)
+        self._pressure = Pressure.NORMAL
+        self._last: Observation | None = None
+
+    def look(self) -> Observation:
+        """Read everything now."""
+        engine = self.sample()
+        seen = Observation(
+            time.monotonic(), engine, self._host.engine_memory(engine.pids), self._host.system_memory()
+        )
+        self._last = seen
+        if not self._readings or seen.at_s - self._readings[-1][0] >= _APART_S:
+            self._readings.append((seen.at_s, seen.system))
+        self._note_pressure(seen.system)
+        return seen
+
+    def recent(self) -> Observation:
+        """Return the last observation if it is fresh and of the same engine, else look."""
+        last = self._last
+        is_fresh = last is not None and time.monotonic() - last.at_s < _FRESH_S
+        return last if last is not None and is_fresh and last.engine.key == self.sample().key else self.look()
+
+    async def status(self) -> dict[str, Any]:
+        """Look, and return plain values. What the system does not tell is None."""
+        oldest = self._readings[0] if self._readings else None
+        seen = self.look()
+        rates = SwapRates() if oldest is None else swap_rates(oldest[1], seen.system, seen.at_s - oldest[0])
+        power = await asyncio.to_thread(self._host.power)
+        gpu = self._host.gpu_limits()
+        proportional_bytes = await asyncio.to_thread(self._host.proportional_bytes, seen.engine.pids)
+        return {
+            "engine": {**asdict(seen.memory), "proportional_bytes": proportional_bytes},
+            "system": {
+                **asdict(seen.system),
+                "pressure": seen.system.pressure.value,
+                "swap_in_bytes_per_s": rates.in_bytes_per_s,
+                "swap_out_bytes_per_s": rates.out_bytes_per_s,
+            },
+            "power": {**asdict(power), "source": power.source.value},
+            "gpu": None if gpu is None else asdict(gpu),
+        }
+
+    def _note_pressure(self, seen: SystemMemory) -> None:
+        was, self._pressure = self._pressure, seen.pressure
+        if seen.pressure is was or Pressure.UNKNOWN in {seen.pressure, was}:
+            return
+        tell = self._log.warning if seen.pressure is Pressure.CRITICAL else self._log.info
+        tell(
+            "memory_pressure",
+            level=seen.pressure.value,
+            was=was.value,
+            available_bytes=seen.available_bytes,
+            stall_some_share=seen.stall_some_share,
+        )
