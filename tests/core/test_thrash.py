@@ -18,9 +18,9 @@ from emberd.core.thrash import (
     SETTLED_S,
     STEP_S,
     WINDOW_S,
-    Guard,
-    Hold,
+    HoldLevel,
     Reading,
+    ThrashGuard,
     step,
     what_frees,
 )
@@ -35,9 +35,13 @@ class Run:
     """The guard over time, a reading every two seconds."""
 
     def __init__(
-        self, priority: Priority = "auto", *, is_holding: bool = True, frees: Hold | None = Hold.NO_WARMING
+        self,
+        priority: Priority = "auto",
+        *,
+        is_holding: bool = True,
+        frees: HoldLevel | None = HoldLevel.NO_WARMING,
     ) -> None:
-        self.guard = Guard()
+        self.guard = ThrashGuard()
         self.now_s = 1000.0
         self.counter = 123 * MIB
         self.priority: Priority = priority
@@ -46,7 +50,7 @@ class Run:
         self.has_let_go = True
         self.go(2)
 
-    def go(self, seconds: float, mib_per_s: float = 0.0, pressure: Pressure = Pressure.NORMAL) -> list[Hold]:
+    def go(self, seconds: float, mib_per_s: float = 0.0, pressure: Pressure = Pressure.NORMAL) -> list[HoldLevel]:
         """Let time pass; return the stages that were entered."""
         entered = []
         for _ in range(int(seconds / 2)):
@@ -60,15 +64,15 @@ class Run:
         return entered
 
 
-@pytest.mark.parametrize("frees", [Hold.NO_WARMING, Hold.NO_OUTSIDE_LOCK, Hold.NOTHING])
-def test_a_storm_makes_it_let_go_of_what_frees_memory_and_quiet_makes_it_take_hold_again(frees: Hold):
+@pytest.mark.parametrize("frees", [HoldLevel.NO_WARMING, HoldLevel.NO_OUTSIDE_LOCK, HoldLevel.NOTHING])
+def test_a_storm_makes_it_let_go_of_what_frees_memory_and_quiet_makes_it_take_hold_again(frees: HoldLevel):
     run = Run(frees=frees)
     assert run.go(60) == []
     assert run.go(4, mib_per_s=200) == [frees]
-    run.frees = Hold.NO_WARMING  # what was let go is let go
+    run.frees = HoldLevel.NO_WARMING  # what was let go is let go
     assert run.go(40, mib_per_s=2) == []
     assert run.go(FIRST_CALM_S - 40) == []
-    assert run.go(WINDOW_S) == [Hold.ALL]
+    assert run.go(WINDOW_S) == [HoldLevel.ALL]
 
 
 @pytest.mark.parametrize(
@@ -88,15 +92,15 @@ def test_what_is_written_while_nothing_is_held_is_not_emberds_doing():
 
 def test_what_was_let_go_in_vain_is_taken_hold_of_again_and_said_and_not_tried_again_in_this_storm():
     run = Run()
-    assert run.go(4, mib_per_s=200) == [Hold.NO_WARMING]
-    assert run.go(STEP_S + RATE_S + 4, mib_per_s=160) == [Hold.ALL]
+    assert run.go(4, mib_per_s=200) == [HoldLevel.NO_WARMING]
+    assert run.go(STEP_S + RATE_S + 4, mib_per_s=160) == [HoldLevel.ALL]
     assert run.guard.is_helpless
     assert run.guard.rate_before == pytest.approx(200 * MIB)
     assert run.guard.rate_after == pytest.approx(160 * MIB)
     assert run.go(600, mib_per_s=160) == []
     assert run.go(WINDOW_S + FIRST_CALM_S + 4) == []
     assert not run.guard.is_helpless, "the storm is over"
-    assert run.go(4, mib_per_s=200) == [Hold.NO_WARMING]
+    assert run.go(4, mib_per_s=200) == [HoldLevel.NO_WARMING]
 
 
 def test_what_has_relieved_the_computer_stays_let_go_while_it_still_swaps():
@@ -110,14 +114,14 @@ def test_what_has_relieved_the_computer_stays_let_go_while_it_still_swaps():
 def test_the_quiet_before_a_storm_is_no_part_of_what_it_wrote():
     run = Run()
     run.go(40, mib_per_s=0.5)
-    assert run.go(4, mib_per_s=200) == [Hold.NO_WARMING]
+    assert run.go(4, mib_per_s=200) == [HoldLevel.NO_WARMING]
     assert run.guard.rate_before == pytest.approx(200 * MIB)
     assert run.go(60, mib_per_s=140) == [], "it has relieved the computer"
 
 
 def test_relief_is_measured_when_what_was_let_go_is_gone():
-    run = Run(frees=Hold.NOTHING)
-    assert run.go(4, mib_per_s=200) == [Hold.NOTHING]
+    run = Run(frees=HoldLevel.NOTHING)
+    assert run.go(4, mib_per_s=200) == [HoldLevel.NOTHING]
     run.has_let_go = False  # a user's generation holds up the restart
     assert run.go(60, mib_per_s=200) == []
     run.has_let_go = True
@@ -129,22 +133,22 @@ def test_where_the_machine_comes_first_it_stays_let_go_even_in_vain():
     run = Run("machine-first")
     run.go(4, mib_per_s=200)
     assert run.go(600, mib_per_s=200) == []
-    assert run.guard.hold is Hold.NO_WARMING
+    assert run.guard.hold is HoldLevel.NO_WARMING
 
 
 def test_where_nothing_frees_memory_nothing_is_let_go_and_that_is_said():
     run = Run(frees=None)
     assert run.go(60, mib_per_s=200) == []
     assert run.guard.is_helpless
-    run.frees = Hold.NO_OUTSIDE_LOCK
-    assert run.go(2, mib_per_s=200) == [Hold.NO_OUTSIDE_LOCK], "now something does"
+    run.frees = HoldLevel.NO_OUTSIDE_LOCK
+    assert run.go(2, mib_per_s=200) == [HoldLevel.NO_OUTSIDE_LOCK], "now something does"
 
 
 def test_a_lock_that_cannot_be_ended_brings_the_cache_back():
     run = Run()
     run.go(4, mib_per_s=200)
     run.frees = None  # the engine's lock is found to hold
-    assert run.go(2) == [Hold.ALL]
+    assert run.go(2) == [HoldLevel.ALL]
     assert run.guard.is_helpless
 
 
@@ -152,20 +156,20 @@ def test_swapping_that_goes_on_without_the_model_keeps_it_from_taking_hold():
     run = Run()
     run.go(10, mib_per_s=100)
     run.is_holding = False
-    assert run.guard.hold is Hold.NO_WARMING
+    assert run.guard.hold is HoldLevel.NO_WARMING
     assert run.go(900, mib_per_s=20) == []
-    assert run.go(WINDOW_S + FIRST_CALM_S + 4) == [Hold.ALL]
+    assert run.go(WINDOW_S + FIRST_CALM_S + 4) == [HoldLevel.ALL]
 
 
 def test_a_relapse_doubles_the_calm_and_a_settled_hold_forgets_it():
     run = Run()
     run.go(4, mib_per_s=200)
     run.go(FIRST_CALM_S + WINDOW_S)
-    assert run.guard.hold is Hold.ALL
+    assert run.guard.hold is HoldLevel.ALL
     run.go(4, mib_per_s=200)
     assert run.guard.calm_s == 2 * FIRST_CALM_S
     run.go(WINDOW_S + 2 * FIRST_CALM_S + 4)
-    assert run.guard.hold is Hold.ALL
+    assert run.guard.hold is HoldLevel.ALL
     run.go(SETTLED_S + 4)
     assert run.guard.calm_s == FIRST_CALM_S
 
@@ -174,15 +178,15 @@ def test_critical_pressure_keeps_it_from_taking_hold():
     run = Run()
     run.go(4, mib_per_s=200)
     assert run.go(600, pressure=Pressure.CRITICAL) == []
-    assert run.go(FIRST_CALM_S + 4) == [Hold.ALL]
+    assert run.go(FIRST_CALM_S + 4) == [HoldLevel.ALL]
 
 
 def test_a_counter_that_is_unknown_or_went_back_lets_nothing_go():
-    guard = Guard()
+    guard = ThrashGuard()
     for number, counter in enumerate([0, 1 << 40, None, 2 << 40, 5, 10]):
         reading = Reading(1000.0 + number, counter, Pressure.NORMAL)
-        guard = step(guard, reading, "auto", is_holding=number != 1, frees=Hold.NO_WARMING)
-    assert guard.hold is Hold.ALL
+        guard = step(guard, reading, "auto", is_holding=number != 1, frees=HoldLevel.NO_WARMING)
+    assert guard.hold is HoldLevel.ALL
 
 
 def test_one_burst_that_was_over_before_the_window_is_forgotten():
@@ -197,12 +201,12 @@ def test_one_burst_that_was_over_before_the_window_is_forgotten():
 @given(
     st.lists(st.tuples(st.floats(0.1, 30), st.integers(0, 400)), max_size=60),
     st.sampled_from(["auto", "machine-first"]),
-    st.sampled_from([*Hold, None]),
+    st.sampled_from([*HoldLevel, None]),
 )
 def test_it_lets_go_of_one_thing_and_takes_hold_of_all_no_faster_than_relief_can_be_seen(
-    course: Iterable[tuple[float, int]], priority: Priority, frees: Hold | None
+    course: Iterable[tuple[float, int]], priority: Priority, frees: HoldLevel | None
 ):
-    guard, now_s, counter = Guard(), 0.0, 0
+    guard, now_s, counter = ThrashGuard(), 0.0, 0
     stages = [(guard.hold, now_s)]
     for seconds, mib in course:
         now_s, counter = now_s + seconds, counter + mib * MIB
@@ -211,50 +215,50 @@ def test_it_lets_go_of_one_thing_and_takes_hold_of_all_no_faster_than_relief_can
         if guard.hold is not stages[-1][0]:
             stages.append((guard.hold, now_s))
     for (before, then_s), (after, at_s) in itertools.pairwise(stages):
-        assert {before, after} == {Hold.ALL, frees}
-        if before is not Hold.ALL:
+        assert {before, after} == {HoldLevel.ALL, frees}
+        if before is not HoldLevel.ALL:
             assert at_s - then_s >= STEP_S
 
 
 @pytest.mark.parametrize(
     ("lock", "is_outside", "may_restart", "priority", "frees"),
     [
-        (LockState.ABSENT, False, False, "auto", Hold.NO_WARMING),
-        (LockState.ABSENT, True, False, "auto", Hold.NO_OUTSIDE_LOCK),
+        (LockState.ABSENT, False, False, "auto", HoldLevel.NO_WARMING),
+        (LockState.ABSENT, True, False, "auto", HoldLevel.NO_OUTSIDE_LOCK),
         (LockState.HELD, False, False, "auto", None),
-        (LockState.HELD, False, True, "auto", Hold.NOTHING),
-        (LockState.HELD, False, False, "machine-first", Hold.NO_WARMING),
-        (LockState.PARTIAL, False, True, "auto", Hold.NOTHING),
-        (LockState.PARTIAL, False, False, "auto", Hold.NO_WARMING),
-        (LockState.PARTIAL, True, True, "auto", Hold.NO_OUTSIDE_LOCK),
-        (LockState.UNKNOWN, False, True, "auto", Hold.NO_WARMING),
+        (LockState.HELD, False, True, "auto", HoldLevel.NOTHING),
+        (LockState.HELD, False, False, "machine-first", HoldLevel.NO_WARMING),
+        (LockState.PARTIAL, False, True, "auto", HoldLevel.NOTHING),
+        (LockState.PARTIAL, False, False, "auto", HoldLevel.NO_WARMING),
+        (LockState.PARTIAL, True, True, "auto", HoldLevel.NO_OUTSIDE_LOCK),
+        (LockState.UNKNOWN, False, True, "auto", HoldLevel.NO_WARMING),
     ],
 )
 def test_the_weights_go_first_and_the_cache_never_alone_beside_a_lock_that_stays(
-    lock: LockState, is_outside: bool, may_restart: bool, priority: Priority, frees: Hold | None
+    lock: LockState, is_outside: bool, may_restart: bool, priority: Priority, frees: HoldLevel | None
 ):
     assert what_frees(lock, priority, is_locked_outside=is_outside, may_restart=may_restart) is frees
 
 
 @pytest.mark.parametrize("priority", ["auto", "machine-first", "model-first"])
-@pytest.mark.parametrize("frees", [Hold.NO_WARMING, Hold.NO_OUTSIDE_LOCK, Hold.NOTHING, None])
+@pytest.mark.parametrize("frees", [HoldLevel.NO_WARMING, HoldLevel.NO_OUTSIDE_LOCK, HoldLevel.NOTHING, None])
 @pytest.mark.parametrize("is_holding", [True, False], ids=["holding", "before the first pass"])
 def test_what_the_machine_takes_is_its_own_where_it_comes_first_and_nothing_is_locked(
-    priority: Priority, frees: Hold | None, *, is_holding: bool
+    priority: Priority, frees: HoldLevel | None, *, is_holding: bool
 ):
-    reading = Reading(1000.0, 0, Pressure.NORMAL, is_losing=True)
-    yields = priority == "machine-first" and frees is Hold.NO_WARMING
-    taken = step(Guard(), reading, priority, is_holding=is_holding, frees=frees)
-    assert taken.hold is (Hold.NO_WARMING if yields else Hold.ALL)
+    reading = Reading(1000.0, 0, Pressure.NORMAL, is_evicting=True)
+    yields = priority == "machine-first" and frees is HoldLevel.NO_WARMING
+    taken = step(ThrashGuard(), reading, priority, is_holding=is_holding, frees=frees)
+    assert taken.hold is (HoldLevel.NO_WARMING if yields else HoldLevel.ALL)
 
 
 def test_as_long_as_the_machine_takes_the_model_is_not_taken_hold_of_and_nothing_more_is_let_go():
-    guard = Guard()
+    guard = ThrashGuard()
     for second in range(200):
-        reading = Reading(1000.0 + second, 0, Pressure.NORMAL, is_losing=second % 30 == 0)
-        guard = step(guard, reading, "machine-first", is_holding=True, frees=Hold.NO_WARMING)
-        assert guard.hold is Hold.NO_WARMING
+        reading = Reading(1000.0 + second, 0, Pressure.NORMAL, is_evicting=second % 30 == 0)
+        guard = step(guard, reading, "machine-first", is_holding=True, frees=HoldLevel.NO_WARMING)
+        assert guard.hold is HoldLevel.NO_WARMING
     for second in range(200, 200 + int(FIRST_CALM_S) + 1):
         reading = Reading(1000.0 + second, 0, Pressure.NORMAL)
-        guard = step(guard, reading, "machine-first", is_holding=True, frees=Hold.NO_WARMING)
-    assert guard.hold is Hold.ALL
+        guard = step(guard, reading, "machine-first", is_holding=True, frees=HoldLevel.NO_WARMING)
+    assert guard.hold is HoldLevel.ALL

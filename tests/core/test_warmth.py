@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.settings import WarmthSettings
-from emberd.core.thrash import Guard, Hold
+from emberd.core.thrash import HoldLevel, ThrashGuard
 from emberd.core.warmth import (
     BATTERY_STRETCH,
     CALM_AFTER_CRITICAL_S,
@@ -27,7 +27,7 @@ from emberd.core.warmth import (
     best_of,
     decide,
     is_calm,
-    is_losing,
+    is_evicting,
 )
 
 NOW_S = 10_000.0
@@ -56,7 +56,7 @@ snapshots = st.builds(
     power=powers,
     paused_until_s=until,
     cool_until_s=until,
-    hold=st.sampled_from(Hold),
+    hold=st.sampled_from(HoldLevel),
     last_use_s=times,
     last_pass_s=times,
     interval_s=st.floats(0.1, 10_000),
@@ -136,7 +136,7 @@ def test_what_a_user_or_a_pass_has_just_warmed_is_left_alone(seen: Snapshot, wis
 @given(snapshots, settings)
 def test_the_next_look_is_within_bounds(seen: Snapshot, wish: WarmthSettings):
     decision = decide(seen, wish)
-    is_urgent = (seen.trigger, decision.reason) == (Trigger.LOSING, Reason.NOT_DUE)
+    is_urgent = (seen.trigger, decision.reason) == (Trigger.EVICTING, Reason.NOT_DUE)
     assert (0 if is_urgent else wish.min_interval_s) <= decision.look_again_s
     assert decision.look_again_s <= wish.max_interval_s * BATTERY_STRETCH
 
@@ -155,7 +155,7 @@ def test_the_engine_is_restarted_only_if_allowed_and_only_for_its_lock(seen: Sna
     if Step.RESTART in decide(seen, wish).steps:
         assert wish.may_restart
         assert seen.lock is LockState.HELD
-        assert seen.hold is Hold.NOTHING
+        assert seen.hold is HoldLevel.NOTHING
 
 
 @given(snapshots, settings)
@@ -214,7 +214,7 @@ def test_a_wish_to_lock_nothing_from_outside_and_to_replay_nothing_is_obeyed():
         ({"last_critical_s": NOW_S - CALM_AFTER_CRITICAL_S + 1}, Reason.PRESSURE),
         ({"paused_until_s": NOW_S + 1}, Reason.PAUSED),
         ({"cool_until_s": NOW_S + 1, "paused_until_s": NOW_S + 1}, Reason.COOL),
-        ({"hold": Hold.NO_WARMING}, Reason.LETTING_GO),
+        ({"hold": HoldLevel.NO_WARMING}, Reason.LETTING_GO),
         ({"last_pass_s": NOW_S - 9}, Reason.NOT_DUE),
         ({"last_use_s": NOW_S - 9, "last_pass_s": NOW_S - 500}, Reason.NOT_DUE),
         ({"lock": LockState.HELD, "cache": Cache.UNKNOWN}, Reason.NOTHING_TO_DO),
@@ -224,10 +224,10 @@ def test_a_wish_to_lock_nothing_from_outside_and_to_replay_nothing_is_obeyed():
         ({"last_pass_s": NOW_S - 3, "trigger": Trigger.KNOCK}, Reason.KNOCK),
         ({"last_pass_s": NOW_S - 1, "trigger": Trigger.KNOCK}, Reason.NOT_DUE),
         ({"last_pass_s": NOW_S, "trigger": Trigger.ASKED}, Reason.ASKED),
-        ({"last_use_s": NOW_S - 3, "trigger": Trigger.LOSING}, Reason.LOSING),
-        ({"last_use_s": NOW_S - 1, "trigger": Trigger.LOSING}, Reason.NOT_DUE),
-        ({"last_pass_s": NOW_S - 6, "trigger": Trigger.LOSING}, Reason.LOSING),
-        ({"last_pass_s": NOW_S - 4, "trigger": Trigger.LOSING}, Reason.NOT_DUE),
+        ({"last_use_s": NOW_S - 3, "trigger": Trigger.EVICTING}, Reason.EVICTING),
+        ({"last_use_s": NOW_S - 1, "trigger": Trigger.EVICTING}, Reason.NOT_DUE),
+        ({"last_pass_s": NOW_S - 6, "trigger": Trigger.EVICTING}, Reason.EVICTING),
+        ({"last_pass_s": NOW_S - 4, "trigger": Trigger.EVICTING}, Reason.NOT_DUE),
     ],
 )
 def test_every_rest_and_every_pass_has_its_reason(situation: dict[str, Any], reason: Reason):
@@ -250,13 +250,13 @@ def test_on_battery_the_owner_can_still_ask_for_a_pass():
 
 
 def test_what_is_taken_on_battery_waits_for_the_interval():
-    seen = Snapshot(NOW_S, trigger=Trigger.LOSING, last_pass_s=NOW_S - 20, power=Power(PowerSource.BATTERY, 0.9))
+    seen = Snapshot(NOW_S, trigger=Trigger.EVICTING, last_pass_s=NOW_S - 20, power=Power(PowerSource.BATTERY, 0.9))
     assert decide(seen, AUTO).reason is Reason.NOT_DUE
-    assert decide(replace(seen, power=Power(PowerSource.MAINS)), AUTO).reason is Reason.LOSING
+    assert decide(replace(seen, power=Power(PowerSource.MAINS)), AUTO).reason is Reason.EVICTING
 
 
 def test_what_is_taken_too_soon_after_a_use_is_looked_after_as_soon_as_that_is_due():
-    seen = Snapshot(NOW_S, trigger=Trigger.LOSING, last_use_s=NOW_S - 0.5)
+    seen = Snapshot(NOW_S, trigger=Trigger.EVICTING, last_use_s=NOW_S - 0.5)
     assert decide(seen, AUTO).look_again_s == FRESH_S - 0.5
 
 
@@ -276,13 +276,13 @@ def test_what_is_taken_too_soon_after_a_use_is_looked_after_as_soon_as_that_is_d
 def test_memory_that_leaves_an_idle_engine_is_noticed(
     before: EngineMemory | None, now: EngineMemory, is_taken: bool
 ):
-    assert is_losing(before, now) is is_taken
+    assert is_evicting(before, now) is is_taken
 
 
 def test_an_estimate_of_swap_is_no_proof_of_a_loss():
     best = EngineMemory(resident_bytes=9 * MIB, swapped_bytes=0, is_swap_estimated=True)
-    assert not is_losing(best, replace(best, swapped_bytes=500 * MIB))
-    assert is_losing(best, replace(best, resident_bytes=2 * MIB))
+    assert not is_evicting(best, replace(best, swapped_bytes=500 * MIB))
+    assert is_evicting(best, replace(best, resident_bytes=2 * MIB))
 
 
 def test_passes_for_losses_that_find_nothing_missing_come_later_each_time():
@@ -296,8 +296,8 @@ def test_passes_for_losses_that_find_nothing_missing_come_later_each_time():
         found = Found(cold_share=cold_share, was_for_loss=True)
         behind = after(found, AUTO, loss_wait_s=waits[-1], is_storming=is_storming)
         assert behind.loss_wait_s == AUTO.min_interval_s
-    seen = Snapshot(NOW_S, trigger=Trigger.LOSING, last_pass_s=NOW_S - 30, interval_s=300)
-    assert decide(seen, AUTO).reason is Reason.LOSING
+    seen = Snapshot(NOW_S, trigger=Trigger.EVICTING, last_pass_s=NOW_S - 30, interval_s=300)
+    assert decide(seen, AUTO).reason is Reason.EVICTING
     assert decide(replace(seen, loss_wait_s=40), AUTO).reason is Reason.NOT_DUE
 
 
@@ -305,35 +305,35 @@ QUIET = SystemMemory(swapped_out_bytes=MIB, pressure=Pressure.NORMAL)
 
 
 @pytest.mark.parametrize(
-    ("was", "now", "hold", "is_losing", "is_quiet"),
+    ("was", "now", "hold", "is_evicting", "is_quiet"),
     [
-        (QUIET, QUIET, Hold.ALL, False, True),
-        (None, QUIET, Hold.ALL, False, False),
-        (QUIET, replace(QUIET, pressure=Pressure.UNKNOWN, swapped_out_bytes=None), Hold.ALL, False, True),
-        (QUIET, replace(QUIET, pressure=Pressure.WARN), Hold.ALL, False, False),
-        (QUIET, replace(QUIET, swapped_out_bytes=2 * MIB), Hold.ALL, False, False),
-        (QUIET, QUIET, Hold.NO_WARMING, False, False),
-        (QUIET, QUIET, Hold.ALL, True, False),
+        (QUIET, QUIET, HoldLevel.ALL, False, True),
+        (None, QUIET, HoldLevel.ALL, False, False),
+        (QUIET, replace(QUIET, pressure=Pressure.UNKNOWN, swapped_out_bytes=None), HoldLevel.ALL, False, True),
+        (QUIET, replace(QUIET, pressure=Pressure.WARN), HoldLevel.ALL, False, False),
+        (QUIET, replace(QUIET, swapped_out_bytes=2 * MIB), HoldLevel.ALL, False, False),
+        (QUIET, QUIET, HoldLevel.NO_WARMING, False, False),
+        (QUIET, QUIET, HoldLevel.ALL, True, False),
     ],
 )
 def test_the_computer_is_looked_at_less_often_only_while_nothing_happens(
-    was: SystemMemory | None, now: SystemMemory, hold: Hold, is_losing: bool, is_quiet: bool
+    was: SystemMemory | None, now: SystemMemory, hold: HoldLevel, is_evicting: bool, is_quiet: bool
 ):
-    assert is_calm(was, now, Guard(hold=hold), is_losing=is_losing) is is_quiet
+    assert is_calm(was, now, ThrashGuard(hold=hold), is_evicting=is_evicting) is is_quiet
 
 
 def test_what_is_taken_little_by_little_is_noticed_too():
     best, noticed = None, []
     for resident in range(100, 80, -1):
         now = EngineMemory(resident_bytes=resident * MIB, swapped_bytes=(100 - resident) * MIB)
-        noticed.append(is_losing(best, now))
+        noticed.append(is_evicting(best, now))
         best = now if noticed[-1] else best_of(best, now)
     assert [100 - number for number, is_taken in enumerate(noticed) if is_taken] == [95, 90, 85]
 
 
 def test_what_has_come_back_counts_as_there():
     best = best_of(EngineMemory(resident_bytes=5 * MIB), EngineMemory(resident_bytes=9 * MIB, swapped_bytes=0))
-    assert is_losing(best, EngineMemory(resident_bytes=4 * MIB))
+    assert is_evicting(best, EngineMemory(resident_bytes=4 * MIB))
     assert best_of(best, EngineMemory()) == best
 
 
@@ -396,7 +396,7 @@ def test_the_weights_are_touched_without_a_pause_only_while_they_may_be_taken(
     assert decision.may_touch or not decision.begins_touching
     if decision.begins_touching:
         assert has_lost or seen.is_storming
-        assert seen.hold is Hold.ALL
+        assert seen.hold is HoldLevel.ALL
         assert seen.pressure is not Pressure.CRITICAL
         assert seen.lock is not LockState.HELD
         assert not seen.is_locked_outside
@@ -428,7 +428,7 @@ def test_the_computer_tells_that_the_weights_are_taken_before_a_pass_has_found_i
     [
         (Trigger.TIMER, Reason.OVER_BUDGET),
         (Trigger.KNOCK, Reason.OVER_BUDGET),
-        (Trigger.LOSING, Reason.LOSING),
+        (Trigger.EVICTING, Reason.EVICTING),
         (Trigger.RESTARTED, Reason.RESTARTED),
         (Trigger.ASKED, Reason.ASKED),
     ],

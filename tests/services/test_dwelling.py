@@ -17,7 +17,7 @@ from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.reuse import CacheRoom
 from emberd.core.settings import Settings, WarmthSettings
-from emberd.core.thrash import Guard, Hold
+from emberd.core.thrash import HoldLevel, ThrashGuard
 from emberd.core.turn import UNTOLD, PromptCounts, Turn
 from emberd.core.types import EngineSample
 from emberd.core.warmth import Reason, Trigger
@@ -237,7 +237,7 @@ async def test_it_ends_when_nothing_has_been_taken_for_a_while(rig: Rig, monkeyp
 async def test_it_ends_when_it_may_no_longer(rig: Rig, reason: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(touching, "PAUSE_S", 0.001)
     if reason == "hold":
-        rig.watch.guard = replace(Guard(), hold=Hold.NO_WARMING)
+        rig.watch.guard = replace(ThrashGuard(), hold=HoldLevel.NO_WARMING)
     elif reason == "engine":
         rig.engine.port = None
     elif reason == "battery":
@@ -294,7 +294,7 @@ async def test_a_user_who_comes_stops_a_touch_and_not_those_after_it(rig: Rig, m
         dwelling = asyncio.create_task(rig.touching.run())
         await begun.wait()
         await rig.is_watching()
-        async with rig.places.taken(places.Hold(LIMIT_S), is_work=True, goes_first=False):
+        async with rig.places.taken(places.Patience(LIMIT_S), is_work=True, goes_first=False):
             await stopped.wait()
             monkeypatch.setattr(rig.toucher, "touch", touch)
             await dwelling
@@ -350,7 +350,7 @@ async def test_it_stays_while_there_is_pressure(rig: Rig, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("memory", "is_losing"),
+    ("memory", "is_evicting"),
     [
         (EngineMemory(resident_bytes=90 * MIB, swapped_bytes=0), True),
         (EngineMemory(resident_bytes=100 * MIB, swapped_bytes=10 * MIB), True),
@@ -358,13 +358,13 @@ async def test_it_stays_while_there_is_pressure(rig: Rig, monkeypatch: pytest.Mo
     ],
 )
 async def test_a_look_is_taken_at_once_when_memory_of_the_idle_engine_is_taken(
-    rig: Rig, memory: EngineMemory, is_losing: bool
+    rig: Rig, memory: EngineMemory, is_evicting: bool
 ):
     await rig.watch.read()
     rig.service._schedule._trigger = Trigger.TIMER  # the first look is for the new engine
     rig.host.of_engine = memory
     await rig.watch.read()
-    assert rig.service._schedule._trigger is (Trigger.LOSING if is_losing else Trigger.TIMER)
+    assert rig.service._schedule._trigger is (Trigger.EVICTING if is_evicting else Trigger.TIMER)
 
 
 async def test_what_a_generation_needed_and_gave_back_is_no_loss(rig: Rig):
@@ -400,20 +400,20 @@ async def test_a_new_engine_is_not_held_against_the_old_one(rig: Rig):
 
 async def test_a_loss_that_comes_too_soon_is_looked_after_when_that_is_due(rig: Rig):
     rig.use.last_pass_s = time.monotonic()
-    rig.service._schedule._trigger = Trigger.LOSING
+    rig.service._schedule._trigger = Trigger.EVICTING
     await rig.service._look()
-    assert rig.service._schedule._trigger is Trigger.LOSING
+    assert rig.service._schedule._trigger is Trigger.EVICTING
     rig.use.last_pass_s -= Settings().warmth.min_interval_s
     await rig.service._look()
     told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "keepwarm"]
-    assert [each["reason"] for each in told] == [Reason.LOSING.value]
+    assert [each["reason"] for each in told] == [Reason.EVICTING.value]
 
 
 @pytest.mark.parametrize("is_dwelling", [True, False])
 async def test_a_loss_that_the_touching_kept_away_makes_no_later_one_wait(rig: Rig, *, is_dwelling: bool):
     if is_dwelling:
         rig.touching.begin()
-    rig.service._schedule._trigger = Trigger.LOSING
+    rig.service._schedule._trigger = Trigger.EVICTING
     await rig.service._look()
     shortest_s = Settings().warmth.min_interval_s
     assert rig.service._loss_wait_s == (shortest_s if is_dwelling else 2 * shortest_s)
@@ -605,7 +605,7 @@ async def test_a_user_who_comes_at_the_moment_of_the_replay_is_seen(rig: Rig):
     aborted = asyncio.Event()
 
     async def come() -> None:
-        async with rig.places.taken(places.Hold(LIMIT_S), is_work=True, goes_first=False):
+        async with rig.places.taken(places.Patience(LIMIT_S), is_work=True, goes_first=False):
             pass
 
     async def continues_turns(*_: Any) -> bool:
@@ -631,7 +631,7 @@ async def test_a_page_that_polls_does_not_end_a_replay(rig: Rig):
     rig.hears(TURN)
 
     async def send(*_: Any) -> dict[str, Any] | None:
-        async with rig.places.taken(places.Hold(LIMIT_S), is_work=False, goes_first=False, uses_model=False):
+        async with rig.places.taken(places.Patience(LIMIT_S), is_work=False, goes_first=False, uses_model=False):
             await asyncio.sleep(0)
         return {}
 
@@ -663,7 +663,7 @@ async def test_a_pass_under_way_ends_under_critical_pressure(rig: Rig):
     assert not rig.use.letting_go.is_set()
 
 
-@pytest.mark.parametrize("trigger", [Trigger.KNOCK, Trigger.RELIEVED, Trigger.LOSING])
+@pytest.mark.parametrize("trigger", [Trigger.KNOCK, Trigger.RELIEVED, Trigger.EVICTING])
 @pytest.mark.parametrize("obstacle", ["user", "pressure"])
 async def test_what_woke_it_outlasts_an_obstacle_that_passes(rig: Rig, trigger: Trigger, obstacle: str):
     rig.host.of_system = SystemMemory(pressure=Pressure.NORMAL)
@@ -701,7 +701,7 @@ async def test_a_lock_that_a_user_ends_is_not_kept_in_part(rig: Rig, monkeypatch
     unlocked = asyncio.Event()
 
     async def lock(*_: Any) -> Locked:
-        async with rig.places.taken(places.Hold(LIMIT_S), is_work=True, goes_first=False):
+        async with rig.places.taken(places.Patience(LIMIT_S), is_work=True, goes_first=False):
             pass
         return Locked(False, MIB, 4 * MIB, 0, 0.1, None)
 
@@ -748,7 +748,7 @@ async def test_a_pass_under_way_ends_when_the_guard_lets_go(rig: Rig):
         await rig.watch.read()
         await looking
     assert ended.is_set()
-    assert rig.watch.guard.hold is not Hold.ALL
+    assert rig.watch.guard.hold is not HoldLevel.ALL
     assert rig.service._last is not None
     assert rig.service._last["steps"] == ["touch"]
 
@@ -911,7 +911,7 @@ async def test_passes_that_take_too_much_of_a_processor_for_nothing_are_made_les
     assert len(told) == 1
     assert 590 < told[0]["wait_s"] <= 600
     assert (await rig.service.status())["over_budget_for_s"] > 590
-    rig.service._schedule._trigger = Trigger.LOSING
+    rig.service._schedule._trigger = Trigger.EVICTING
     await rig.service._look()
     assert rig.service._last is not None
     assert rig.service._last["reason"] == "losing", "what was taken is brought back all the same"

@@ -46,7 +46,7 @@ BUDGET_BYTES: dict[str, float] = {"machine-first": 64 * MIB, "auto": 512 * MIB, 
 rated 600 TB of a 1 TB drive in 2.1 years."""
 
 
-class Hold(Enum):
+class HoldLevel(Enum):
     """How much of the model emberd holds."""
 
     ALL = "all"
@@ -61,10 +61,12 @@ class Hold(Enum):
     @property
     def lets_go(self) -> bool:
         """Whether the toucher's lock is given up."""
-        return self in {Hold.NO_OUTSIDE_LOCK, Hold.NOTHING}
+        return self in {HoldLevel.NO_OUTSIDE_LOCK, HoldLevel.NOTHING}
 
 
-def what_frees(lock: LockState, priority: Priority, *, is_locked_outside: bool, may_restart: bool) -> Hold | None:
+def what_frees(
+    lock: LockState, priority: Priority, *, is_locked_outside: bool, may_restart: bool
+) -> HoldLevel | None:
     """Return how much to let go so that memory is given back, None if nothing may be.
 
     Args:
@@ -74,12 +76,12 @@ def what_frees(lock: LockState, priority: Priority, *, is_locked_outside: bool, 
         may_restart: warmth.may_restart.
     """
     if is_locked_outside:
-        return Hold.NO_OUTSIDE_LOCK
+        return HoldLevel.NO_OUTSIDE_LOCK
     if lock in {LockState.HELD, LockState.PARTIAL} and may_restart:
-        return Hold.NOTHING
+        return HoldLevel.NOTHING
     if lock is LockState.HELD and priority != "machine-first":
         return None
-    return Hold.NO_WARMING
+    return HoldLevel.NO_WARMING
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +92,19 @@ class Reading:
         now_s: monotonic.
         swapped_out_bytes: written to swap since boot, by everybody; None if unknown.
         pressure: memory pressure.
-        is_losing: memory of the idle engine is being taken, and no lock keeps its weights.
+        is_evicting: memory of the idle engine is being taken, and no lock keeps its weights.
         has_let_go: what the guard has let go is gone, and nobody uses it: a restart is over, no request runs.
     """
 
     now_s: float
     swapped_out_bytes: int | None
     pressure: Pressure
-    is_losing: bool = False
+    is_evicting: bool = False
     has_let_go: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
+class ThrashGuard:
     """The guard's memory.
 
     Attributes:
@@ -116,7 +118,7 @@ class Guard:
         is_helpless: the computer swaps, and nothing that may be let go would help or has helped.
     """
 
-    hold: Hold = Hold.ALL
+    hold: HoldLevel = HoldLevel.ALL
     since_s: float = float("-inf")
     calm_s: float = FIRST_CALM_S
     quiet_since_s: float | None = None
@@ -131,7 +133,9 @@ class Guard:
         return self.readings[-1][1] - self.readings[0][1] if self.readings else 0
 
 
-def step(guard: Guard, seen: Reading, priority: Priority, *, is_holding: bool, frees: Hold | None) -> Guard:
+def step(
+    guard: ThrashGuard, seen: Reading, priority: Priority, *, is_holding: bool, frees: HoldLevel | None
+) -> ThrashGuard:
     """Return the guard after a reading.
 
     Where the machine comes first, what it takes is its own as well: bringing back 0.7 GiB cost twice the swap
@@ -145,12 +149,12 @@ def step(guard: Guard, seen: Reading, priority: Priority, *, is_holding: bool, f
         is_holding: the model is warmed or locked at all; otherwise what is written is not emberd's doing.
         frees: what to let go so that memory is given back (`what_frees`).
     """
-    if guard.hold is not Hold.ALL and guard.rate_after is None and not seen.has_let_go:
+    if guard.hold is not HoldLevel.ALL and guard.rate_after is None and not seen.has_let_go:
         guard = replace(guard, since_s=seen.now_s, quiet_since_s=None)  # relief cannot be seen yet
     guard = _measured(replace(guard, readings=_within_window(guard, seen)))
     is_over = guard.written_bytes > BUDGET_BYTES[priority]
-    yields = priority == "machine-first" and seen.is_losing and frees is Hold.NO_WARMING
-    if guard.hold is Hold.ALL:
+    yields = priority == "machine-first" and seen.is_evicting and frees is HoldLevel.NO_WARMING
+    if guard.hold is HoldLevel.ALL:
         if (is_over and is_holding) or yields:
             guard = replace(guard, quiet_since_s=None)
             if frees is None or _is_in_vain(guard):
@@ -158,21 +162,23 @@ def step(guard: Guard, seen: Reading, priority: Priority, *, is_holding: bool, f
             return _let_go(guard, seen.now_s, frees)
     elif frees is None or (_is_in_vain(guard) and priority != "machine-first"):
         # A lock that cannot be ended has come since, or it swaps as before.
-        return Guard(Hold.ALL, seen.now_s, guard.calm_s, None, (), guard.rate_before, guard.rate_after, True)
+        return ThrashGuard(
+            HoldLevel.ALL, seen.now_s, guard.calm_s, None, (), guard.rate_before, guard.rate_after, True
+        )
     if is_over or yields or seen.pressure is Pressure.CRITICAL:
         return replace(guard, quiet_since_s=None)
     guard = guard if guard.quiet_since_s is not None else replace(guard, quiet_since_s=seen.now_s)
     return _take_hold(guard, seen.now_s)
 
 
-def _measured(guard: Guard) -> Guard:
+def _measured(guard: ThrashGuard) -> ThrashGuard:
     """Tell how much is written to swap behind something that was let go, once that can be told."""
-    if guard.hold is Hold.ALL or guard.rate_after is not None:
+    if guard.hold is HoldLevel.ALL or guard.rate_after is not None:
         return guard
     return replace(guard, rate_after=_rate(guard.readings))
 
 
-def _is_in_vain(guard: Guard) -> bool:
+def _is_in_vain(guard: ThrashGuard) -> bool:
     before, after = guard.rate_before, guard.rate_after
     return before is not None and after is not None and after > RELIEF_SHARE * before
 
@@ -186,26 +192,26 @@ def _rate(readings: tuple[tuple[float, int], ...]) -> float | None:
     return (written - began[-1][1]) / (ended_s - began[-1][0]) if began else None
 
 
-def _within_window(guard: Guard, seen: Reading) -> tuple[tuple[float, int], ...]:
+def _within_window(guard: ThrashGuard, seen: Reading) -> tuple[tuple[float, int], ...]:
     """Append the reading; what is older than the window goes, but for one that the window begins with."""
     if seen.swapped_out_bytes is None:
         return ()
     readings = guard.readings
     if readings and seen.swapped_out_bytes < readings[-1][1]:
         readings = ()  # a counter that went back says nothing
-    if guard.hold is not Hold.ALL and seen.now_s - guard.since_s < STEP_S:
+    if guard.hold is not HoldLevel.ALL and seen.now_s - guard.since_s < STEP_S:
         readings = ()
     while len(readings) > 1 and seen.now_s - readings[1][0] >= WINDOW_S:
         readings = readings[1:]
     return (*readings, (seen.now_s, seen.swapped_out_bytes))
 
 
-def _let_go(guard: Guard, now_s: float, frees: Hold) -> Guard:
+def _let_go(guard: ThrashGuard, now_s: float, frees: HoldLevel) -> ThrashGuard:
     """Let go; a new budget begins."""
     # It held everything before: this is a relapse.
     relapsed = guard.since_s > float("-inf") and now_s - guard.since_s < SETTLED_S
     calm_s = min(guard.calm_s * 2, LONGEST_CALM_S) if relapsed else guard.calm_s
-    return Guard(frees, now_s, calm_s, rate_before=_rate_of_storm(guard.readings))
+    return ThrashGuard(frees, now_s, calm_s, rate_before=_rate_of_storm(guard.readings))
 
 
 def _is_quiet(before: tuple[float, int], after: tuple[float, int]) -> bool:
@@ -222,11 +228,15 @@ def _rate_of_storm(readings: tuple[tuple[float, int], ...]) -> float | None:
     return _rate(readings) or ((readings[-1][1] - readings[0][1]) / seconds if seconds else None)
 
 
-def _take_hold(guard: Guard, now_s: float) -> Guard:
+def _take_hold(guard: ThrashGuard, now_s: float) -> ThrashGuard:
     """Hold everything again when it has been quiet for long enough."""
     has_settled = now_s - guard.since_s >= SETTLED_S
     is_quiet = guard.quiet_since_s is not None and now_s - guard.quiet_since_s >= guard.calm_s
-    if guard.hold is Hold.ALL:
+    if guard.hold is HoldLevel.ALL:
         guard = replace(guard, calm_s=FIRST_CALM_S) if has_settled else guard
         return replace(guard, rate_before=None, rate_after=None, is_helpless=False) if is_quiet else guard
-    return Guard(Hold.ALL, now_s, guard.calm_s, guard.quiet_since_s, guard.readings[-1:]) if is_quiet else guard
+    return (
+        ThrashGuard(HoldLevel.ALL, now_s, guard.calm_s, guard.quiet_since_s, guard.readings[-1:])
+        if is_quiet
+        else guard
+    )

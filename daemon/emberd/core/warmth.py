@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from emberd.core.lock import LockState
 from emberd.core.memory import Power, PowerSource, Pressure
-from emberd.core.thrash import Hold
+from emberd.core.thrash import HoldLevel
 
 if TYPE_CHECKING:
     from emberd.core.memory import EngineMemory, SystemMemory
     from emberd.core.settings import WarmthSettings
-    from emberd.core.thrash import Guard
+    from emberd.core.thrash import ThrashGuard
 
 CALM_AFTER_CRITICAL_S = 30.0
 """Pressure must have been below critical for so long before anything is brought back, or two pagers fight."""
@@ -78,7 +78,7 @@ class Reason(Enum):
     KNOCK = "knock"
     RESTARTED = "restarted"
     RELIEVED = "relieved"
-    LOSING = "losing"
+    EVICTING = "losing"
     OVER_BUDGET = "over_budget"
 
 
@@ -96,7 +96,7 @@ class Trigger(Enum):
     """The engine has just become ready."""
     RELIEVED = "relieved"
     """Memory pressure has fallen from critical."""
-    LOSING = "losing"
+    EVICTING = "losing"
     """Memory of the engine has just been taken."""
 
 
@@ -107,11 +107,11 @@ _REASONS = {
     Trigger.KNOCK: Reason.KNOCK,
     Trigger.RESTARTED: Reason.RESTARTED,
     Trigger.RELIEVED: Reason.RELIEVED,
-    Trigger.LOSING: Reason.LOSING,
+    Trigger.EVICTING: Reason.EVICTING,
 }
 
 
-_SPARES_NOTHING = frozenset({Trigger.ASKED, Trigger.RESTARTED, Trigger.LOSING})
+_SPARES_NOTHING = frozenset({Trigger.ASKED, Trigger.RESTARTED, Trigger.EVICTING})
 """Reasons to warm beyond the budget: memory is missing, or its owner wants it."""
 
 
@@ -203,7 +203,7 @@ class Snapshot:
     power: Power = field(default_factory=Power)
     paused_until_s: float | None = None
     cool_until_s: float | None = None
-    hold: Hold = Hold.ALL
+    hold: HoldLevel = HoldLevel.ALL
     last_use_s: float | None = None
     last_pass_s: float | None = None
     interval_s: float = 10.0
@@ -258,7 +258,7 @@ def _pass(seen: Snapshot, settings: WarmthSettings) -> Decision:
     interval_s = effective_interval(seen, settings)
     due_in_s = _due_in(seen, interval_s, settings)
     if due_in_s > 0:
-        is_urgent = seen.trigger is Trigger.LOSING
+        is_urgent = seen.trigger is Trigger.EVICTING
         return Decision((), Reason.NOT_DUE, max(due_in_s, SOON_S) if is_urgent else _bounded(due_in_s, settings))
     if seen.budget_wait_s > 0 and seen.trigger not in _SPARES_NOTHING:
         return Decision((), Reason.OVER_BUDGET, _bounded(seen.budget_wait_s, settings))
@@ -271,7 +271,7 @@ def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
     """Return why nothing may be warmed now; letting go is not warming."""
     unlock = (Step.UNLOCK,) if seen.is_locked_outside else ()
     is_locked = seen.lock in {LockState.HELD, LockState.PARTIAL}
-    needs_restart = seen.hold is Hold.NOTHING and is_locked and settings.may_restart
+    needs_restart = seen.hold is HoldLevel.NOTHING and is_locked and settings.may_restart
     is_free = seen.is_ready and not seen.requests
     soon_s, late_s = settings.min_interval_s, settings.max_interval_s
     cool_s, paused_s = (
@@ -285,7 +285,7 @@ def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
         (_is_before(seen.now_s, seen.cool_until_s), unlock, Reason.COOL, cool_s),
         (needs_restart and is_free, (*unlock, Step.RESTART), Reason.LETTING_GO, soon_s),
         (seen.hold.lets_go, unlock, Reason.LETTING_GO, soon_s),
-        (seen.hold is not Hold.ALL, (), Reason.LETTING_GO, soon_s),
+        (seen.hold is not HoldLevel.ALL, (), Reason.LETTING_GO, soon_s),
         (_is_before(seen.now_s, seen.paused_until_s), (), Reason.PAUSED, paused_s),
         (not seen.is_ready, (), Reason.NOT_READY, soon_s),
         (seen.requests > 0, (), Reason.BUSY, soon_s),
@@ -301,7 +301,7 @@ def may_warm(seen: Snapshot, settings: WarmthSettings) -> bool:
     is_wanted = settings.mode != "off" and not any(
         _is_before(seen.now_s, until_s) for until_s in (seen.paused_until_s, seen.cool_until_s)
     )
-    return is_wanted and seen.hold is Hold.ALL and not is_too_tight(seen)
+    return is_wanted and seen.hold is HoldLevel.ALL and not is_too_tight(seen)
 
 
 def is_too_tight(seen: Snapshot) -> bool:
@@ -325,7 +325,7 @@ def _due_in(seen: Snapshot, interval_s: float, settings: WarmthSettings) -> floa
     if seen.trigger is Trigger.ASKED:
         return 0.0
     wait_after_use_s = wait_after_pass_s = interval_s if seen.trigger is Trigger.TIMER else FRESH_S
-    if seen.trigger is Trigger.LOSING:
+    if seen.trigger is Trigger.EVICTING:
         # It goes on for as long as the pressure does: not an occasion, but a shorter interval.
         wait_after_pass_s = (
             interval_s if saves_power(seen.power) else max(seen.loss_wait_s, settings.min_interval_s)
@@ -393,15 +393,15 @@ def _is_taken(seen: Snapshot, settings: WarmthSettings) -> bool:
     return has_lost or (seen.is_storming and settings.priority != "machine-first")
 
 
-def is_calm(was: SystemMemory | None, now: SystemMemory, guard: Guard, *, is_losing: bool) -> bool:
+def is_calm(was: SystemMemory | None, now: SystemMemory, guard: ThrashGuard, *, is_evicting: bool) -> bool:
     """Return True if nothing happens between two readings that would have to be followed closely."""
-    if was is None or guard.hold is not Hold.ALL or is_losing:
+    if was is None or guard.hold is not HoldLevel.ALL or is_evicting:
         return False
     has_swapped = _difference(now.swapped_out_bytes, was.swapped_out_bytes) > 0
     return now.pressure in {Pressure.NORMAL, Pressure.UNKNOWN} and not has_swapped
 
 
-def is_losing(best: EngineMemory | None, now: EngineMemory) -> bool:
+def is_evicting(best: EngineMemory | None, now: EngineMemory) -> bool:
     """Return True if memory of an idle engine was taken since it was at its best: evicted, or written to swap."""
     if best is None:
         return False

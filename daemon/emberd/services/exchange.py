@@ -12,7 +12,7 @@ from emberd.core.generation import changes_cache, continued, recognise
 from emberd.core.streamed import StreamedReply
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
 from emberd.services.messages import ClientGone, end_to_end, engine_request
-from emberd.services.places import Hold
+from emberd.services.places import Patience
 from emberd.services.turns import Ended
 
 if TYPE_CHECKING:
@@ -90,14 +90,14 @@ class Exchange:
             ClientSilent: the client stopped within its body.
             ReplyBrokenOff: the engine died; the client must see that something is missing.
         """
-        hold = Hold(self._hold_timeout_s)
+        patience = Patience(self._hold_timeout_s)
         is_work = self._gate.engine.is_work(scope["method"], scope["path"])
         uses_model = is_work or changes_cache(scope["method"], scope["path"])
         sends, had_place = 0, False
         try:
             while sends < _MOST_SENDS and (body.can_be_sent_again or self._stream is not None):
                 async with self._places.taken(
-                    hold, is_work=is_work, goes_first=had_place, uses_model=uses_model
+                    patience, is_work=is_work, goes_first=had_place, uses_model=uses_model
                 ) as port:
                     self._port, had_place = port, True
                     seen = len(self._stream.text) if self._stream else 0
@@ -114,16 +114,16 @@ class Exchange:
                     except _Cut:
                         has_grown = self._stream is not None and len(self._stream.text) > seen
                         sends = 0 if has_grown else sends + 1
-                        hold.renew()
+                        patience.renew()
                         self._log.warning("reply_cut", can_continue=True)
                     except EngineBrokeOff as error:
                         sends += 1
-                        hold.renew()  # what the engine took to compute is no time of waiting for one
+                        patience.renew()  # what the engine took to compute is no time of waiting for one
                         self._log.warning("request_failed", error=_cause(error), was_sent=sends)
                     self._gate.doubt(port)
-                if not hold.left_s:
+                if not patience.left_s:
                     break
-                await asyncio.sleep(min(_PAUSE_AFTER_REFUSAL_S, hold.left_s))
+                await asyncio.sleep(min(_PAUSE_AFTER_REFUSAL_S, patience.left_s))
         except NotReady as not_ready:
             await self._give_up(client, not_ready)
             return

@@ -166,7 +166,7 @@ class KeepWarm:
                 seen = await self._snapshot()
                 decision = self._decide(seen)
                 is_put_off = decision.reason in _PASSING or (
-                    decision.reason is Reason.NOT_DUE and seen.trigger is Trigger.LOSING
+                    decision.reason is Reason.NOT_DUE and seen.trigger is Trigger.EVICTING
                 )
                 self._note(decision, seen.budget_wait_s)
                 if decision.steps:
@@ -259,7 +259,7 @@ class KeepWarm:
         is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)
         done, found = await self._do(decision, seen.taken, is_warming=is_warming)
         now = self._observer.look()
-        is_for_loss = seen.trigger is Trigger.LOSING and not self._touching.is_on
+        is_for_loss = seen.trigger is Trigger.EVICTING and not self._touching.is_on
         found = replace(found, major_faults=losses.major_faults(now), was_for_loss=is_for_loss)
         is_complete = len(done) == len(decision.steps)
         # What failed although nobody came is tried again after the interval, not at once.

@@ -31,9 +31,9 @@ class Losses:
         swapped_bytes = memory.swapped_bytes or 0
         self._unused_swap_bytes = min(self._unused_swap_bytes, swapped_bytes)
         self._useless_swap_bytes = min(self._useless_swap_bytes, swapped_bytes)
-        is_losing = is_idle and warmth.is_losing(self._best, memory)
-        self._best = warmth.best_of(None if is_losing else self._best, memory) if is_idle else None
-        return is_losing
+        is_evicting = is_idle and warmth.is_evicting(self._best, memory)
+        self._best = warmth.best_of(None if is_evicting else self._best, memory) if is_idle else None
+        return is_evicting
 
     def taken(self, seen: Observation) -> Found:
         """Return what was taken from the engine since the last pass."""

@@ -20,7 +20,7 @@ _LONGEST_IN_LINE_S = 3600.0
 """An engine would let a request wait for its turn without end; the supervisor sees to it that the turns go on."""
 
 
-class Hold:
+class Patience:
     """How long a request still waits for an engine that is not ready.
 
     Args:
@@ -116,12 +116,12 @@ class Places:
 
     @asynccontextmanager
     async def taken(
-        self, hold: Hold, *, is_work: bool, goes_first: bool, uses_model: bool = True
+        self, patience: Patience, *, is_work: bool, goes_first: bool, uses_model: bool = True
     ) -> AsyncIterator[int]:
         """Wait for a ready engine and for a place; yields the engine's port, and leaves the place at the end.
 
         Args:
-            hold: how long to wait for an engine that is not ready.
+            patience: how long to wait for an engine that is not ready.
             is_work: the engine works on few such requests at a time.
             goes_first: it was cut, and others came later.
             uses_model: it is somebody who waits for the model, not a page that polls.
@@ -136,7 +136,7 @@ class Places:
         ticket = object()
         self._since[ticket] = time.monotonic()
         try:
-            port = await self._wait(hold, lines, goes_first=goes_first)
+            port = await self._wait(patience, lines, goes_first=goes_first)
         finally:
             del self._since[ticket]
         try:
@@ -144,9 +144,9 @@ class Places:
         finally:
             self._give_back(lines)
 
-    async def _wait(self, hold: Hold, lines: list[Line], *, goes_first: bool) -> int:
+    async def _wait(self, patience: Patience, lines: list[Line], *, goes_first: bool) -> int:
         while True:
-            port = await self._ready(hold, goes_first=goes_first)
+            port = await self._ready(patience, goes_first=goes_first)
             if all(line.is_free for line in lines):
                 for line in lines:
                     await line.enter()
@@ -154,7 +154,7 @@ class Places:
             if not goes_first:
                 self._refuse_a_crowd()
             await self._line_up(lines, goes_first=goes_first)
-            hold.renew()
+            patience.renew()
             # The engine may have gone, or be draining, since this request took its place in the queue.
             try:
                 return await self._gate.ensure_ready(0)
@@ -182,13 +182,13 @@ class Places:
         for line in lines:
             line.leave()
 
-    async def _ready(self, hold: Hold, *, goes_first: bool) -> int:
+    async def _ready(self, patience: Patience, *, goes_first: bool) -> int:
         try:
             return await self._gate.ensure_ready(0)
         except NotReady:
             if not goes_first:
                 self._refuse_a_crowd()
-        return await self._gate.ensure_ready(hold.left_s)
+        return await self._gate.ensure_ready(patience.left_s)
 
     def _refuse_a_crowd(self) -> None:
         """Refuse a request that would have to wait behind too many others."""

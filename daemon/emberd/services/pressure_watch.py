@@ -77,7 +77,7 @@ class PressureWatch:
         self._recalling: asyncio.Task[None] | None = None
         self._seen: Observation | None = None
         self.losses = Losses()
-        self.guard = thrash.Guard()
+        self.guard = thrash.ThrashGuard()
         self.last_critical_s: float | None = None
         self.wake: Callable[[Trigger], None] = lambda _: None
         """Told when keep-warm is to look at once."""
@@ -174,8 +174,8 @@ class PressureWatch:
             self._storm_s = seen.at_s
         if is_swapping(before, memory, seconds):
             self._swapping_s = seen.at_s
-        is_losing = self._watch_engine(seen)
-        if not warmth.is_calm(before, memory, self.guard, is_losing=is_losing):
+        is_evicting = self._watch_engine(seen)
+        if not warmth.is_calm(before, memory, self.guard, is_evicting=is_evicting):
             self._calm_since_s = seen.at_s
         self._recall_own_memory()
         is_locked = self._gate.lock_state is LockState.HELD
@@ -184,11 +184,11 @@ class PressureWatch:
                 seen.at_s,
                 memory.swapped_out_bytes,
                 memory.pressure,
-                is_losing=is_losing and not is_locked,
+                is_evicting=is_evicting and not is_locked,
                 has_let_go=self._has_let_go(),
             )
         )
-        if self.guard.hold is thrash.Hold.ALL and memory.pressure is not Pressure.CRITICAL:
+        if self.guard.hold is thrash.HoldLevel.ALL and memory.pressure is not Pressure.CRITICAL:
             self._use.letting_go.clear()
         else:
             self._use.letting_go.set()  # a pass that is under way would bring back gigabytes yet
@@ -240,15 +240,15 @@ class PressureWatch:
                 bytes_per_s_after=now.rate_after and round(now.rate_after),
             )
         if now.hold is not was.hold:
-            self.wake(Trigger.RELIEVED if now.hold is thrash.Hold.ALL else Trigger.TIMER)
+            self.wake(Trigger.RELIEVED if now.hold is thrash.HoldLevel.ALL else Trigger.TIMER)
 
     def _has_let_go(self) -> bool:
         """Return True if what the guard has let go is gone, and no request of a user's uses it all the same."""
         is_locked = self._gate.lock_state in {LockState.HELD, LockState.PARTIAL}
         match self.guard.hold:
-            case thrash.Hold.NOTHING if is_locked or self._gate.port is None:
+            case thrash.HoldLevel.NOTHING if is_locked or self._gate.port is None:
                 return False
-            case thrash.Hold.NO_OUTSIDE_LOCK if self._weights.is_locked_outside:
+            case thrash.HoldLevel.NO_OUTSIDE_LOCK if self._weights.is_locked_outside:
                 return False
         return not self._use.requests
 
@@ -261,10 +261,10 @@ class PressureWatch:
     def _watch_engine(self, seen: Observation) -> bool:
         """Have a look taken at once when memory of the idle engine is taken, which is returned."""
         self._notice_engine()
-        is_losing = self.losses.watch(seen, is_idle=self._use.is_idle)
-        if is_losing:
-            self.wake(Trigger.LOSING)
-        return is_losing
+        is_evicting = self.losses.watch(seen, is_idle=self._use.is_idle)
+        if is_evicting:
+            self.wake(Trigger.EVICTING)
+        return is_evicting
 
 
 def clock_gap_s() -> float:
