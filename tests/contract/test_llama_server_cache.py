@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from contract.targets import NO_REUSE
+from emberd.core.generation import recognise
 from emberd.core.load_facts import LoadFacts
+from emberd.core.replay import make_replays
 from emberd.core.reuse import MOST_PROCESSED_TOKENS
+from emberd.core.streamed import StreamedReply
+from emberd.core.turn import UNTOLD, messages_of
 from emberd.engine import llama_log
 from emberd.engine.http import EngineHttp
 from emberd.engine.llama_server import ExternalServer
+from emberd.services.turns import Ended
 from engine_process import EngineProcess, free_port
 from llama_server_standin import REAL_VARIABLE, real_program, write_program
 from synthetic_gguf import write_gguf
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from emberd.core.turn import PromptCounts
+    from emberd.core.turn import PromptCounts, Turn
 
 START_S = 90.0
 CELLS = 1024
@@ -122,6 +128,65 @@ def test_openai_s_replies_tell_it_too(server: Server, path: str, is_streamed: bo
     assert found[0].reused == 0
     assert found[1].processed <= MOST_PROCESSED_TOKENS
     assert found[1].reused > 300
+
+
+TOOL = {"name": "read", "description": "Read a file", "parameters": {"type": "object", "properties": {}}}
+ASKED: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": STORY}], "max_tokens": 60},
+    "/v1/messages": {"messages": [{"role": "user", "content": STORY}], "system": "lo mi", "max_tokens": 60},
+    "/v1/responses": {"input": STORY, "instructions": "lo mi", "max_output_tokens": 60},
+}
+WITH_TOOLS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"tools": [{"type": "function", "function": TOOL}]},
+    "/v1/messages": {"tools": [{"name": "read", "input_schema": TOOL["parameters"]}]},
+    "/v1/responses": {"tools": [{"type": "function", **TOOL}]},
+}
+
+
+@pytest.mark.parametrize("path", ASKED)
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("has_tools", [False, True])
+def test_every_api_s_next_turn_finds_what_replays_have_kept(
+    server: Server, path: str, *, is_streamed: bool, has_tools: bool
+):
+    body = {
+        **ASKED[path],
+        **(WITH_TOOLS[path] if has_tools else {}),
+        "temperature": 0,
+        "stream": is_streamed,
+        "ignore_eos": True,
+    }
+    turn = say(server, path, body)
+    assert turn.said, "what a client sends back is read from the reply"
+    assert turn.counts.reused is not None
+    assert (turn.counts.prompt or 0) > 300
+    for number in range(3):
+        (replay,) = make_replays(turn, "llama-server", continues_turn=True)
+        answer = server.client.post(replay.path, json=replay.body)
+        assert answer.status_code == 200, answer.text
+        counts = ADAPTER.counts_in_reply(answer.json())
+        assert (counts.processed or 0) <= (MOST_PROCESSED_TOKENS if number == 0 else 4)
+    place = "input" if path.endswith("responses") else "messages"
+    history = [*messages_of(body), *turn.said, {"role": "user", "content": "ba ke lo"}]
+    following = say(server, path, {**body, place: history})
+    assert (following.counts.reused or 0) >= (turn.counts.prompt or 0)
+    assert 0 < (following.counts.processed or 0) < 50, "the reply of 60 tokens is in the cache, too"
+
+
+def say(server: Server, path: str, body: dict[str, Any]) -> Turn:
+    """Ask as a client does; return the turn as emberd remembers it."""
+    asked = recognise("POST", path, json.dumps(body).encode())
+    assert asked is not None
+    answer = server.client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    stream = StreamedReply(asked, 1 << 20) if asked.is_streamed else None
+    if stream is not None:
+        assert stream.take(answer.content) == answer.content
+        stream.read()
+        assert stream.is_finished
+    turn = Ended(asked, stream, answer.content, ADAPTER, UNTOLD).turn()
+    assert turn is not None
+    return turn
 
 
 def test_four_slots_share_the_cells_unless_told_and_the_log_says_so(server: Server):

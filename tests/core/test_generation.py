@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberd.core.generation import Dialect, Generation, changes_cache, continued, dialect_of, is_ollama, recognise
-from emberd.core.streamed import StreamedReply, reply_text
+from emberd.core.reply import text_of
+from emberd.core.streamed import StreamedReply
 
 MANY = 1 << 20
 
@@ -228,7 +229,7 @@ def test_text_and_end_are_read_in_each_dialect(dialect: Dialect, events: list[by
     ],
 )
 def test_the_text_of_a_whole_reply_is_found(dialect: Dialect, whole: Any, text: str | None):
-    assert reply_text(dialect, whole) == text
+    assert text_of(dialect, whole) == text
 
 
 def test_thoughts_and_calls_of_tools_are_not_continued():

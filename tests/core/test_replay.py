@@ -11,7 +11,7 @@ from emberd.core.replay import (
     Replay,
     fits,
     is_replayable,
-    make_replay,
+    make_replays,
     shortened,
     tiny,
 )
@@ -19,7 +19,9 @@ from emberd.core.turn import Turn, prompt_text
 
 
 def replay_of(path: str, body: dict[str, Any], reply: str = " there", engine: str = "koboldcpp") -> Replay | None:
-    return make_replay(Turn(path, body, reply), engine, continues_turn=True)
+    made = make_replays(Turn(path, body, reply), engine, continues_turn=True)
+    assert len(made) < 2
+    return made[0] if made else None
 
 
 @pytest.mark.parametrize("path", ["/api/v1/generate", "/api/latest/generate/", "/api/extra/generate/stream"])
@@ -70,8 +72,9 @@ def test_chat_leaves_the_assistants_turn_open():
 )
 def test_a_shortened_turn_is_the_beginning_of_the_whole_one(reply: str, tail: str):
     turn = Turn("/v1/completions", {"prompt": "Once"}, reply)
-    made = [make_replay(each, "koboldcpp", continues_turn=True) for each in (turn, shortened(turn))]
-    whole, short = (each.body["prompt"] for each in made if each is not None)
+    made = make_replays(turn, "koboldcpp", continues_turn=True, is_thorough=True)
+    short, whole = made[0].body["prompt"], made[-1].body["prompt"]
+    assert shortened(turn).reply == short.removeprefix("Once")
     assert whole.startswith(short)
     assert whole.removeprefix(short) == tail
     assert short.startswith("Once"), "the user's own words stay whole"
@@ -87,8 +90,7 @@ def test_a_turn_that_continued_the_assistants_words_is_replayed_with_all_of_them
 def test_an_engine_that_cannot_continue_gets_the_chat_unchanged():
     user = {"role": "user", "content": "Hello"}
     turn = Turn("/v1/chat/completions", {"messages": [user]}, "there")
-    made = make_replay(turn, "koboldcpp", continues_turn=False)
-    assert made is not None
+    (made,) = make_replays(turn, "koboldcpp", continues_turn=False)
     assert made.body == {"messages": [user], "max_tokens": 1, "genkey": GENKEY}
 
 
@@ -100,7 +102,11 @@ def test_llama_cpps_server_is_asked_in_its_own_words():
     made = replay_of("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, engine="embedded")
     assert made is not None
     assert "continue_assistant_turn" not in made.body
-    assert made.body["messages"][-1] == {"role": "assistant", "content": " there"}
+    assert made.body["messages"] == [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": " there"},
+        {"role": "user", "content": "."},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -203,5 +209,82 @@ def test_a_prompt_is_counted_with_its_memory_and_all_messages():
 
 def test_neither_prompt_nor_reply_is_in_a_repr():
     turn = Turn("/api/v1/generate", {"prompt": "secret prompt"}, "secret reply")
-    made = make_replay(turn, "koboldcpp", continues_turn=True)
+    made = make_replays(turn, "koboldcpp", continues_turn=True)
+    assert made
     assert "secret" not in repr(turn) + repr(made) + f"{turn} {made}"
+
+
+# --- the next turn, as llama.cpp's server is asked for it ---------------------------------------------------------
+
+USER = {"role": "user", "content": "Read a.txt"}
+TOOLS = [{"type": "function", "function": {"name": "read", "parameters": {}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "read", "arguments": "{}"}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+USE = {"type": "tool_use", "id": "u1", "name": "read", "input": {}}
+FUNCTION_CALL = {"type": "function_call", "call_id": "f1", "name": "read", "arguments": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said", "place", "added"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": [USER], "tools": TOOLS, "max_completion_tokens": 90, "stream": True, "n": 1},
+            (CALLING,),
+            "messages",
+            [CALLING, {"role": "tool", "tool_call_id": "c1", "content": "."}],
+        ),
+        (
+            "/v1/messages",
+            {"system": "s", "messages": [USER], "max_tokens": 90, "stream": True},
+            ({"role": "assistant", "content": [USE]},),
+            "messages",
+            [
+                {"role": "assistant", "content": [USE]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "u1", "content": "."}]},
+            ],
+        ),
+        (
+            "/v1/responses",
+            {"instructions": "i", "input": "Read a.txt", "max_output_tokens": 90, "stream": True},
+            (FUNCTION_CALL,),
+            "input",
+            [FUNCTION_CALL, {"type": "function_call_output", "call_id": "f1", "output": "."}],
+        ),
+    ],
+)
+def test_calls_of_tools_are_answered_in_the_smallest_way(
+    path: str, body: dict[str, Any], said: tuple[Any, ...], place: str, added: list[Any]
+):
+    (made,) = make_replays(Turn(path, body, "", said=said), "llama-server", continues_turn=True)
+    assert made.path == path
+    assert made.body[place] == [USER, *added]
+    assert [value for name, value in made.body.items() if "tokens" in name] == [1]
+    assert not {"stream", "n"} & made.body.keys()
+    kept = {name: value for name, value in body.items() if name in {"tools", "system", "instructions"}}
+    assert kept.items() <= made.body.items()
+    assert make_replays(Turn(path, body, "", said=said), "koboldcpp", continues_turn=True) == []
+
+
+def test_a_thorough_replay_processes_several_tokens_and_ends_as_the_other():
+    turn = Turn("/v1/chat/completions", {"messages": [USER]}, " there")
+    first, second = make_replays(turn, "embedded", continues_turn=True, is_thorough=True)
+    assert [second] == make_replays(turn, "embedded", continues_turn=True)
+    assert len(first.body["messages"][-1]["content"].split()) > 5
+
+
+def test_a_reply_that_went_on_with_the_assistants_words_is_sent_back_with_them():
+    messages = [USER, {"role": "assistant", "content": "Once"}]
+    (made,) = make_replays(
+        Turn("/v1/chat/completions", {"messages": messages}, " upon"), "embedded", continues_turn=True
+    )
+    assert made.body["messages"][1] == {"role": "assistant", "content": "Once upon"}
+
+
+def test_a_reply_that_cannot_be_read_leaves_the_clients_own_request():
+    (made,) = make_replays(Turn("/v1/responses", {"input": "Hello"}, "Hi"), "llama-server", continues_turn=True)
+    assert made.body == {
+        "input": [{"role": "user", "content": "Hello"}],
+        "max_output_tokens": 1,
+        "cache_prompt": True,
+    }

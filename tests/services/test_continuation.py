@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
+import os
 import re
 import signal
 import sys
@@ -12,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+
+from llama_server_standin import write_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +29,11 @@ LENGTH = 24
 PROMPT = "ba ke li mo"
 PATHS = ["/api/extra/generate/stream", "/v1/completions", "/v1/chat/completions"]
 LIMIT_S = 60
+MANY = 4000
+"""More tokens than are generated before the engine is killed."""
+needs_xllamacpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="the embedded engine's wheel is not installed"
+)
 
 
 def body_of(path: str, **more: Any) -> dict[str, Any]:
@@ -148,6 +158,37 @@ def lines_until_cut(daemon: Daemon, path: str, **more: Any) -> list[str]:
         with pytest.raises(httpx.RemoteProtocolError):
             lines.extend(line for line in arriving if line)
     return lines
+
+
+@needs_xllamacpp
+@pytest.mark.parametrize(
+    ("path", "asked", "named", "kind"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": MANY}, "error", "error"),
+        ("/v1/responses", {"input": PROMPT, "max_output_tokens": MANY}, "response.failed", "response.failed"),
+    ],
+)
+def test_a_cut_reply_of_other_apis_ends_in_their_own_words(
+    make_daemon: MakeDaemon, tmp_path: Path, path: str, asked: dict[str, Any], named: str, kind: str
+):
+    program = write_program(tmp_path)
+    daemon = make_daemon({"engine.kind": "llama-server", "engine.path": str(program), "warmth.mode": "off"})
+    daemon.start()
+    engine = daemon.wait_ready()["engine"]["pid"]
+    body = {**asked, "stream": True, "ignore_eos": True}
+    lines: list[str] = []
+    with httpx.stream("POST", daemon.url + path, json=body, timeout=LIMIT_S, trust_env=False) as answer:
+        arriving = answer.iter_lines()
+        lines.extend(itertools.islice((line for line in arriving if line), 20))
+        os.kill(engine, signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError):
+            lines.extend(line for line in arriving if line)
+    assert lines[-2] == f"event: {named}"
+    said = json.loads(lines[-1].removeprefix("data: "))
+    assert said["type"] == kind
+    error = said.get("response", said)["error"]
+    assert "cannot be continued" in error["message"]
+    assert daemon.wait_ready(other_than=engine)
 
 
 def test_an_old_engine_cannot_continue_a_chat_and_the_client_is_told(make_daemon: MakeDaemon, tmp_path: Any):

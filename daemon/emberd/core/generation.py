@@ -23,6 +23,10 @@ class Dialect(Enum):
     """OpenAI's chat completions."""
     LLAMA = "llama"
     """llama.cpp's server: `prompt`, `n_predict`, `content`."""
+    MESSAGES = "messages"
+    """Anthropic's Messages: `messages` beside `system`, blocks of content, named events."""
+    RESPONSES = "responses"
+    """OpenAI's Responses: `input` beside `instructions`, items of output, named events."""
     OLLAMA = "ollama"
     """Ollama's: known by its paths, not taken apart."""
 
@@ -32,6 +36,8 @@ _ENDINGS: tuple[tuple[str, Dialect], ...] = (
     ("/api/latest/generate", Dialect.KOBOLD),
     ("/api/extra/generate/stream", Dialect.KOBOLD),
     ("/chat/completions", Dialect.CHAT),
+    ("/v1/messages", Dialect.MESSAGES),
+    ("/v1/responses", Dialect.RESPONSES),
     ("/v1/completions", Dialect.COMPLETIONS),
     ("/v1/completion", Dialect.COMPLETIONS),
     ("/completion", Dialect.LLAMA),
@@ -41,8 +47,6 @@ _ENDINGS: tuple[tuple[str, Dialect], ...] = (
 )
 """KoboldCPP matches paths by their ends (its docs; tested with 1.76 and 1.104); the first that fits counts."""
 _OTHER_GENERATIONS = (
-    "/v1/responses",
-    "/v1/messages",
     "/infill",
     "/noscript",
     "/request",
@@ -55,6 +59,8 @@ _BUDGETS = {
     Dialect.KOBOLD: ("max_length",),
     Dialect.COMPLETIONS: ("max_tokens", "n_predict"),
     Dialect.CHAT: ("max_completion_tokens", "max_tokens", "n_predict"),
+    Dialect.MESSAGES: ("max_tokens",),
+    Dialect.RESPONSES: ("max_output_tokens",),
     Dialect.LLAMA: ("n_predict", "max_tokens"),
 }
 _SEVERAL = ("n", "best_of", "n_cmpl")
@@ -97,8 +103,7 @@ class Generation:
     @property
     def budget_tokens(self) -> int | None:
         """Greatest length of the reply, None if the engine's default counts."""
-        value = self.body.get(self.budget_name)
-        return value if _is_count(value) else None
+        return as_count(self.body.get(self.budget_name))
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -120,8 +125,7 @@ class Generation:
     @property
     def is_several(self) -> bool:
         """Whether several replies are asked for at once."""
-        values = [self.body.get(name) for name in _SEVERAL]
-        return any(isinstance(value, int) and value > 1 for value in values)
+        return any((as_count(self.body.get(name)) or 1) > 1 for name in _SEVERAL)
 
     def obstacle(self) -> str:
         """Return why a cut reply cannot be continued honestly, empty if it can."""
@@ -133,6 +137,8 @@ class Generation:
         wanted = self.body.get("response_format")
         if isinstance(wanted, dict) and wanted.get("type") not in {None, "text"}:
             return "a grammar"
+        if self.dialect in {Dialect.MESSAGES, Dialect.RESPONSES}:
+            return "events of this API"
         if self.dialect is Dialect.CHAT:
             return "" if _are_messages(self.body.get("messages")) else "messages that are not text"
         return "" if isinstance(self.body.get("prompt"), str) else "a prompt that is not one text"
@@ -179,8 +185,13 @@ def is_ollama(path: str) -> bool:
     return path.rstrip("/") in _OLLAMA_PATHS
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def as_count(value: Any) -> int | None:
+    """Return a number of tokens, also where a client writes `64.0` or `"64"`; None for all else, zero included."""
+    try:
+        count = None if isinstance(value, bool) else int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return count if count and count > 0 else None
 
 
 def _are_messages(value: Any) -> bool:
@@ -211,6 +222,6 @@ def continued(generation: Generation, text: str, used_tokens: int) -> dict[str, 
         body["prompt"] += text
     # All of them: some clients send two, and which one counts is the engine's choice.
     for name in _BUDGETS[generation.dialect]:
-        if _is_count(body.get(name)):
-            body[name] = max(body[name] - used_tokens, 1)
+        if asked := as_count(body.get(name)):
+            body[name] = max(asked - used_tokens, 1)
     return body

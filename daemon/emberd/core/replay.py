@@ -1,5 +1,9 @@
 """The cheapest request that leaves the same KV cache: the last request and its reply, with one token. Pure.
 
+A chat is sent to llama.cpp's server as its client will send it next, with the smallest possible next message: the
+template writes the history as it will be written then, whatever it does with thoughts, calls of tools or an
+assistant's open turn (build 11434: 1 token processed by each replay, and by the next turn its own words only).
+
 The cache keeps the common prefix of what it holds and of what it is asked, and drops the rest. So the prompt alone
 would cost the reply (63 tokens in place of 3 for the next turn, KoboldCPP 1.104), and no generation (`max_length`
 0) cuts the cache without using it. Sampling does not matter: with one token, whatever it is, the next turn's prompt
@@ -11,7 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from emberd.core.generation import Dialect, as_count, dialect_of
+from emberd.core.turn import messages_of
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from emberd.core.turn import Turn
 
 
@@ -64,26 +73,87 @@ _TAIL_BYTES = 12
 than one does; ten take longer: 0.38 s, and one 0.22, on a CPU (KoboldCPP, 2 GiB, two cores)."""
 _MESSAGE_TOKENS = 32
 """What a template puts around a message, and some to spare."""
+_NEXT_WORDS, _MORE_NEXT_WORDS = ".", "And one word more, if you please."
+"""The smallest next message, and one that takes several tokens to process."""
+_BUDGET_NAMES = {Dialect.CHAT: "max_tokens", Dialect.MESSAGES: "max_tokens", Dialect.RESPONSES: "max_output_tokens"}
+_TELLING = frozenset({"stream", "stream_options", "logprobs", "top_logprobs", "n_probs", "n", "best_of", "n_cmpl"})
+"""Fields that change how a reply is told, and how many there are."""
 GENKEY = "emberd-replay"
 """The replay's own key, so that it can be aborted without touching a user's generation (never an empty one)."""
 
 
-def make_replay(turn: Turn, engine: str, *, continues_turn: bool) -> Replay | None:
-    """Return the request that keeps the cache of a turn, None if there is none that surely does.
+def make_replays(turn: Turn, engine: str, *, continues_turn: bool, is_thorough: bool = False) -> list[Replay]:
+    """Return the requests that keep the cache of a turn, in order; none if there is none that surely does.
 
     Args:
         turn: the last turn of a user.
         engine: the adapter's name: koboldcpp, llama-server or embedded.
         continues_turn: the engine leaves the assistant's last message open: KoboldCPP from 1.104 on with
-            `continue_assistant_turn`, llama.cpp's server by itself.
+            `continue_assistant_turn`.
+        is_thorough: one more before, so that several tokens are processed: they use other parts of the buffers.
     """
-    body, path = turn.body, turn.path.rstrip("/")
-    if any(body.get(name) for name in _UNLIKE):
-        return None
-    kept = {name: value for name, value in body.items() if name not in _SAMPLING}
+    dialect, path = dialect_of(turn.path), turn.path.rstrip("/")
+    if dialect in _BUDGET_NAMES and engine != "koboldcpp":
+        words = (_MORE_NEXT_WORDS, _NEXT_WORDS) if is_thorough else (_NEXT_WORDS,)
+        return [_next_turn(turn, dialect, each) for each in words] if messages_of(turn.body) else []
+    if any(turn.body.get(name) for name in _UNLIKE):
+        return []
+    turns = [shortened(turn), turn] if is_thorough and turn.reply else [turn]
+    kept = {name: value for name, value in turn.body.items() if name not in _SAMPLING}
     if path.endswith(_CHAT):
-        return _chat(kept, turn.reply, engine, continues_turn=continues_turn)
-    return _text(path, kept, turn.reply, engine) if isinstance(kept.get("prompt"), str) else None
+        made = [_chat(dict(kept), each.reply, continues_turn=continues_turn) for each in turns]
+    elif isinstance(kept.get("prompt"), str):
+        made = [_text(path, dict(kept), each.reply, engine) for each in turns]
+    else:
+        return []
+    return [each for each in made if each is not None]
+
+
+def _next_turn(turn: Turn, dialect: Dialect, words: str) -> Replay:
+    """Return what the client will send next, with a budget of one token: request, reply, and the next words.
+
+    Without a reply that could be read it is the client's own request: the cache then lacks the reply's tokens.
+    """
+    body = {name: value for name, value in turn.body.items() if name not in _TELLING}
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"):
+        body.pop(name, None)
+    history, said = messages_of(turn.body), turn.said
+    if turn.reply and not said and dialect is not Dialect.RESPONSES:
+        said = ({"role": "assistant", "content": turn.reply},)
+    if said:
+        history = [*_with_reply(history, said), *_next_messages(said, words)]
+    place = "input" if dialect is Dialect.RESPONSES else "messages"
+    return Replay(turn.path, {**body, place: history, _BUDGET_NAMES[dialect]: 1, "cache_prompt": True})
+
+
+def _with_reply(history: list[Any], said: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Append a reply; where the history ends with the assistant's words, the reply goes on with them."""
+    last, reply = history[-1], said[0]
+    if isinstance(last, dict) and last.get("role") == "assistant":
+        if isinstance(last.get("content"), str) and isinstance(reply.get("content"), str):
+            return [*history[:-1], {**reply, "content": last["content"] + reply["content"]}, *said[1:]]
+        return history[:-1]  # blocks that cannot be joined: what comes before them is kept
+    return [*history, *said]
+
+
+def _next_messages(said: Sequence[Mapping[str, Any]], words: str) -> list[dict[str, Any]]:
+    """Return the smallest next message: answers to the calls of tools where there are any, for templates insist."""
+    answers: list[dict[str, Any]] = []
+    for each in said:
+        if each.get("type") == "function_call":
+            answers.append({"type": "function_call_output", "call_id": each.get("call_id"), "output": words})
+        answers += [
+            {"role": "tool", "tool_call_id": call.get("id"), "content": words}
+            for call in each.get("tool_calls") or ()
+        ]
+        blocks = each.get("content")
+        results = [
+            {"type": "tool_result", "tool_use_id": block.get("id"), "content": words}
+            for block in (blocks if isinstance(blocks, list) else ())
+            if isinstance(block, dict) and block.get("type") == "tool_use"
+        ]
+        answers += [{"role": "user", "content": results}] if results else []
+    return answers or [{"role": "user", "content": words}]
 
 
 def is_replayable(turn: Turn, engine: str, *, keeps_state: bool) -> bool:
@@ -100,7 +170,7 @@ def is_replayable(turn: Turn, engine: str, *, keeps_state: bool) -> bool:
     """
     if keeps_state and engine == "koboldcpp":
         return False
-    return make_replay(turn, engine, continues_turn=True) is not None
+    return bool(make_replays(turn, engine, continues_turn=True))
 
 
 def fits(turn: Turn, prompt_tokens: int, context_tokens: int, default_tokens: int, *, keeps_a_fifth: bool) -> bool:
@@ -117,24 +187,16 @@ def fits(turn: Turn, prompt_tokens: int, context_tokens: int, default_tokens: in
         default_tokens: greatest reply where none is asked for (`--defaultgenamt`; at most half of the context).
         keeps_a_fifth: of the context is never given to the reply (koboldcpp.py: min_remain_hardlimit; 1.104).
     """
-    own_limit = _as_count(turn.body.get("max_context_length"))
+    own_limit = as_count(turn.body.get("max_context_length"))
     limit_tokens = min(own_limit, context_tokens) if own_limit else context_tokens
     names = ("max_length",) if turn.path.rstrip("/").endswith(_KOBOLD) else ("max_tokens", "max_completion_tokens")
     asked = next((turn.body[name] for name in names if turn.body.get(name) is not None), None)
-    wanted_tokens = _as_count(asked) or min(default_tokens, context_tokens // 2)
+    wanted_tokens = as_count(asked) or min(default_tokens, context_tokens // 2)
     if keeps_a_fifth:
         wanted_tokens = min(wanted_tokens, limit_tokens - limit_tokens // 5)
     messages = turn.body.get("messages")
     added_tokens = _MESSAGE_TOKENS * (1 + (len(messages) if isinstance(messages, list) else 0))
     return prompt_tokens + added_tokens + wanted_tokens <= limit_tokens
-
-
-def _as_count(value: Any) -> int:
-    """Read a number as KoboldCPP does, 0 if it is none."""
-    try:
-        return max(int(value), 0)
-    except (TypeError, ValueError, OverflowError):
-        return 0
 
 
 def shortened(turn: Turn) -> Turn:
@@ -161,7 +223,7 @@ def _text(path: str, kept: dict[str, Any], reply: str, engine: str) -> Replay | 
     return None
 
 
-def _chat(kept: dict[str, Any], reply: str, engine: str, *, continues_turn: bool) -> Replay | None:
+def _chat(kept: dict[str, Any], reply: str, *, continues_turn: bool) -> Replay | None:
     messages = kept.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         return None
@@ -173,9 +235,8 @@ def _chat(kept: dict[str, Any], reply: str, engine: str, *, continues_turn: bool
             messages = [*messages[:-1], {**last, "content": last["content"] + reply}]
         else:
             messages = [*messages, {"role": "assistant", "content": reply}]
-        if engine == "koboldcpp":
-            kept["continue_assistant_turn"] = True
-    return Replay("/v1/chat/completions", {**kept, "messages": messages, "max_tokens": 1, **_of_engine(engine)})
+        kept["continue_assistant_turn"] = True
+    return Replay("/v1/chat/completions", {**kept, "messages": messages, "max_tokens": 1, "genkey": GENKEY})
 
 
 def _of_engine(engine: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.generation import Dialect
+from emberd.core.reply import StreamedParts, counts_of, said
 
 if TYPE_CHECKING:
     from emberd.core.generation import Generation
@@ -20,8 +21,6 @@ _UNREAD_BYTES = 64 * 1024
 _LONGEST_EVENT_BYTES = 1024 * 1024
 """Longer than any event of text; what goes on without an end is no stream of events."""
 _DONE = "[DONE]"
-COUNTS = ("timings", "usage", "tokens_evaluated")
-"""Fields of a reply that hold counts of tokens, and nothing private (llama.cpp, tools/server/README.md)."""
 
 
 @dataclass(slots=True)
@@ -37,6 +36,7 @@ class StreamedReply:
         obstacle: why it could not be continued, empty if it can.
         is_over: it ended at a stop sequence that the engine did not see; what comes behind is nobody's.
         told: what the engine said last of its tokens, in its own words.
+        parts: what it holds besides text.
     """
 
     generation: Generation = field(repr=False)
@@ -47,6 +47,7 @@ class StreamedReply:
     obstacle: str = ""
     is_over: bool = False
     told: dict[str, Any] = field(default_factory=dict)
+    parts: StreamedParts = field(default_factory=StreamedParts, repr=False)
     _envelope: dict[str, Any] = field(default_factory=dict, repr=False)
     _unread: list[bytes] = field(default_factory=list, repr=False)
     _unread_bytes: int = 0
@@ -111,11 +112,15 @@ class StreamedReply:
     def end_by_error(self, message: str) -> bytes:
         """Return the event that says why the reply ends here."""
         error = {"message": message, "type": "engine_died", "code": "engine_died"}
-        content: dict[str, Any] = {"error": error}
-        if self.generation.dialect is Dialect.KOBOLD:
-            content = {"token": "", "finish_reason": "error", **content}
-            return b"event: error\n" + _event(content)
-        return _event(content)
+        dialect = self.generation.dialect
+        if dialect is Dialect.KOBOLD:
+            return b"event: error\n" + _event({"token": "", "finish_reason": "error", "error": error})
+        if dialect is Dialect.MESSAGES:
+            return b"event: error\n" + _event({"type": "error", "error": {**error, "type": "api_error"}})
+        if dialect is Dialect.RESPONSES:
+            failed = {**self._envelope, "status": "failed", "error": error}
+            return b"event: response.failed\n" + _event({"type": "response.failed", "response": failed})
+        return _event({"error": error})
 
     def _ending(self, reason: str) -> bytes:
         dialect = self.generation.dialect
@@ -141,17 +146,19 @@ class StreamedReply:
         if not isinstance(content, dict):
             self.obstacle = self.obstacle or "an event that is not understood"
             return None
-        text, is_last, obstacle = _said(self.generation.dialect, content)
-        self.obstacle = self.obstacle or obstacle
-        self.is_finished = self.is_finished or (is_last and not self.generation.is_several)
+        event = said(self.generation.dialect, content)
+        self.parts.take(self.generation.dialect, content)
+        self.obstacle = self.obstacle or event.obstacle
+        self.is_finished = self.is_finished or (event.is_last and not self.generation.is_several)
         if not self._envelope:
             names = ("id", "object", "created", "model", "system_fingerprint")
-            self._envelope = {name: content[name] for name in names if name in content}
-        if counts := {name: content[name] for name in COUNTS if name in content}:
-            self.told = counts
-        if text:
+            response = content.get("response")
+            source = response if isinstance(response, dict) else content
+            self._envelope = {name: source[name] for name in names if name in source}
+        self.told = counts_of(content, self.told)
+        if event.text:
             self.events += 1
-            self.text += text
+            self.text += event.text
             if len(self.text) > self.most_bytes:
                 self.obstacle = self.obstacle or "its length"
         return content
@@ -202,44 +209,6 @@ class StreamedReply:
             if isinstance(usage.get("prompt_tokens"), int):
                 usage["prompt_tokens"] = max(usage["prompt_tokens"] - self._used_before, 0)
         return _event({**content, **self._envelope})
-
-
-def reply_text(dialect: Dialect, content: Any) -> str | None:
-    """Return the text of a reply that was not streamed, None if it is not there."""
-    try:
-        text: Any = {
-            Dialect.KOBOLD: lambda: content["results"][0]["text"],
-            Dialect.COMPLETIONS: lambda: content["choices"][0]["text"],
-            Dialect.CHAT: lambda: content["choices"][0]["message"]["content"],
-            Dialect.LLAMA: lambda: content["content"],
-        }[dialect]()
-    except (KeyError, IndexError, TypeError):
-        return None
-    return text if isinstance(text, str) else None
-
-
-def _said(dialect: Dialect, content: dict[str, Any]) -> tuple[str, bool, str]:
-    """Return an event's text, whether it is the last with text, and why it forbids a continuation."""
-    if dialect is Dialect.KOBOLD:
-        return _as_text(content.get("token")), bool(content.get("finish_reason")), ""
-    if dialect is Dialect.LLAMA:
-        # KoboldCPP answers /completions as OpenAI does: what its events say is not known then.
-        obstacle = "" if "content" in content else "an event that is not understood"
-        return _as_text(content.get("content")), content.get("stop") is True, obstacle
-    choices = content.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    is_last = bool(choice.get("finish_reason"))
-    if dialect is Dialect.COMPLETIONS:
-        return _as_text(choice.get("text")), is_last, ""
-    delta = choice.get("delta")
-    if not isinstance(delta, dict):
-        return "", is_last, ""
-    obstacle = "thoughts" if delta.get("reasoning_content") else "tools" if delta.get("tool_calls") else ""
-    return _as_text(delta.get("content")), is_last, obstacle
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def _begun_stop(text: str, stops: tuple[str, ...]) -> str:

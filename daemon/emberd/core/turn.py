@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _SIMILARITY = 0.1
-_BEFORE_THE_PROMPT = ("memory", "tools", "functions", "images", "chat_template_kwargs")
+_BEFORE_THE_PROMPT = ("memory", "system", "instructions", "tools", "functions", "images", "chat_template_kwargs")
 """Fields that stand before the prompt, or shape it from its beginning on."""
 
 
@@ -52,6 +52,8 @@ class Turn:
         path: the request's path, without a query.
         body: its JSON object.
         reply: the text that the client was sent.
+        said: the reply as its client will send it back: a chat's message with its calls of tools, content blocks of
+            Messages, items of Responses; empty where it is text alone, or not known.
         counts: what the engine told of it.
         was_cut: its generation did not come to its end: how much of the prompt the cache holds is not known.
     """
@@ -59,14 +61,15 @@ class Turn:
     path: str
     body: Mapping[str, Any] = field(repr=False)
     reply: str = field(repr=False)
+    said: tuple[Mapping[str, Any], ...] = field(default=(), repr=False, kw_only=True)
     counts: PromptCounts = UNTOLD
     was_cut: bool = False
 
     @property
     def kind(self) -> str:
-        """What turns have in common that an engine replays alike: their dialect."""
+        """What turns have in common that an engine replays alike: their dialect, and whether there are tools."""
         dialect = dialect_of(self.path)
-        return dialect.value if dialect else ""
+        return (dialect.value if dialect else "") + ("+tools" if self.body.get("tools") else "")
 
     def continues(self, before: Turn) -> bool:
         """Return True if its prompt surely begins with the whole prompt of another turn."""
@@ -75,17 +78,23 @@ class Turn:
             return False
         if isinstance(mine.get("prompt"), str) and isinstance(other.get("prompt"), str):
             return bool(mine["prompt"].startswith(other["prompt"]))
-        messages, earlier = mine.get("messages"), other.get("messages")
-        return bool(
-            isinstance(messages, list) and isinstance(earlier, list) and messages[: len(earlier)] == earlier
-        )
+        messages, earlier = messages_of(mine), messages_of(other)
+        return bool(earlier) and messages[: len(earlier)] == earlier
+
+
+def messages_of(body: Mapping[str, Any]) -> list[Any]:
+    """Return the messages of a chat, or the items of Responses' `input`, of which a text is one; else nothing."""
+    messages = body.get("messages", body.get("input"))
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    return messages if isinstance(messages, list) else []
 
 
 def prompt_text(turn: Turn) -> str:
     """Return the text of which a turn's prompt is made, without what a template adds."""
     body = turn.body
-    messages = body.get("messages")
-    if not isinstance(messages, list):
+    messages = messages_of(body)
+    if not messages:
         return f"{body.get('memory') or ''}{body.get('prompt') or ''}"
     contents = [each.get("content") for each in messages if isinstance(each, dict)]
     return "\n".join(each if isinstance(each, str) else json.dumps(each) for each in contents)
@@ -105,8 +114,7 @@ def _prompt_of(turn: Turn) -> str:
     prompt = turn.body.get("prompt")
     if isinstance(prompt, str):
         return prompt + turn.reply
-    messages = turn.body.get("messages")
-    return json.dumps(messages if messages is not None else prompt) + turn.reply
+    return json.dumps(messages_of(turn.body) or prompt) + turn.reply
 
 
 def _common_length(one: str, other: str) -> int:

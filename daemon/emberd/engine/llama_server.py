@@ -157,18 +157,32 @@ class LlamaServer:
         return (await self._http.post(port, request.path, request.body, timeout_s)).object_if_ok
 
     def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:
-        """Read `timings` (cache_n, prompt_n, predicted_n), else OpenAI's `usage` (tools/server/README.md)."""
+        """Read `timings` (cache_n, prompt_n, predicted_n), else the `usage` of OpenAI or Anthropic.
+
+        Anthropic's `input_tokens` are those that were not in the cache (its API reference), Responses' are all.
+        """
         said = Answer(_HTTP_OK, told)
+        if (found := _as_count(said.get("usage", "cache_read_input_tokens"))) is not None:
+            input_tokens, output_tokens = (
+                _as_count(said.get("usage", name)) for name in ("input_tokens", "output_tokens")
+            )
+            return PromptCounts(found, input_tokens, output_tokens)
         processed = _as_count(said.get("timings", "prompt_n"))
         reused = _as_count(said.get("timings", "cache_n"))
         generated = _as_count(said.get("timings", "predicted_n"))
         if generated is None:
             generated = _as_count(said.get("usage", "completion_tokens"))
+        if generated is None:
+            generated = _as_count(said.get("usage", "output_tokens"))
         whole = _as_count(said.get("usage", "prompt_tokens"))
+        if whole is None:
+            whole = _as_count(said.get("usage", "input_tokens"))
         if whole is None:
             whole = _as_count(said.get("tokens_evaluated"))
         if reused is None:
             reused = _as_count(said.get("usage", "prompt_tokens_details", "cached_tokens"))
+        if reused is None:
+            reused = _as_count(said.get("usage", "input_tokens_details", "cached_tokens"))
         if reused is None and whole is not None and processed is not None:
             reused = max(whole - processed, 0)
         if processed is None and whole is not None and reused is not None:

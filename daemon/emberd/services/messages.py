@@ -100,13 +100,15 @@ class Client:
     ) -> None:
         """Answer with an error in the client's dialect.
 
-        Clients of OpenAI find the message in `error.message`, KoboldCPP's in `detail.msg`, Ollama's in `error`.
+        Clients of OpenAI find the message in `error.message`, KoboldCPP's in `detail.msg`, Ollama's in `error`;
+        Anthropic's know an error by its `type` beside it.
         """
         error = {"type": kind, "code": kind, "state": state, "message": message}
         content: dict[str, Any] = (
             {"error": message}
             if is_ollama(self._path)
             else {
+                "type": "error",
                 "error": {key: value for key, value in error.items() if value is not None},
                 "detail": {"type": "service_unavailable", "msg": message},
             }

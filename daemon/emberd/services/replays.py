@@ -7,7 +7,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.replay import GENKEY, is_replayable, make_replay, shortened, tiny
+from emberd.core.replay import GENKEY, is_replayable, make_replays, tiny
 from emberd.core.reuse import Verdict
 from emberd.core.turn import UNTOLD
 from emberd.core.warmth import Cache
@@ -117,9 +117,8 @@ class Replays:
         while to_send:
             turn = to_send.pop(0)
             is_first = first_s is None
-            parts = [shortened(turn), turn] if is_thorough and turn.reply and is_first else [turn]
-            made = [make_replay(each, self._gate.engine.name, continues_turn=continues) for each in parts]
-            for request in (each for each in made if each is not None):
+            name = self._gate.engine.name
+            for request in make_replays(turn, name, continues_turn=continues, is_thorough=is_thorough and is_first):
                 sent = await self._send(request)
                 if sent is None:
                     return None

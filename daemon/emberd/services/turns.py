@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from emberd.core.reply import counts_of, sent_back, text_of
 from emberd.core.reuse import (
     CacheRoom,
     Conversation,
@@ -19,7 +20,6 @@ from emberd.core.reuse import (
     judge_replay,
     to_replay,
 )
-from emberd.core.streamed import COUNTS, reply_text
 from emberd.core.turn import UNTOLD, Turn, is_of_same_conversation
 from emberd.core.warmth import Cache
 
@@ -57,16 +57,17 @@ class Ended:
         generation, stream = self.generation, self.stream
         if generation is None:
             return None
+        dialect = generation.dialect
         if stream is not None:
             stream.read()
-            text, told = stream.text, stream.told
+            text, told, said = stream.text, stream.told, stream.parts.sent_back(dialect, stream.text)
         else:
             content = _object_of(self.whole)
-            text = reply_text(generation.dialect, content) or ""
-            told = {name: content[name] for name in COUNTS if name in content}
+            text, told = text_of(dialect, content) or "", counts_of(content, {})
+            said = sent_back(dialect, content)
         counts = self.engine.counts_in_reply(told)
         counts = self.in_log if counts == UNTOLD else counts
-        return Turn(generation.path, generation.body, text, counts, self.was_cut)
+        return Turn(generation.path, generation.body, text, counts, self.was_cut, said=said)
 
 
 class Turns:
@@ -301,7 +302,8 @@ class Turns:
 
 
 def _size_of(turn: Turn) -> int:
-    return len(json.dumps(turn.body)) + len(turn.reply.encode("utf-8", "surrogatepass"))
+    said = len(json.dumps(turn.said)) if turn.said else len(turn.reply.encode("utf-8", "surrogatepass"))
+    return len(json.dumps(turn.body)) + said
 
 
 def _object_of(whole: bytes) -> dict[str, Any]:
