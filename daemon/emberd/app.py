@@ -1,249 +1,218 @@
-"""The composition root: builds the adapters, wires the services, owns the signals and the shutdown."""
+"""Puts an emberd together: counts its start, and has it serve an engine or stand by until it can."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import signal
 import sys
-import termios
-import time
 from typing import TYPE_CHECKING, Any
 
 from emberd import __version__
 from emberd.core import lifecycle
-from emberd.core.access import AccessRules
 from emberd.core.errors import EmberdError, EngineFailed
 from emberd.core.lifecycle import State
+from emberd.core.managed import find_manager
+from emberd.core.start_limit import LIMIT, WINDOW_S
 from emberd.host import ThisHost, config_file
 from emberd.host.api_key import read_api_key
-from emberd.host.notify_socket import NotifySocket
+from emberd.host.instance import Instance
 from emberd.host.paths import prepare, state_paths
+from emberd.host.start_history import StartHistory
+from emberd.services.lean import import_lean
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Coroutine, Iterator
 
-    from structlog.typing import FilteringBoundLogger
-
-    from emberd.core.settings import Settings
-    from emberd.host.claims import Claims
+    from emberd.host.config_file import Loaded
     from emberd.host.paths import StatePaths
-    from emberd.host.starts import Starts
-    from emberd.services.accounts import Accounts
-    from emberd.services.endpoint import Endpoint
-    from emberd.services.keepwarm import KeepWarm
-    from emberd.services.knocks import Knocks
-    from emberd.services.notifier import Notifier
-    from emberd.services.observer import Observer
-    from emberd.services.proxy import Proxy
-    from emberd.services.residency_meter import ResidencyMeter
-    from emberd.services.sleep_blocker import SleepBlocker
-    from emberd.services.supervisor import Supervisor
-    from emberd.services.swap_meter import SwapMeter
-    from emberd.services.turns import Turns
+    from emberd.services.build import Services
+    from emberd.services.control import Verb
+    from emberd.services.daemon import Daemon, Ending
+    from emberd.services.settings_in_force import SettingsInForce
 
-_OWN_FILES = 64
-"""Open files besides connections: about 20 when idle."""
 _LAST_ANSWERS_S = 2.0
 """After the engine is gone, what is still open are refusals on their way out."""
 _BESIDES_S = 15.0
 """What a stop takes besides its drain and the engine's end: a kill, the last answers, the accounts."""
 
 
-def run(settings: Settings, config_path: Path, claims: Claims, starts: Starts) -> int:
-    """Run the daemon in the foreground until it is told to stop; returns the exit code.
+def run(option: str | None) -> int:
+    """Run emberd in the foreground until it is told to stop; returns the exit code.
 
     Args:
-        settings: the settings.
-        config_path: where they come from.
-        claims: takes the lock and the sockets; its maker lets go of them.
-        starts: hears how this run goes.
+        option: the settings file as it was named.
 
     Raises:
-        EmberdError: it cannot start; nothing but the claims was left behind.
+        EmberdError: it cannot start, and is not to stand by. Nothing was left behind.
+        OSError: another emberd was to follow, and its program is gone.
     """
-    key = read_api_key(settings, config_path)
+    instance = Instance()
+    try:
+        ending = _start(option, instance)
+        if ending.is_followed:
+            instance.replace_process(ending.successor)
+        return 0
+    finally:
+        instance.close()
+
+
+def _start(option: str | None, instance: Instance) -> Ending:
+    """Serve; under a service manager starts are counted, and a burst of failures ends in standing by."""
+    is_managed = find_manager(os.environ, os.getpid(), has_terminal=sys.stderr.isatty()) is not None
+    loaded = config_file.load_what_is_right(option)
+    history = _history(loaded) if is_managed else StartHistory()
+    wait_s = history.wait_s() if history.runs else None
+    error = EmberdError(
+        f"emberd ended {LIMIT} times within {WINDOW_S / 60:.0f} minutes of its start, without saying why",
+        "Look at its log and for crash reports; `emberd restart` tries at once.",
+    )
+    if wait_s is None:
+        history.begin()
+        try:
+            ending = _serve(loaded, instance, history.ready)
+        except Exception as caught:
+            if not is_managed or history.was_ready:
+                raise
+            error = caught if isinstance(caught, EmberdError) else _bug(caught)
+            history.failed(error.message)
+            wait_s = history.wait_s()
+            if wait_s is None:
+                raise
+        else:
+            history.ended()
+            return ending
+    return _stand_by(error, wait_s, loaded, option, instance, history)
+
+
+def _history(loaded: Loaded) -> StartHistory:
+    """Return what is known of earlier starts: nothing if the state directory is not known, or is the problem."""
+    paths = state_paths(loaded.settings)
+    try:
+        prepare(paths)
+    except EmberdError:
+        return StartHistory()
+    return StartHistory(paths.starts if loaded.tells_place else None, ThisHost().start_token(1))
+
+
+def _bug(caught: Exception) -> EmberdError:
+    # The type alone: a message may hold anything.
+    return EmberdError(f"emberd failed by a bug of its own ({type(caught).__name__})", "Its log has the traceback.")
+
+
+def _stand_by(
+    error: EmberdError, wait_s: float, loaded: Loaded, option: str | None, instance: Instance, history: StartHistory
+) -> Ending:
+    """Answer in emberd's place until it is stopped or is to be tried again."""
+    import_lean()
+    from emberd.services.daemon import Daemon, Why  # noqa: PLC0415  # imports structlog
+    from emberd.services.standby import Standby  # noqa: PLC0415  # rarely needed
+
+    async def stand_by() -> Ending:
+        async with Daemon(loaded.settings, loaded.path, instance, ThisHost()) as daemon:
+            return await Standby(daemon, error, wait_s, history.failures, loaded, option).run()
+
+    history.waits()
+    ending = asyncio.run(stand_by())
+    if ending.why is Why.STOPPED:
+        history.ended()
+    elif ending.why is Why.ASKED:
+        history.asked()
+    return ending
+
+
+def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -> Ending:
+    """Take what one emberd of this place needs, and serve.
+
+    Raises:
+        EmberdError: it cannot start; `instance` holds what could be had.
+    """
+    host, settings, path = ThisHost(), loaded.settings, loaded.path
+    instance.take_given(host)
+    if loaded.error is not None:
+        raise loaded.error
+    key = read_api_key(settings, path)
     paths = state_paths(settings)
     prepare(paths)
-    claims.take_lock(paths.lock)
-    claims.listen(settings.endpoint.host, settings.endpoint.port)
+    instance.take_lock(paths.lock)
+    instance.listen(settings.endpoint.host, settings.endpoint.port)
     # From here on clients wait in the backlog; what is slow to import comes after.
-    daemon = _Daemon(settings, config_path, paths, claims.listeners, key, ThisHost(), starts.ready)
-    code = asyncio.run(daemon.run())
-    if daemon.is_to_be_replaced:
-        starts.ended()
-        claims.replace_process(daemon.successor)
-    return code
+    import_lean()
+    from emberd.services.build import build  # noqa: PLC0415
+    from emberd.services.daemon import Daemon  # noqa: PLC0415
+    from emberd.services.settings_in_force import SettingsInForce  # noqa: PLC0415
+
+    async def serve() -> Ending:
+        in_force = SettingsInForce(settings, path, key)
+        async with Daemon(settings, path, instance, host) as daemon:
+            return await _Serving(daemon, build(in_force, host, paths), in_force, paths, tell_ready).run()
+
+    host.forbid_core_dumps()
+    return asyncio.run(serve())
 
 
-class _Daemon:
-    """One run of the daemon."""
+class _Serving:
+    """An emberd with an engine; `tell_ready` is called when that is ready for the first time."""
 
     def __init__(
         self,
-        settings: Settings,
-        config_path: Path,
+        daemon: Daemon,
+        services: Services,
+        settings: SettingsInForce,
         paths: StatePaths,
-        listeners: Sequence[socket.socket],
-        key: str,
-        computer: ThisHost,
         tell_ready: Callable[[], None],
     ) -> None:
-        self._rules = _rules(settings, key)
-        self._first = self._settings = settings
-        self._config_path = config_path
-        self._had_config = config_path.exists()
+        self._daemon = daemon
+        self._services = services
+        self._settings = settings
         self._paths = paths
-        self._listeners = listeners
-        host, port = listeners[0].getsockname()[:2]
-        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        self._host = computer
         self._tell_ready = tell_ready
-        computer.forbid_core_dumps()
-        self.is_to_be_replaced = False
-        """After its end this process is to become a new emberd on the same sockets."""
-        self.successor: list[str] = []
-        """Command line of that emberd; empty for this one's."""
-        self._stop = asyncio.Event()
-        self._started_s = time.monotonic()
-        self._interrupts = 0
-        self._has_terminal = sys.stderr.isatty()
+        self._supervisor = services.supervisor
+        self._log = daemon.log
         self._reloading: asyncio.Future[None] | None = None
-        self._log: FilteringBoundLogger
-        self._supervisor: Supervisor
-        self._endpoint: Endpoint
-        self._proxy: Proxy
-        self._turns: Turns
-        self._knocks: Knocks
-        self._observer: Observer
-        self._accounts: Accounts
-        self._swap: SwapMeter
-        self._residency: ResidencyMeter
-        self._keepwarm: KeepWarm
-        self._sleep: SleepBlocker
-        self._notifier: Notifier
 
-    def _build(self) -> None:
-        """Make the services, and tell each of the others what it needs of them."""
-        from emberd.engine.choose import choose_engine  # noqa: PLC0415
+    async def run(self) -> Ending:
+        """Serve until there is a reason to end, and shut down.
+
+        Raises:
+            EmberdError: the engine can never start, or something ended by itself.
+        """
         from emberd.services import logs  # noqa: PLC0415
-        from emberd.services.accounts import Accounts  # noqa: PLC0415
-        from emberd.services.endpoint import MOST_CONNECTIONS, Endpoint  # noqa: PLC0415
-        from emberd.services.engine_run import Paths  # noqa: PLC0415
-        from emberd.services.forecaster import Forecaster  # noqa: PLC0415
-        from emberd.services.keepwarm import KeepWarm  # noqa: PLC0415
-        from emberd.services.knocks import Knocks  # noqa: PLC0415
-        from emberd.services.model_use import ModelUse  # noqa: PLC0415
-        from emberd.services.notifier import Notifier  # noqa: PLC0415
-        from emberd.services.observer import Observer  # noqa: PLC0415
-        from emberd.services.pressure_watch import PressureWatch  # noqa: PLC0415
-        from emberd.services.proxy import Proxy  # noqa: PLC0415
-        from emberd.services.replays import Replays  # noqa: PLC0415
-        from emberd.services.residency_meter import ResidencyMeter  # noqa: PLC0415
-        from emberd.services.sleep_blocker import SleepBlocker  # noqa: PLC0415
-        from emberd.services.spending import Spending  # noqa: PLC0415
-        from emberd.services.supervisor import Supervisor  # noqa: PLC0415
-        from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
-        from emberd.services.turns import Turns  # noqa: PLC0415
-        from emberd.services.warming import Warming  # noqa: PLC0415
-        from emberd.services.weights import Weights  # noqa: PLC0415
 
-        logs.configure_for(self._settings, self._host)
-        self._log = logs.logger("daemon")
-        engine = choose_engine(self._settings, self._host, self._paths)
-        paths = Paths(self._paths.record, self._paths.output, self._paths.scratch)
-        supervisor = self._supervisor = Supervisor(
-            self._settings, engine, self._host, paths, logs.logger("supervisor")
+        daemon, services = self._daemon, self._services
+        daemon.take_signals(self._hang_up, self._supervisor.hurry)
+        await daemon.open_control(self._paths.control, self._verbs())
+        serve = daemon.serve(
+            services.proxy, lambda: self._supervisor.state.value, lambda: services.keepwarm.is_warm
         )
-        gate = supervisor.gate
-        # A request takes two descriptors, the client's and the engine's.
-        most_connections = (self._host.raise_open_files() - _OWN_FILES) // 2
-        self._endpoint = Endpoint(most_connections=min(most_connections, MOST_CONNECTIONS))
-        self._knocks = Knocks()
-        self._turns = Turns(lambda: self._settings.endpoint.remember_kib * 1024, lambda: gate.room)
-        self._proxy = Proxy(
-            gate,
-            lambda: self._settings.endpoint,
-            lambda: self._rules,
-            self._turns,
-            self._knocks,
-            logs.logger("endpoint"),
-        )
-        observer = self._observer = Observer(self._host, logs.logger("memory"), gate.sample)
-        self._accounts = Accounts(self._paths.history, logs.logger("history"))
-        self._swap = SwapMeter(observer, self._accounts, logs.logger("swap"))
-        self._residency = ResidencyMeter(self._host.paging, logs.logger("residency"), observer)
-        log = logs.logger("keepwarm")
-        use = ModelUse(gate, self._proxy.places)
-        forecaster = Forecaster(logs.logger("forecast"), observer, self._turns, self._residency.status)
-        spending = Spending(self._accounts)
-        weights = Weights(self._host, log, gate, self._residency.toucher, use, forecaster, spending)
-        replays = Replays(log, gate, self._turns, use, forecaster, spending)
-        watch = PressureWatch(self._host, log, lambda: self._settings.warmth, gate, observer, weights, use)
-        warming = Warming(log, gate, use, weights, replays, forecaster, spending)
-        self._keepwarm = KeepWarm(log, lambda: self._settings.warmth, gate, observer, warming, watch, self._knocks)
-        self._sleep = SleepBlocker(self._host, logs.logger("power"), lambda: self._settings, gate)
-        self._notifier = Notifier(NotifySocket(os.environ, os.getpid()), self._log)
-
-    async def run(self) -> int:
-        """Build, serve, wait for a reason to stop, shut down."""
-        from emberd.services.lean import import_lean  # noqa: PLC0415  # before anything that imports structlog
-
-        import_lean()
-        from emberd.services import logs  # noqa: PLC0415
-        from emberd.services.control import ControlServer  # noqa: PLC0415
-        from emberd.services.proxy import make_app  # noqa: PLC0415
-
-        self._build()
-        app = make_app(self._proxy, lambda: self._supervisor.state.value, lambda: self._keepwarm.is_warm)
-        control = ControlServer(self._paths.control, self._verbs(), logs.logger("control"))
-        self._take_signals()
-        await control.start()
-        owner = asyncio.create_task(self._supervisor.run(), name="supervisor")
-        serving = asyncio.create_task(self._endpoint.serve(app, self._listeners), name="endpoint")
-        tasks = [owner, serving] + [
-            asyncio.create_task(service.run(), name=name)
-            for name, service in (
-                ("swap", self._swap),
-                ("keepwarm", self._keepwarm),
-                ("sleep", self._sleep),
-            )
-        ]
-        tasks += [asyncio.create_task(work) for work in self._reports()]
+        owner = daemon.spawn(self._supervisor.run(), "supervisor")
+        serving = daemon.spawn(serve, "endpoint")
+        for work in self._work():
+            daemon.spawn(work)
         self._log.info(
             "emberd_started",
             version=__version__,
             pid=os.getpid(),
-            endpoint=self._url,
-            settings=str(self._config_path),
+            endpoint=daemon.instance.url,
+            settings=str(self._settings.path),
             state_directory=str(self._paths.directory),
             log=logs.places(),
         )
         try:
             failed = await self._wait_for_end(owner, serving)
-            if self.is_to_be_replaced:
+            if failed is None and daemon.ending.result().is_followed:
                 await self._make_room()
             elif not owner.done():  # else nobody is left to stop the engine; the next emberd adopts it
                 await self._shut_down(is_failed=failed is not None)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._keepwarm.close()
-            await self._accounts.close()
-            await self._residency.close()
-            await control.close()
+            await daemon.end_tasks()
+            await services.close()
         if failed is not None:
             if isinstance(failed, EmberdError):
                 self._log.error("emberd_failed", error=failed.message, remedy=failed.remedy)
-            logs.close()
             raise failed
         self._log.info("emberd_stopped")
-        logs.close()
-        return 0
+        return daemon.ending.result()
 
     # --- start ----------------------------------------------------------------------------------------------
 
@@ -264,168 +233,99 @@ class _Daemon:
         return cause
 
     async def _wait_for_end(self, *services: asyncio.Task[None]) -> Exception | None:
-        """Start the engine, and return when it is time to stop, with the error if there is one."""
-        asked = asyncio.create_task(self._stop.wait(), name="stop")
+        """Start the engine, and return when it is time to end, with the error if there is one."""
         starting = asyncio.create_task(self._start_engine(), name="start")
-        tasks: set[asyncio.Task[Any]] = {asked, starting, *services}
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in (asked, starting):
-            task.cancel()
-        await asyncio.wait({asked, starting})
-        for task in done - {asked}:
-            error = task.exception() or task.result()
-            return error if isinstance(error, Exception) else EngineFailed(f"{task.get_name()} ended by itself")
+        tasks: tuple[asyncio.Task[Any], ...] = (starting, *services)
+        done, _ = await asyncio.wait({self._daemon.ending, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        starting.cancel()
+        await asyncio.wait({starting})
+        for task in tasks:
+            if task in done:
+                error = task.exception() or task.result()
+                return error if isinstance(error, Exception) else EngineFailed(f"{task.get_name()} ended by itself")
         return None
 
-    def _reports(self) -> Iterator[Coroutine[Any, Any, None]]:
-        """Yield what tells others how this run goes."""
+    def _work(self) -> Iterator[Coroutine[Any, Any, None]]:
+        """Yield what goes on until the end, beside the supervisor and the endpoint."""
+        notifier, gate = self._daemon.notifier, self._supervisor.gate
 
         async def tell_accepting() -> None:
-            await self._endpoint.accepting.wait()
-            self._notifier.ready()
+            await self._daemon.endpoint.accepting.wait()
+            notifier.ready()
 
         async def tell_of_use() -> None:
-            await self._supervisor.gate.wait_for(State.READY)
+            await gate.wait_for(State.READY)
             self._tell_ready()
 
+        yield self._services.swap.run()
+        yield self._services.keepwarm.run()
+        yield self._services.sleep.run()
         yield tell_accepting()
         yield tell_of_use()
-        yield self._notifier.follow(self._line, self._supervisor.gate.wait_for_change)
-        yield self._notifier.feed_watchdog(self._supervisor.prove_alive)
+        yield notifier.follow(self._line, gate.wait_for_change)
+        yield notifier.feed_watchdog(self._supervisor.prove_alive)
 
     def _line(self) -> str:
         """Say in one line how the engine is; of the reason the first line, without the engine's output."""
         status = self._supervisor.status()
         reason = str(status["reason"] or "").partition("\n")[0]
-        return f"engine {status['state']}" + (f": {reason}" if reason else f", {self._url}")
+        return f"engine {status['state']}" + (f": {reason}" if reason else f", {self._daemon.instance.url}")
 
     # --- while it runs --------------------------------------------------------------------------------------
 
-    def _take_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._ask_to_stop)
-        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
-
     def _hang_up(self) -> None:
-        """Reload; or stop, if the signal says that the terminal emberd was started on has gone."""
-        if self._has_terminal and not _terminal_answers():
-            self._ask_to_stop()
-        else:
-            self._reloading = asyncio.ensure_future(self._reload_and_report())
+        async def reload_and_report() -> None:
+            with contextlib.suppress(EmberdError):
+                await self._reload()
 
-    def _ask_to_stop(self) -> None:
-        """First time: drain and stop. Again: do not wait for running requests any longer."""
-        self._interrupts += 1
-        if self._interrupts > 1:
-            self._supervisor.hurry()
-        self._stop.set()
-
-    async def _reload_and_report(self) -> None:
-        with contextlib.suppress(EmberdError):
-            await self._reload()
+        self._reloading = asyncio.ensure_future(reload_and_report())
 
     async def _reload(self) -> dict[str, Any]:
-        """Read the settings again; what cannot change while running is named, wrong settings change nothing."""
-        from emberd.engine.choose import choose_engine  # noqa: PLC0415
-        from emberd.services import logs  # noqa: PLC0415
+        return await self._settings.reload(self._supervisor, self._daemon.host, self._paths, self._log)
 
-        try:
-            settings, _ = config_file.load(str(self._config_path) if self._had_config else None)
-            key = read_api_key(settings, self._config_path)
-            fixed = [
-                key
-                for key, old, new in (
-                    ("endpoint.host", self._first.endpoint.host, settings.endpoint.host),
-                    ("endpoint.port", self._first.endpoint.port, settings.endpoint.port),
-                    ("state.directory", self._first.state.directory, settings.state.directory),
-                )
-                if old != new
-            ]
-            engine = choose_engine(settings, self._host, self._paths)
-            restarts = await self._supervisor.reload(settings, engine)
-        except EmberdError as error:
-            self._log.error("reload_refused", error=error.message, remedy=error.remedy)
-            raise
-        self._settings = settings
-        self._rules = _rules(settings, key)
-        logs.configure_for(settings, self._host)
-        if fixed:
-            self._log.warning("reload_incomplete", keys=fixed, remedy="restart emberd to change these")
-        self._log.info("reloaded", engine_restarts=restarts)
-        return {"ok": True, "engine_restarts": restarts, "needs_emberd_restart": fixed}
+    def _verbs(self) -> dict[str, Verb]:
+        keepwarm, turns = self._services.keepwarm, self._services.turns
 
-    def _verbs(self) -> dict[str, Any]:
-        async def stop() -> dict[str, Any]:
-            self._stop.set()
-            return {"ok": True, "pid": os.getpid()}
-
-        async def replace(command: list[str] | None = None) -> dict[str, Any]:
-            if command and not os.access(command[0], os.X_OK):
-                raise EmberdError(f"cannot execute {command[0]}", "Install emberd again, then: emberd upgrade.")
-            self.is_to_be_replaced, self.successor = True, command or []
-            self._stop.set()
-            return {"ok": True, "pid": os.getpid(), "uptime_s": round(time.monotonic() - self._started_s, 3)}
-
-        async def restart() -> dict[str, Any]:
+        def restart() -> dict[str, Any]:
             starts = self._supervisor.status()["starts"]
             self._supervisor.post(lifecycle.Restart("asked for by its owner"))
             return {"ok": True, "starts": starts}
 
-        async def pause(seconds: float) -> dict[str, Any]:
-            return self._keepwarm.pause(seconds)
-
-        async def resume() -> dict[str, Any]:
-            return self._keepwarm.resume()
-
-        async def progress() -> dict[str, Any]:
-            return {"ok": True, **self._keepwarm.progress}
-
-        async def forget() -> dict[str, Any]:
-            return {"ok": True, "had_turn": self._turns.forget()}
-
-        verbs: dict[str, Awaitable[dict[str, Any]]] | dict[str, Any] = {
+        return {
             "status": self._status,
             "doctor": self._doctor,
-            "stop": stop,
             "restart": restart,
-            "replace": replace,
-            "forget": forget,
-            "warm": self._keepwarm.warm,
-            "progress": progress,
-            "pause": pause,
-            "resume": resume,
-            "cool": self._keepwarm.cool,
             "reload": self._reload,
+            "forget": lambda: {"ok": True, "had_turn": turns.forget()},
+            "warm": keepwarm.warm,
+            "progress": lambda: {"ok": True, **keepwarm.progress},
+            "pause": keepwarm.pause,
+            "resume": keepwarm.resume,
+            "cool": keepwarm.cool,
         }
-        return verbs
 
     async def _status(self) -> dict[str, Any]:
         from emberd.services import logs  # noqa: PLC0415
 
+        services, settings = self._services, self._settings.now
         return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "uptime_s": round(time.monotonic() - self._started_s, 3),
-            "endpoint": self._url,
-            "model": self._settings.model.path,
-            "settings_file": str(self._config_path),
+            **self._daemon.status(settings.model.path),
             **self._supervisor.status(),
-            **self._proxy.status(),
-            "seconds_since_knock": self._knocks.seconds_since,
-            "remembers_turn": self._turns.last is not None,
-            "memory": await self._observer.status(),
-            "prevents_sleep": self._sleep.is_held,
-            "residency": await self._residency.status(),
-            "warmth": await self._keepwarm.status(),
-            "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
+            **services.proxy.status(),
+            "seconds_since_knock": services.knocks.seconds_since,
+            "remembers_turn": services.turns.last is not None,
+            "memory": await services.observer.status(),
+            "prevents_sleep": services.sleep.is_held,
+            "residency": await services.residency.status(),
+            "warmth": await services.keepwarm.status(),
+            "swap": await services.swap.status(settings.machine.ssd_endurance_tb),
             "log": logs.places(),
         }
 
     async def _doctor(self) -> dict[str, Any]:
         from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
 
-        return await examine(self._host, self._settings, await self._status())
+        return await examine(self._daemon.host, self._settings.now, await self._status())
 
     # --- stop -----------------------------------------------------------------------------------------------
 
@@ -433,32 +333,19 @@ class _Daemon:
         """Let running requests end; the engine goes on, and new connections wait in the backlog."""
         in_flight = self._supervisor.status()["requests_in_flight"]
         self._log.info("emberd_replacing_itself", requests_in_flight=in_flight)
-        self._notifier.replacing()
-        await self._endpoint.stop(self._settings.lifecycle.drain_timeout_s)
+        self._daemon.notifier.replacing()
+        await self._daemon.endpoint.stop(self._settings.now.lifecycle.drain_timeout_s)
 
     async def _shut_down(self, *, is_failed: bool) -> None:
         """Drain and stop the engine under its own bounds, then the endpoint.
 
         After a failure the sockets stay open: emberd may be about to say on them what is wrong.
         """
-        timing = self._settings.lifecycle
+        timing = self._settings.now.lifecycle
         if not is_failed:
-            self._notifier.stopping(timing.drain_timeout_s + timing.stop_timeout_s + _BESIDES_S)
+            self._daemon.notifier.stopping(timing.drain_timeout_s + timing.stop_timeout_s + _BESIDES_S)
         self._log.info("emberd_stopping", requests_in_flight=self._supervisor.status()["requests_in_flight"])
         await self._supervisor.shut_down()
-        for listener in () if is_failed else self._listeners:
-            listener.close()  # nobody will accept any more; a service manager has a descriptor of its own
-        await self._endpoint.stop(_LAST_ANSWERS_S)
-
-
-def _rules(settings: Settings, key: str) -> AccessRules:
-    return AccessRules(settings.endpoint.names, settings.endpoint.origins, key)
-
-
-def _terminal_answers() -> bool:
-    """Tell whether the terminal on standard error still exists; tcgetattr fails with EIO after a hang-up."""
-    try:
-        termios.tcgetattr(sys.stderr.fileno())
-    except (termios.error, OSError):
-        return False
-    return True
+        if not is_failed:
+            self._daemon.instance.stop_listening()  # nobody will accept any more
+        await self._daemon.endpoint.stop(_LAST_ANSWERS_S)

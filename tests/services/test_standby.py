@@ -20,7 +20,7 @@ import pytest
 from daemon_process import free_port
 from emberd.core.errors import EmberdError
 from emberd.host import ThisHost
-from emberd.host.starts import Starts
+from emberd.host.start_history import StartHistory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ACTIVATE = shutil.which("systemd-socket-activate") or ""
 LIMIT_S = 60.0
 LAUNCHD = {"XPC_SERVICE_NAME": "io.github.emberd.test"}
-BRIEF_WAITS = "import emberd.core.burst as burst; burst.FIRST_WAIT_S = 1.0; "
+BRIEF_WAITS = "import emberd.core.start_limit as limit; limit.FIRST_WAIT_S = 1.0; "
 """For tests that wait for the next try: a prelude of the command line, which a replaced process keeps."""
 
 
@@ -315,7 +315,7 @@ def test_a_service_managers_socket_is_kept_through_the_waiting_and_nobody_is_ref
     daemon.write_settings()
     daemon.state.directory.mkdir(mode=0o700)
     for _ in range(2):
-        starts = Starts(daemon.state.starts, ThisHost().start_token(1))
+        starts = StartHistory(daemon.state.starts, ThisHost().start_token(1))
         starts.begin()
         starts.failed("no model")
     daemon.port = free_port()  # of the socket, not of the settings

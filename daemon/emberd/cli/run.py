@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import click
 
-from emberd.services import guard
-
 
 @click.command("run")
 @click.pass_obj
@@ -26,4 +24,4 @@ def command(config: str | None) -> int:
     """
     from emberd import app  # noqa: PLC0415  # the daemon's modules are for the daemon only
 
-    return guard.run(config, app.run)
+    return app.run(config)

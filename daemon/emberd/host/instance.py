@@ -1,4 +1,4 @@
-"""One daemon for each state directory."""
+"""What makes a process the one emberd of its place: the lock of the state directory, and the listening sockets."""
 
 from __future__ import annotations
 
@@ -7,10 +7,86 @@ import os
 from typing import TYPE_CHECKING
 
 from emberd.core.errors import AlreadyRunning, StateUnusable
+from emberd.host.activation import execute_with, were_bound_by_emberd
 from emberd.host.files import PRIVATE_FILE_MODE
+from emberd.host.listener import bind, resolve
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from emberd.core.ports import Host
+
+
+class Instance:
+    """Holds both until `close`. A run that fails leaves them to the one that stands by in its place."""
+
+    def __init__(self) -> None:
+        self.listeners: list[socket.socket] = []
+        self.url: str | None = None
+        """Where clients find this emberd, None if it has never listened."""
+        self._are_own = False
+        """Not a service manager's."""
+        self._lock: int | None = None
+
+    def take_given(self, host: Host) -> None:
+        """Take the sockets that this process was given, if any; only the first call can.
+
+        Raises:
+            ConfigError: something else was given.
+        """
+        are_own = were_bound_by_emberd()
+        given = host.given_sockets()
+        if given:
+            self._keep(given, are_own=are_own)
+
+    def take_lock(self, path: Path) -> None:
+        """Take the lock of the state directory.
+
+        Raises:
+            AlreadyRunning: another emberd has it.
+            StateUnusable: the file cannot be made.
+        """
+        if self._lock is None:
+            self._lock = hold_lock(path)
+
+    def listen(self, host: str, port: int, *, is_brief: bool = False) -> None:
+        """Listen there, unless a service manager's sockets are here; own ones follow the settings.
+
+        Raises like `bind`.
+        """
+        if self.listeners and not (self._are_own and self._stands_elsewhere(host, port)):
+            return
+        self.stop_listening()
+        self.url = None
+        self._keep([bind(host, port, is_brief=is_brief)], are_own=True)
+
+    def stop_listening(self) -> None:
+        """Close the sockets; a service manager has a descriptor of its own."""
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = []
+
+    def replace_process(self, command: Sequence[str] = ()) -> None:
+        """Become a new emberd on the same sockets: see `execute_with`. The lock is free for it."""
+        execute_with(self.listeners, command, are_own=self._are_own)
+
+    def close(self) -> None:
+        """Let go of everything; idempotent."""
+        self.stop_listening()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _keep(self, listeners: list[socket.socket], *, are_own: bool) -> None:
+        self.listeners, self._are_own = listeners, are_own
+        host, port = listeners[0].getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def _stands_elsewhere(self, host: str, port: int) -> bool:
+        _, address = resolve(host, port)
+        return tuple(self.listeners[0].getsockname()[:2]) != tuple(address[:2])
 
 
 def holder_of(path: Path) -> int | None:

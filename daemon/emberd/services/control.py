@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 import os
 import socket
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    Verb = Callable[..., dict[str, Any] | Awaitable[dict[str, Any]]]
+    """What a verb does; its result is the answer."""
+
 _LONGEST_LINE_BYTES = 1024 * 1024
 _REQUEST_LIMIT_S = 5.0
 ASK_LIMIT_S = 10.0
@@ -30,17 +34,9 @@ SLOW_ASK_LIMIT_S = 180.0
 
 
 class ControlServer:
-    """Serves verbs on a Unix socket.
+    """Serves verbs on a Unix socket; a bug in one of them is logged."""
 
-    Args:
-        path: the socket's path.
-        verbs: what each verb does; its result is the answer.
-        log: where a bug in a verb is reported.
-    """
-
-    def __init__(
-        self, path: Path, verbs: Mapping[str, Callable[..., Awaitable[dict[str, Any]]]], log: FilteringBoundLogger
-    ) -> None:
+    def __init__(self, path: Path, verbs: Mapping[str, Verb], log: FilteringBoundLogger) -> None:
         self._log = log
         self._path = path
         self._verbs = verbs
@@ -88,7 +84,8 @@ class ControlServer:
         except (ValueError, KeyError, TypeError):
             return {"error": f"not a verb of this emberd; it knows {', '.join(self._verbs)}"}
         try:
-            return await verb(**arguments)
+            answer = verb(**arguments)
+            return await answer if inspect.isawaitable(answer) else answer
         except EmberdError as error:
             return {"error": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
         except Exception as error:  # noqa: BLE001  # a bug is answered too: the asker waits

@@ -20,12 +20,7 @@ _FED_PER_LIMIT = 2
 
 
 class Notifier:
-    """Speaks for the daemon; says nothing where nobody listens.
-
-    Args:
-        socket: the way to the service manager.
-        log: events go here.
-    """
+    """Speaks for the daemon; says nothing where nobody listens."""
 
     def __init__(self, socket: NotifySocket, log: FilteringBoundLogger) -> None:
         self._socket = socket
@@ -62,24 +57,16 @@ class Notifier:
         self._socket.tell(f"EXTEND_TIMEOUT_USEC={in_usec(limit_s)}")
 
     async def follow(self, text: Callable[[], str], changed: Callable[[], Awaitable[None]]) -> None:
-        """Show `text` and what becomes of it, until cancelled.
-
-        Args:
-            text: tells how things are now.
-            changed: returns when that may have changed.
-        """
+        """Show `text` again each time `changed` returns, until cancelled."""
         while self._socket.is_there:
             self.status(text())
             await changed()
 
     async def feed_watchdog(self, prove: Callable[[], Awaitable[None]]) -> None:
-        """Say that emberd works, as often as the manager wants, each time after a proof; until cancelled.
+        """Say that emberd works, as often as the manager wants, each time `prove` has returned; until cancelled.
 
-        A proof that does not come is said once, and nothing more is sent: the manager then kills emberd, and the
+        A proof that does not come is logged once, and nothing more is sent: the manager then kills emberd, and the
         next one adopts the engine.
-
-        Args:
-            prove: returns when everything that must work has answered.
         """
         limit_s = self._socket.watchdog_s
         if limit_s is None:
@@ -94,7 +81,7 @@ class Notifier:
                 if not is_silent:
                     self._log.error("watchdog_not_fed", seconds=math.floor(pause_s))
                 is_silent = True
-                continue
-            is_silent = False
-            self._socket.tell("WATCHDOG=1")
-            await asyncio.sleep(pause_s)
+            else:
+                is_silent = False
+                self._socket.tell("WATCHDOG=1")
+                await asyncio.sleep(pause_s)

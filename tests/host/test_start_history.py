@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emberd.core.burst import End
-from emberd.host.starts import Starts
+from emberd.core.start_limit import End
+from emberd.host.start_history import StartHistory
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def fail(path: Path, boot: str = "a") -> Starts:
-    starts = Starts(path, boot)
+def fail(path: Path, boot: str = "a") -> StartHistory:
+    starts = StartHistory(path, boot)
     starts.begin()
     starts.failed("no model")
     return starts
@@ -27,7 +27,7 @@ def test_the_third_process_knows_of_the_first_two(tmp_path: Path):
     third = fail(path)
     assert third.wait_s() == 60
     third.waits()
-    assert Starts(path, "a").wait_s() is None, "the next try is due"
+    assert StartHistory(path, "a").wait_s() is None, "the next try is due"
     assert fail(path).wait_s() == 120
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -42,12 +42,12 @@ def test_an_end_in_order_forgives_and_a_run_of_use_is_kept(tmp_path: Path):
     path = tmp_path / "starts.json"
     for _ in range(2):
         fail(path)
-    starts = Starts(path, "a")
+    starts = StartHistory(path, "a")
     starts.begin()
     starts.ready()
-    assert [run.end for run in Starts(path, "a").runs or ()] == [End.FAILED, End.FAILED, End.READY]
+    assert [run.end for run in StartHistory(path, "a").runs or ()] == [End.FAILED, End.FAILED, End.READY]
     starts.ended()
-    assert Starts(path, "a").runs == ()
+    assert StartHistory(path, "a").runs == ()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 1, "boot": "a", "runs": [{"began_s": "x"}]}'])
@@ -58,7 +58,7 @@ def test_a_file_that_cannot_be_understood_is_begun_anew(tmp_path: Path, text: st
 
 def test_without_a_place_to_remember_the_first_failure_waits(tmp_path: Path):
     assert fail(tmp_path / "missing" / "starts.json").wait_s() == 60
-    nowhere = Starts(None, None)
+    nowhere = StartHistory(None, None)
     nowhere.begin()
     nowhere.ready()
     nowhere.ended()
@@ -68,4 +68,4 @@ def test_without_a_place_to_remember_the_first_failure_waits(tmp_path: Path):
 def test_only_the_last_runs_are_kept(tmp_path: Path):
     for _ in range(30):
         fail(tmp_path / "starts.json")
-    assert len(Starts(tmp_path / "starts.json", "a").runs or ()) == 20
+    assert len(StartHistory(tmp_path / "starts.json", "a").runs or ()) == 20

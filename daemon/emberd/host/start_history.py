@@ -1,4 +1,4 @@
-"""The starts of this daemon under a service manager, kept across runs in the state directory."""
+"""How the last starts under a service manager ended, kept across runs in the state directory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from emberd.core.burst import KEPT, End, Run, judge, waits_after
 from emberd.core.errors import StateUnusable
+from emberd.core.start_limit import KEPT, End, Run, judge, waits_after
 from emberd.host.files import write_atomically
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _FORMAT = 1
 
 
-class Starts:
+class StartHistory:
     """Remembers runs of one boot: clocks begin anew with the next, and so does patience.
 
     Args:
@@ -25,7 +25,7 @@ class Starts:
         boot: text that tells one boot from another, None if unknown.
     """
 
-    def __init__(self, path: Path | None, boot: str | None) -> None:
+    def __init__(self, path: Path | None = None, boot: str | None = None) -> None:
         self._path = path
         self._boot = boot
         self._runs = _read(path, boot)
@@ -35,8 +35,18 @@ class Starts:
         """Every run, the oldest first; None if nothing can be remembered."""
         return None if self._path is None else self._runs
 
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What each run said of its end."""
+        return tuple(run.reason or "ended without a word" for run in self.runs or ())
+
+    @property
+    def was_ready(self) -> bool:
+        """Whether this run's engine has been ready."""
+        return bool(self.runs) and self._runs[-1].end is End.READY
+
     def wait_s(self) -> float | None:
-        """Return how long to wait, None to go on: see `judge`."""
+        """Return how long to stand by, None to go on: see `judge`."""
         return judge(self.runs, time.monotonic())
 
     def begin(self) -> None:
@@ -56,7 +66,7 @@ class Starts:
         self._save()
 
     def waits(self) -> None:
-        """Note that emberd waits now, because of the last run."""
+        """Note that emberd stands by now, because of the last run."""
         self._change_last(waits=waits_after(self._runs))
 
     def asked(self) -> None:

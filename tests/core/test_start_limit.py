@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberd.core.burst import FIRST_WAIT_S, LONGEST_WAIT_S, End, Run, judge, waits_after
+from emberd.core.start_limit import FIRST_WAIT_S, LONGEST_WAIT_S, End, Run, judge, waits_after
 
 
 def failures(*began_s: float) -> tuple[Run, ...]:

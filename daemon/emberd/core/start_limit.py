@@ -1,4 +1,4 @@
-"""When a daemon that fails at its start should stay up and wait, instead of being started again for ever. Pure.
+"""When a daemon that fails at its start should stand by, instead of being started again for ever. Pure.
 
 launchd starts a failed job every ThrottleInterval, 10 s (launchd.plist(5)), and never gives up; systemd gives up
 after five starts within 10 s and never tries again (systemd.unit(5), StartLimitBurst). Neither can say why on the
@@ -56,14 +56,12 @@ class Run:
 
 
 def judge(runs: Sequence[Run] | None, now_s: float) -> float | None:
-    """Return how long to stay up and wait before the next try, None to end (or begin) as usual.
-
-    Who cannot be remembered stays at once: nobody could count.
+    """Return how long to stand by before the next try, None to end (or begin) as usual.
 
     Args:
         runs: what is known of this boot, the oldest first, without one that is still to come; None if nothing can
-            be remembered.
-        now_s: the same clock.
+            be remembered: then nobody could count, and the first failure stands by.
+        now_s: on the clock of the runs.
     """
     if runs is None:
         return FIRST_WAIT_S

@@ -1,0 +1,80 @@
+"""Makes the services of an emberd that serves, and tells each of the others what it needs of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emberd.engine.choose import choose_engine
+from emberd.services.accounts import Accounts
+from emberd.services.engine_run import Paths
+from emberd.services.forecaster import Forecaster
+from emberd.services.keepwarm import KeepWarm
+from emberd.services.knocks import Knocks
+from emberd.services.logs import logger
+from emberd.services.model_use import ModelUse
+from emberd.services.observer import Observer
+from emberd.services.pressure_watch import PressureWatch
+from emberd.services.proxy import Proxy
+from emberd.services.replays import Replays
+from emberd.services.residency_meter import ResidencyMeter
+from emberd.services.sleep_blocker import SleepBlocker
+from emberd.services.spending import Spending
+from emberd.services.supervisor import Supervisor
+from emberd.services.swap_meter import SwapMeter
+from emberd.services.turns import Turns
+from emberd.services.warming import Warming
+from emberd.services.weights import Weights
+
+if TYPE_CHECKING:
+    from emberd.host import ThisHost
+    from emberd.host.paths import StatePaths
+    from emberd.services.settings_in_force import SettingsInForce
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What works while emberd serves; `keepwarm`, `sleep`, `supervisor` and `swap` are to be run."""
+
+    supervisor: Supervisor
+    proxy: Proxy
+    turns: Turns
+    knocks: Knocks
+    observer: Observer
+    accounts: Accounts
+    swap: SwapMeter
+    residency: ResidencyMeter
+    keepwarm: KeepWarm
+    sleep: SleepBlocker
+
+    async def close(self) -> None:
+        """Save what is not on disk yet, and end the toucher."""
+        await self.keepwarm.close()
+        await self.accounts.close()
+        await self.residency.close()
+
+
+def build(settings: SettingsInForce, host: ThisHost, paths: StatePaths) -> Services:
+    """Return the services. Logging has been set up."""
+    engine = choose_engine(settings.now, host, paths)
+    run_paths = Paths(paths.record, paths.output, paths.scratch)
+    supervisor = Supervisor(settings.now, engine, host, run_paths, logger("supervisor"))
+    gate = supervisor.gate
+    knocks = Knocks()
+    turns = Turns(lambda: settings.now.endpoint.remember_kib * 1024, lambda: gate.room)
+    proxy = Proxy(gate, lambda: settings.now.endpoint, lambda: settings.rules, turns, knocks, logger("endpoint"))
+    observer = Observer(host, logger("memory"), gate.sample)
+    accounts = Accounts(paths.history, logger("history"))
+    swap = SwapMeter(observer, accounts, logger("swap"))
+    residency = ResidencyMeter(host.paging, logger("residency"), observer)
+    log = logger("keepwarm")
+    use = ModelUse(gate, proxy.places)
+    forecaster = Forecaster(logger("forecast"), observer, turns, residency.status)
+    spending = Spending(accounts)
+    weights = Weights(host, log, gate, residency.toucher, use, forecaster, spending)
+    replays = Replays(log, gate, turns, use, forecaster, spending)
+    watch = PressureWatch(host, log, lambda: settings.now.warmth, gate, observer, weights, use)
+    warming = Warming(log, gate, use, weights, replays, forecaster, spending)
+    keepwarm = KeepWarm(log, lambda: settings.now.warmth, gate, observer, warming, watch, knocks)
+    sleep = SleepBlocker(host, logger("power"), lambda: settings.now, gate)
+    return Services(supervisor, proxy, turns, knocks, observer, accounts, swap, residency, keepwarm, sleep)

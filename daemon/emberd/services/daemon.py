@@ -1,0 +1,178 @@
+"""The emberd process as others know it, whether it serves an engine (app.py) or stands by (standby.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import sys
+import termios
+import time
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from emberd import __version__
+from emberd.core.errors import EmberdError
+from emberd.host.notify_socket import NotifySocket
+from emberd.services import logs
+from emberd.services.control import ControlServer
+from emberd.services.endpoint import MOST_CONNECTIONS, Endpoint
+from emberd.services.notifier import Notifier
+from emberd.services.proxy import make_app
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from pathlib import Path
+    from typing import Self
+
+    from starlette.types import ASGIApp
+
+    from emberd.core.settings import Settings
+    from emberd.host import ThisHost
+    from emberd.host.instance import Instance
+    from emberd.services.control import Verb
+
+NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool")
+"""Verbs that an emberd without an engine refuses."""
+_VERBS = ("status", "doctor", "stop", "restart", "replace", *NEED_ENGINE, "reload")
+_OWN_FILES = 64
+"""Open files besides connections: about 20 when idle."""
+
+
+class Why(Enum):
+    """Why a process ends."""
+
+    STOPPED = "stopped"
+    ASKED = "asked"
+    """A person asked for a new emberd, or mended what keeps this one from starting."""
+    DUE = "due"
+    """The time has come to try again."""
+
+
+class Ending(NamedTuple):
+    """Why this process ends, and the command line of the emberd that it then becomes, empty for the same."""
+
+    why: Why
+    successor: Sequence[str] = ()
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether another emberd follows."""
+        return self.why is not Why.STOPPED
+
+
+class Daemon:
+    """What serving and standing by share: signals, control socket, endpoint, service manager, the end."""
+
+    def __init__(self, settings: Settings, settings_file: Path, instance: Instance, host: ThisHost) -> None:
+        self.instance = instance
+        self.host = host
+        logs.configure_for(settings, host)
+        self.log = logs.logger("daemon")
+        self.notifier = Notifier(NotifySocket(os.environ, os.getpid()), self.log)
+        # A request takes two descriptors, the client's and the engine's.
+        most_connections = (host.raise_open_files() - _OWN_FILES) // 2
+        self.endpoint = Endpoint(most_connections=min(most_connections, MOST_CONNECTIONS))
+        self.ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        """Done as soon as this process is to end."""
+        self._settings_file = settings_file
+        self._began_s = time.monotonic()
+        self._control: ControlServer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.end_tasks()
+        if self._control is not None:
+            await self._control.close()
+        logs.close()
+
+    @property
+    def uptime_s(self) -> float:
+        """Since this program began to serve or to stand by, in whole milliseconds."""
+        return round(time.monotonic() - self._began_s, 3)
+
+    def status(self, model: str) -> dict[str, Any]:
+        """Return the beginning of every status."""
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": self.uptime_s,
+            "endpoint": self.instance.url,
+            "model": model,
+            "settings_file": str(self._settings_file),
+        }
+
+    async def open_control(self, path: Path, answers: Mapping[str, Verb]) -> None:
+        """Serve every verb; `answers` has those that differ between serving and standing by.
+
+        Raises:
+            OSError: the socket cannot be made.
+        """
+        answers = {"stop": self._stop, "replace": self._replace, **answers}
+        control = ControlServer(path, {name: answers[name] for name in _VERBS}, logs.logger("control"))
+        await control.start()
+        self._control = control
+
+    async def serve(self, proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> None:
+        """Serve clients until the endpoint is stopped: see `make_app`."""
+        await self.endpoint.serve(make_app(proxy, state, is_warm), self.instance.listeners)
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
+        """Have work go on until it ends or this process does."""
+        self._tasks.append(asyncio.create_task(work, name=name))
+        return self._tasks[-1]
+
+    async def end_tasks(self) -> None:
+        """End what goes on; returns when it has."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def end(self, why: Why, successor: Sequence[str] = ()) -> None:
+        """Ask for the end; the first call counts."""
+        if not self.ending.done():
+            self.ending.set_result(Ending(why, successor))
+
+    def take_signals(self, reload: Callable[[], object], hurry: Callable[[], object] = lambda: None) -> None:
+        """End at SIGTERM and SIGINT, `hurry` if they come again, and `reload` at SIGHUP.
+
+        A SIGHUP that says that the terminal emberd was started on has gone ends it too.
+        """
+        had_terminal, interrupts = sys.stderr.isatty(), itertools.count()
+
+        def interrupt() -> None:
+            if next(interrupts):
+                hurry()
+            self.end(Why.STOPPED)
+
+        def hang_up() -> None:
+            interrupt() if had_terminal and not _terminal_answers() else reload()
+
+        loop = asyncio.get_running_loop()
+        for number, act in ((signal.SIGTERM, interrupt), (signal.SIGINT, interrupt), (signal.SIGHUP, hang_up)):
+            loop.add_signal_handler(number, act)
+
+    def _stop(self) -> dict[str, Any]:
+        self.end(Why.STOPPED)
+        return {"ok": True, "pid": os.getpid()}
+
+    def _replace(self, command: list[str] | None = None) -> dict[str, Any]:
+        if command and not os.access(command[0], os.X_OK):
+            raise EmberdError(f"cannot execute {command[0]}", "Install emberd again, then: emberd upgrade.")
+        self.end(Why.ASKED, command or ())
+        return {"ok": True, "pid": os.getpid(), "uptime_s": self.uptime_s}
+
+
+def _terminal_answers() -> bool:
+    """Return True if the terminal on standard error still exists; tcgetattr fails with EIO after a hang-up."""
+    try:
+        termios.tcgetattr(sys.stderr.fileno())
+    except (termios.error, OSError):
+        return False
+    return True
