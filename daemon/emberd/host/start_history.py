@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from emberd.core.errors import StateUnusable
 from emberd.core.start_limit import KEPT, End, Run, judge, waits_after
@@ -73,22 +73,15 @@ class StartHistory:
         """Note that a person did something about it: the waits become short again."""
         self._change_last(waits=0)
 
-    def _change_last(self, **changes: End | str | int) -> None:
+    def _change_last(self, **changes: Any) -> None:
         if self._runs:
-            self._save(*self._runs[:-1], replace(self._runs[-1], **changes))  # type: ignore[arg-type]
+            self._save(*self._runs[:-1], replace(self._runs[-1], **changes))
 
     def _save(self, *runs: Run) -> None:
         self._runs = runs[-KEPT:]
         if self._path is None:
             return
-        content = {
-            "format": _FORMAT,
-            "boot": self._boot,
-            "runs": [
-                {"began_s": run.began_s, "end": run.end.value, "reason": run.reason, "waits": run.waits}
-                for run in self._runs
-            ],
-        }
+        content = {"format": _FORMAT, "boot": self._boot, "runs": [asdict(run) for run in self._runs]}
         try:
             write_atomically(self._path, json.dumps(content))
         except StateUnusable:

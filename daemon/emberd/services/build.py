@@ -1,17 +1,22 @@
-"""Makes the services of an emberd that serves, and tells each of the others what it needs of them."""
+"""Makes the services of an emberd that serves, tells each what it needs, and has them hear of new settings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
+from emberd.core.access import AccessRules
+from emberd.core.errors import EmberdError
 from emberd.engine.choose import choose_engine
+from emberd.host import config_file
+from emberd.host.api_key import read_api_key
 from emberd.services.accounts import Accounts
 from emberd.services.engine_run import Paths
 from emberd.services.forecaster import Forecaster
 from emberd.services.keepwarm import KeepWarm
 from emberd.services.knocks import Knocks
-from emberd.services.logs import logger
+from emberd.services.logs import configure_for, logger
 from emberd.services.model_use import ModelUse
 from emberd.services.observer import Observer
 from emberd.services.pressure_watch import PressureWatch
@@ -27,9 +32,47 @@ from emberd.services.warming import Warming
 from emberd.services.weights import Weights
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from emberd.core.settings import Settings
     from emberd.host import ThisHost
     from emberd.host.paths import StatePaths
-    from emberd.services.settings_in_force import SettingsInForce
+
+_FIXED = ("endpoint.host", "endpoint.port", "state.directory")
+"""What cannot change while emberd runs."""
+
+
+class SettingsInForce:
+    """The services ask for a setting each time they need it, and so hear of a reload."""
+
+    def __init__(self, settings: Settings, path: Path, key: str) -> None:
+        self.now = settings
+        self.rules = _rules(settings, key)
+        self.path = path
+        self._first = settings
+        self._option = str(path) if path.exists() else None
+
+    async def reload(self, supervisor: Supervisor, host: ThisHost, paths: StatePaths) -> dict[str, Any]:
+        """Read the file again and return what becomes of it.
+
+        Raises:
+            EmberdError: the file is wrong, or the engine cannot run with it; nothing has changed.
+        """
+        log = logger("daemon")
+        try:
+            settings, _ = config_file.load(self._option)
+            rules = _rules(settings, read_api_key(settings, self.path))
+            restarts = await supervisor.reload(settings, choose_engine(settings, host, paths))
+        except EmberdError as error:
+            log.error("reload_refused", error=error.message, remedy=error.remedy)  # noqa: TRY400  # no bug
+            raise
+        self.now, self.rules = settings, rules
+        configure_for(settings, host)
+        fixed = [key for key in _FIXED if attrgetter(key)(settings) != attrgetter(key)(self._first)]
+        if fixed:
+            log.warning("reload_incomplete", keys=fixed, remedy="restart emberd to change these")
+        log.info("reloaded", engine_restarts=restarts)
+        return {"ok": True, "engine_restarts": restarts, "needs_emberd_restart": fixed}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +121,7 @@ def build(settings: SettingsInForce, host: ThisHost, paths: StatePaths) -> Servi
     keepwarm = KeepWarm(log, lambda: settings.now.warmth, gate, observer, warming, watch, knocks)
     sleep = SleepBlocker(host, logger("power"), lambda: settings.now, gate)
     return Services(supervisor, proxy, turns, knocks, observer, accounts, swap, residency, keepwarm, sleep)
+
+
+def _rules(settings: Settings, key: str) -> AccessRules:
+    return AccessRules(settings.endpoint.names, settings.endpoint.origins, key)

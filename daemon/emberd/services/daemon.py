@@ -9,11 +9,11 @@ import signal
 import sys
 import termios
 import time
-from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from emberd import __version__
 from emberd.core.errors import EmberdError
+from emberd.core.start_limit import Why
 from emberd.host.notify_socket import NotifySocket
 from emberd.services import logs
 from emberd.services.control import ControlServer
@@ -22,7 +22,7 @@ from emberd.services.notifier import Notifier
 from emberd.services.proxy import make_app
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping
     from pathlib import Path
     from typing import Self
 
@@ -40,28 +40,6 @@ _OWN_FILES = 64
 """Open files besides connections: about 20 when idle."""
 
 
-class Why(Enum):
-    """Why a process ends."""
-
-    STOPPED = "stopped"
-    ASKED = "asked"
-    """A person asked for a new emberd, or mended what keeps this one from starting."""
-    DUE = "due"
-    """The time has come to try again."""
-
-
-class Ending(NamedTuple):
-    """Why this process ends, and the command line of the emberd that it then becomes, empty for the same."""
-
-    why: Why
-    successor: Sequence[str] = ()
-
-    @property
-    def is_followed(self) -> bool:
-        """Whether another emberd follows."""
-        return self.why is not Why.STOPPED
-
-
 class Daemon:
     """What serving and standing by share: signals, control socket, endpoint, service manager, the end."""
 
@@ -74,12 +52,12 @@ class Daemon:
         # A request takes two descriptors, the client's and the engine's.
         most_connections = (host.raise_open_files() - _OWN_FILES) // 2
         self.endpoint = Endpoint(most_connections=min(most_connections, MOST_CONNECTIONS))
-        self.ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self.ending: asyncio.Future[Why] = asyncio.get_running_loop().create_future()
         """Done as soon as this process is to end."""
         self._settings_file = settings_file
         self._began_s = time.monotonic()
         self._control: ControlServer | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -123,8 +101,10 @@ class Daemon:
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
         """Have work go on until it ends or this process does."""
-        self._tasks.append(asyncio.create_task(work, name=name))
-        return self._tasks[-1]
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def end_tasks(self) -> None:
         """End what goes on; returns when it has."""
@@ -134,10 +114,10 @@ class Daemon:
 
     # --- the end --------------------------------------------------------------------------------------------
 
-    def end(self, why: Why, successor: Sequence[str] = ()) -> None:
+    def end(self, why: Why) -> None:
         """Ask for the end; the first call counts."""
         if not self.ending.done():
-            self.ending.set_result(Ending(why, successor))
+            self.ending.set_result(why)
 
     def take_signals(self, reload: Callable[[], object], hurry: Callable[[], object] = lambda: None) -> None:
         """End at SIGTERM and SIGINT, `hurry` if they come again, and `reload` at SIGHUP.
@@ -165,7 +145,8 @@ class Daemon:
     def _replace(self, command: list[str] | None = None) -> dict[str, Any]:
         if command and not os.access(command[0], os.X_OK):
             raise EmberdError(f"cannot execute {command[0]}", "Install emberd again, then: emberd upgrade.")
-        self.end(Why.ASKED, command or ())
+        self.instance.successor = command or []
+        self.end(Why.ASKED)
         return {"ok": True, "pid": os.getpid(), "uptime_s": self.uptime_s}
 
 

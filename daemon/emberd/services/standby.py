@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import access
 from emberd.core.errors import AlreadyRunning, EmberdError, NotReady, PortTaken
+from emberd.core.start_limit import Why
 from emberd.host import config_file
 from emberd.host.paths import prepare, state_paths
-from emberd.services.daemon import NEED_ENGINE, Why
+from emberd.services.daemon import NEED_ENGINE
 from emberd.services.messages import Body, Client, ClientGone, ClientSilent
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from emberd.host.config_file import Loaded
     from emberd.services.control import Verb
-    from emberd.services.daemon import Daemon, Ending
+    from emberd.services.daemon import Daemon
 
 NAME = "STANDBY"
 """Where clients and `emberd status` find the engine's state."""
@@ -41,10 +43,11 @@ _BODY_BYTES = 8 * 1024 * 1024
 """Read before the answer, so that a client has sent what it wants to send."""
 
 
+@dataclass(frozen=True, slots=True)
 class Standby:
     """One wait.
 
-    Args:
+    Attributes:
         daemon: how others reach it.
         error: what keeps emberd from starting.
         wait_s: when to try again.
@@ -53,34 +56,25 @@ class Standby:
         option: the settings file as it was named.
     """
 
-    def __init__(
-        self,
-        daemon: Daemon,
-        error: EmberdError,
-        wait_s: float,
-        failures: tuple[str, ...],
-        loaded: Loaded,
-        option: str | None,
-    ) -> None:
-        self._daemon = daemon
-        self._error = error
-        self._wait_s = wait_s
-        self._failures = failures
-        self._loaded = loaded
-        self._option = option
+    daemon: Daemon
+    error: EmberdError
+    wait_s: float
+    failures: tuple[str, ...]
+    loaded: Loaded
+    option: str | None
 
-    async def run(self) -> Ending:
+    async def run(self) -> Why:
         """Answer everybody, until there is a reason to end or to try again."""
-        daemon, error = self._daemon, self._error
+        daemon, error = self.daemon, self.error
         daemon.take_signals(lambda: daemon.end(Why.ASKED))
-        self._listen()
+        self._listens()
         await self._open_control()
         daemon.log.error(
             "standby",
             reason=error.message,
             remedy=error.remedy,
-            failures=list(self._failures),
-            next_try_in_s=round(self._wait_s),
+            failures=list(self.failures),
+            next_try_in_s=round(self.wait_s),
             endpoint=daemon.instance.url,
         )
         feed = daemon.notifier.feed_watchdog(lambda: asyncio.sleep(0))  # nothing here could hang but the event loop
@@ -89,59 +83,58 @@ class Standby:
         asyncio.get_running_loop().call_later(self._left_s, daemon.end, Why.DUE)
         daemon.notifier.ready()
         daemon.notifier.status(f"waiting: {error.message}")
-        ending = await daemon.ending
-        if ending.is_followed:
-            daemon.notifier.replacing()
-        else:
+        why = await daemon.ending
+        if why is Why.STOPPED:
             daemon.notifier.stopping(_LAST_ANSWERS_S)
+        else:
+            daemon.notifier.replacing()
         await daemon.end_tasks()
-        daemon.log.info("standby_ended", why=ending.why.value)
-        return ending
+        daemon.log.info("standby_ended", why=why.value)
+        return why
 
     # --- what it holds --------------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
+    def _listens(self) -> bool:
         """Hold the port if that is possible: a client is then told why."""
-        endpoint = self._loaded.settings.endpoint
-        if self._daemon.instance.listeners or not self._loaded.tells_place:
-            return
-        with contextlib.suppress(EmberdError, OSError):
-            self._daemon.instance.listen(endpoint.host, endpoint.port, is_brief=True)
+        instance, endpoint = self.daemon.instance, self.loaded.settings.endpoint
+        if not instance.listeners and self.loaded.tells_place:
+            with contextlib.suppress(EmberdError, OSError):
+                instance.listen(endpoint.host, endpoint.port, is_brief=True)
+        return bool(instance.listeners)
 
     async def _open_control(self) -> None:
         """Serve the control socket, if this process is the one emberd of a state directory that can be used."""
-        if not self._loaded.tells_place:
+        if not self.loaded.tells_place:
             return
-        paths = state_paths(self._loaded.settings)
+        paths = state_paths(self.loaded.settings)
         with contextlib.suppress(EmberdError, OSError):
             prepare(paths)
-            self._daemon.instance.take_lock(paths.lock)
-            await self._daemon.open_control(paths.control, self._verbs())
+            self.daemon.instance.take_lock(paths.lock)
+            await self.daemon.open_control(paths.control, self._verbs())
 
     async def _serve(self) -> None:
         """Serve the sockets; a port that was taken is tried again, for its being free may be what is waited for."""
-        while not self._daemon.instance.listeners:
+        while not self.daemon.instance.listeners:
             await asyncio.sleep(_TAKEN_S)
-            self._listen()
-            if self._daemon.instance.listeners and isinstance(self._error, PortTaken):
-                self._daemon.end(Why.DUE)
+            if self._listens() and isinstance(self.error, PortTaken):
+                self.daemon.end(Why.DUE)
                 return
-        await self._daemon.serve(self._refuse, lambda: NAME, lambda: False)
+        await self.daemon.serve(self._refuse, lambda: NAME, lambda: False)
 
     # --- what ends it ---------------------------------------------------------------------------------------
 
     async def _watch_lock(self) -> None:
         """See the other emberd of the state directory end, if that is what is waited for."""
-        while isinstance(self._error, AlreadyRunning):
+        while isinstance(self.error, AlreadyRunning):
             await asyncio.sleep(_TAKEN_S)
             with contextlib.suppress(EmberdError):
-                self._daemon.instance.take_lock(state_paths(self._loaded.settings).lock)
-                self._daemon.end(Why.DUE)
+                self.daemon.instance.take_lock(state_paths(self.loaded.settings).lock)
+                self.daemon.end(Why.DUE)
                 return
 
     async def _watch_files(self) -> None:
         """See the settings file change, or what it names: that is a person who mends something."""
-        settings, path = self._loaded.settings, self._loaded.path
+        settings, path = self.loaded.settings, self.loaded.path
         named = (settings.model.path, settings.engine.path, settings.engine.kcpps, settings.endpoint.api_key_file)
         files = [str(path), *(os.path.expanduser(each) for each in named if each)]  # noqa: PTH111  # str
         before = last = now = [_mark(each) for each in files]
@@ -151,14 +144,14 @@ class Standby:
             now = [_mark(each) for each in files]
             still = still + 1 if now == last else 0
             last = now
-        self._daemon.end(Why.ASKED)
+        self.daemon.end(Why.ASKED)
 
     # --- what it says ---------------------------------------------------------------------------------------
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request with 503 and the reason; other computers are not told what is wrong with this one."""
         client = Client(send, scope["path"])
-        endpoint = self._loaded.settings.endpoint
+        endpoint = self.loaded.settings.endpoint
         rules = access.AccessRules(endpoint.names, endpoint.origins)
         refusal = access.judge(scope["method"], scope["path"], scope["headers"], rules)
         if refusal is not None:
@@ -173,23 +166,23 @@ class Standby:
         client = scope.get("client")
         if client is not None and not access.is_loopback(client[0]):
             return "emberd cannot start; `emberd status` on its computer tells why"
-        return f"emberd cannot start: {self._error.message}. {self._error.remedy}".rstrip()
+        return f"emberd cannot start: {self.error.message}. {self.error.remedy}".rstrip()
 
     @property
     def _left_s(self) -> float:
-        return max(0.0, self._wait_s - self._daemon.uptime_s)
+        return max(0.0, self.wait_s - self.daemon.uptime_s)
 
     def _verbs(self) -> dict[str, Verb]:
         def try_again(**answer: Any) -> dict[str, Any]:
-            self._daemon.end(Why.ASKED)
+            self.daemon.end(Why.ASKED)
             return {"ok": True, **answer}
 
         def reload() -> dict[str, Any]:
-            config_file.load(self._option)
+            config_file.load(self.option)
             return try_again(engine_restarts=True, needs_emberd_restart=[])
 
         def refuse(**_: Any) -> dict[str, Any]:
-            error = self._error
+            error = self.error
             refused = EmberdError(f"emberd waits, for it cannot start: {error.message}", error.remedy)
             refused.exit_code = error.exit_code  # type: ignore[misc]
             raise refused
@@ -206,18 +199,18 @@ class Standby:
         from emberd.core.health_facts import ServiceHealth  # noqa: PLC0415  # asked for once in a while
         from emberd.services.doctor import examine  # noqa: PLC0415  # same
 
-        waits = ServiceHealth(waits_because=self._error.message)
-        return await examine(self._daemon.host, self._loaded.settings, None, waits)
+        waits = ServiceHealth(waits_because=self.error.message)
+        return await examine(self.daemon.host, self.loaded.settings, None, waits)
 
     def _status(self) -> dict[str, Any]:
         return {
-            **self._daemon.status(self._loaded.settings.model.path),
+            **self.daemon.status(self.loaded.settings.model.path),
             "state": NAME,
-            "state_for_s": self._daemon.uptime_s,
-            "reason": self._error.message,
-            "remedy": self._error.remedy,
-            "exit_code": self._error.exit_code,
-            "failures": list(self._failures),
+            "state_for_s": self.daemon.uptime_s,
+            "reason": self.error.message,
+            "remedy": self.error.remedy,
+            "exit_code": self.error.exit_code,
+            "failures": list(self.failures),
             "next_start_in_s": round(self._left_s, 3),
             "starts": -1,
             "engine": None,
