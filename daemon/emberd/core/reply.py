@@ -77,9 +77,9 @@ def counts_of(content: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str
     """Return the counts that a reply or an event tells, together with those of the events before it."""
     told = dict(before)
     for holder in (content, content.get("message"), content.get("response")):
-        for name in COUNTS if isinstance(holder, dict) else ():
-            new, old = holder.get(name), told.get(name)
-            if name in holder:
+        for name in COUNTS:
+            if isinstance(holder, dict) and name in holder:
+                new, old = holder[name], told.get(name)
                 told[name] = {**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new
     return told
 
