@@ -17,7 +17,7 @@ from emberd.core.health import Condition, Severity, visible
 from emberd.core.health_catalogue import CATALOGUE, diagnose
 from emberd.core.health_facts import Facts, ServiceHealth
 from emberd.host import ThisHost, config_file
-from emberd.host.instance import holder_of
+from emberd.host.files import holder_of
 from emberd.host.own_health import examine_access
 from emberd.host.paths import state_paths
 from emberd.host.service_files import installed_program

@@ -17,7 +17,8 @@ from emberd.core.errors import ModelError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
+"""First bytes of every GGUF file, all versions."""
 _VERSIONS = (2, 3)
 _SCALARS = {
     0: "B",
@@ -150,7 +151,7 @@ class _Reader:
         self._offset = 0
 
     def header(self) -> GgufHeader:
-        if self._take(4) != _MAGIC:
+        if self._take(4) != MAGIC:
             raise self._wrong("it is not a GGUF")
         version = self._number("I")
         if version not in _VERSIONS:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from emberd.core.errors import AlreadyRunning
 from emberd.engine import record as records
 from emberd.engine.process import STOP_SIGNALS, ProcessTree
-from emberd.host.instance import hold_lock
+from emberd.host.files import hold_lock
 
 if TYPE_CHECKING:
     from emberd.core.ports import Host

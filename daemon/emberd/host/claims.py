@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from emberd.host.activation import execute_with, were_bound_by_emberd
-from emberd.host.instance import hold_lock
+from emberd.host.files import hold_lock
 from emberd.host.listener import bind, resolve
 
 if TYPE_CHECKING:

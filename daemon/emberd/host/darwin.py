@@ -15,10 +15,9 @@ from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.memory import EngineMemory, GpuLimits, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.residency import Paging
 from emberd.host.activation import from_launchd
-from emberd.host.ask_program import ask_program
 from emberd.host.darwin_calls import DarwinCalls
 from emberd.host.darwin_health import read_health
-from emberd.host.posix import PosixHost, ReadableWatch
+from emberd.host.posix import PosixHost, ReadableWatch, ask_program
 
 if TYPE_CHECKING:
     import socket
