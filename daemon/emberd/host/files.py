@@ -1,4 +1,4 @@
-"""Writing files so that a crash or a full disk loses nothing, and the lock that one daemon holds on its directory."""
+"""Writing files so that a crash or a full disk loses nothing, and the lock of one daemon."""
 
 from __future__ import annotations
 

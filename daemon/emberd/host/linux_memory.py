@@ -14,8 +14,7 @@ import select
 from array import array
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.memory import EngineMemory, SystemMemory
-from emberd.core.pressure import judge_pressure
+from emberd.core.memory import EngineMemory, SystemMemory, judge_pressure
 from emberd.host.posix import ReadableWatch
 
 if TYPE_CHECKING:

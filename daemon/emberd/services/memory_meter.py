@@ -8,8 +8,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.memory import Pressure, SystemMemory
-from emberd.core.pressure import SwapRates, swap_rates
+from emberd.core.memory import Pressure, SwapRates, SystemMemory, swap_rates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
