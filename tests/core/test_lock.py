@@ -19,8 +19,8 @@ from emberd.core.lock_limits import (
     WireRefusals,
     default_user_wire_limit,
     judge_limits,
+    shown,
 )
-from emberd.core.lock_words import shown
 
 MIB = 1024**2
 GIB = 1024**3

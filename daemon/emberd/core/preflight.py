@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emberd.core.lock_limits import default_user_wire_limit, judge_limits
-from emberd.core.lock_words import explain, find_remedy, shown
+from emberd.core.lock_limits import default_user_wire_limit, explain, find_remedy, judge_limits, shown
 from emberd.core.types import Notice
 
 if TYPE_CHECKING:
