@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberd.core.keep_alive import KeepAliveState, judge_keep_alive
-from emberd.core.load_facts import LoadFacts, MlockWarning, Place, WeightsBuffer
+from emberd.core.load_facts import KeepAliveState, LoadFacts, MlockWarning, Place, WeightsBuffer, judge_keep_alive
 from emberd.core.lock import HELD_SHARE, REPACKED_SHARE, LockEvidence, LockState, judge_lock
 from emberd.core.lock_limits import (
     UNLIMITED_BYTES,
