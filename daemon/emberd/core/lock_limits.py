@@ -49,7 +49,6 @@ class LockReason(Enum):
     """It is not known how much there is to lock."""
 
 
-_GIB = 1024**3
 _WIRE_PERCENTS = (70, 73, 76, 79, 82, 85, 88, 91, 94, 97)
 """By the power of two that RAM reaches, from 4 GiB on: wire_limit_percents of xnu's osfmk/vm/vm_kern.c."""
 _FIRST_WIRE_POWER = 32

@@ -52,7 +52,7 @@ class PreflightFacts:
     Attributes:
         limits: what the engine will be allowed to lock.
         weights_bytes: size of the tensors that will be in this computer's RAM.
-        kv_bytes: size of the KV cache (core/kv_cache.py).
+        kv_bytes: size of the KV cache (core/gguf.py).
         compute_bytes: size of the compute buffers.
         ram_bytes: memory of the computer, or of the control group that emberd is confined to.
         available_bytes: memory that could be used without swapping; pages of files count as available.

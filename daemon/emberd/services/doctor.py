@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 
 from emberd.core.errors import ConfigError, EmberdError, EngineNotUsable
+from emberd.core.gguf import estimate_compute_buffer
 from emberd.core.health_catalogue import diagnose
 from emberd.core.health_facts import (
     EngineHealth,
@@ -39,7 +40,6 @@ from emberd.core.health_log import (
     last_start,
     printed_version,
 )
-from emberd.core.kv_cache import estimate_compute_buffer
 from emberd.core.lock import LockState
 from emberd.core.memory import PowerSource
 from emberd.core.warmth_cost import BUDGET_SHARE, BUDGET_WINDOW_S

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from emberd.core.errors import ModelError
-from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache, keeps_state
+from emberd.core.gguf import estimate_compute_buffer, estimate_kv_cache, keeps_state
 from emberd.core.load_facts import KeepAliveState, LoadFacts, judge_keep_alive
 from emberd.core.lock import LockEvidence, LockState, LockVerdict, judge_lock
 from emberd.core.preflight import Preflight, PreflightFacts, preflight
