@@ -130,7 +130,7 @@ class _Daemon:
         """Make the services, and tell each of the others what it needs of them."""
         from emberd.engine.choose import choose_engine  # noqa: PLC0415
         from emberd.services import logs  # noqa: PLC0415
-        from emberd.services.accounts import Accounts  # noqa: PLC0415
+        from emberd.services.accounts import Accounts, Spending  # noqa: PLC0415
         from emberd.services.endpoint import MOST_CONNECTIONS, Endpoint  # noqa: PLC0415
         from emberd.services.engine_run import Paths  # noqa: PLC0415
         from emberd.services.forecaster import Forecaster  # noqa: PLC0415
@@ -142,7 +142,6 @@ class _Daemon:
         from emberd.services.proxy import Proxy  # noqa: PLC0415
         from emberd.services.residency_meter import ResidencyMeter  # noqa: PLC0415
         from emberd.services.sleep_blocker import SleepBlocker  # noqa: PLC0415
-        from emberd.services.spending import Spending  # noqa: PLC0415
         from emberd.services.supervisor import Supervisor  # noqa: PLC0415
         from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
         from emberd.services.turns import Turns  # noqa: PLC0415

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from emberd.core.turn import PromptCounts, Turn
     from emberd.core.types import EngineSample
     from emberd.host.toucher import Toucher
+    from emberd.services.accounts import Spending
     from emberd.services.forecaster import Forecaster
     from emberd.services.gate import Gate
     from emberd.services.places import Places
-    from emberd.services.spending import Spending
     from emberd.services.turns import Turns
 
 T = TypeVar("T")
