@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from emberd.services.accounts import Accounts
     from emberd.services.endpoint import Endpoint
     from emberd.services.keepwarm import KeepWarm
-    from emberd.services.knocks import Knocks
     from emberd.services.memory_meter import MemoryMeter
     from emberd.services.notifier import Notifier
     from emberd.services.proxy import Proxy
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from emberd.services.sleep_blocker import SleepBlocker
     from emberd.services.supervisor import Supervisor
     from emberd.services.swap_meter import SwapMeter
-    from emberd.services.turns import Turns
+    from emberd.services.turns import Knocks, Turns
 
 _OWN_FILES = 64
 """Open files besides connections: about 20 when idle."""
@@ -135,7 +134,6 @@ class _Daemon:
         from emberd.services.engine_run import Paths  # noqa: PLC0415
         from emberd.services.forecaster import Forecaster  # noqa: PLC0415
         from emberd.services.keepwarm import KeepWarm  # noqa: PLC0415
-        from emberd.services.knocks import Knocks  # noqa: PLC0415
         from emberd.services.memory_meter import MemoryMeter  # noqa: PLC0415
         from emberd.services.notifier import Notifier  # noqa: PLC0415
         from emberd.services.pressure_watch import PressureWatch  # noqa: PLC0415
@@ -144,7 +142,7 @@ class _Daemon:
         from emberd.services.sleep_blocker import SleepBlocker  # noqa: PLC0415
         from emberd.services.supervisor import Supervisor  # noqa: PLC0415
         from emberd.services.swap_meter import SwapMeter  # noqa: PLC0415
-        from emberd.services.turns import Turns  # noqa: PLC0415
+        from emberd.services.turns import Knocks, Turns  # noqa: PLC0415
         from emberd.services.warming import Warming  # noqa: PLC0415
 
         logs.configure_for(self._settings, self._host)

@@ -27,11 +27,10 @@ from emberd.services import places, pressure_watch, touching
 from emberd.services.accounts import Accounts, Spending
 from emberd.services.forecaster import Forecaster
 from emberd.services.keepwarm import KeepWarm
-from emberd.services.knocks import Knocks
 from emberd.services.memory_meter import MemoryMeter
 from emberd.services.places import Places
 from emberd.services.pressure_watch import PressureWatch
-from emberd.services.turns import Turns
+from emberd.services.turns import Knocks, Turns
 from emberd.services.warming import Warming
 from page_cache import MIB, write
 

@@ -65,7 +65,7 @@ def _today() -> dt.date:
 
 
 class Spending:
-    """Adds up what keeping warm has cost: since emberd's start, today, and the last ten minutes against a budget."""
+    """Adds up what keeping warm has cost: since the start, today, and the last ten minutes against a budget."""
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from emberd.core.memory import Power
     from emberd.core.settings import WarmthSettings
     from emberd.services.gate import Gate
-    from emberd.services.knocks import Knocks
     from emberd.services.pressure_watch import PressureWatch
+    from emberd.services.turns import Knocks
     from emberd.services.warming import Warming
 
 _STAYS_S = 900.0
