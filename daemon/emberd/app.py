@@ -188,9 +188,6 @@ class _Daemon:
 
     async def run(self) -> int:
         """Build, serve, wait for a reason to stop, shut down."""
-        from emberd.services.lean import import_lean  # noqa: PLC0415  # before anything that imports structlog
-
-        import_lean()
         from emberd.services import logs  # noqa: PLC0415
         from emberd.services.control import ControlServer  # noqa: PLC0415
         from emberd.services.proxy import make_app  # noqa: PLC0415

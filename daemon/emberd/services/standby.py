@@ -22,7 +22,6 @@ from emberd.core.errors import AlreadyRunning, EmberdError, NotReady, PortTaken
 from emberd.host import ThisHost, config_file
 from emberd.host.notify_socket import NotifySocket
 from emberd.host.paths import prepare, state_paths
-from emberd.services.lean import import_lean
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,7 +96,6 @@ class Standby:
 
     async def run(self) -> Outcome:
         """Wait, answering everybody, until there is a reason to end or to try again."""
-        import_lean()
         from emberd.services import logs  # noqa: PLC0415
         from emberd.services.notifier import Notifier  # noqa: PLC0415
 

@@ -1,7 +1,7 @@
 """What users did: their last turns, which the engine's KV cache holds, and the signs that one is back.
 
-Turns are in this process's memory only, never logged, never written: a turn is what a person said and was told. Their
-memory is bounded, and forgotten when told.
+Turns are in this process's memory only, never logged, never written: a turn is what a person said and was told.
+Their memory is bounded, and forgotten when told.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def _size_of(turn: Turn) -> int:
 
 
 class Knocks:
-    """Tells who waits for it that a person is back before asking for text: a page polls, a client asks for the model.
+    """Tells who waits for it that a person is back before asking for text: a page polls, a client asks for models.
 
     emberd's own paths and probes are nobody.
     """
