@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 import emberd
 from emberd.core import log_lines, log_reading
-from emberd.core.log_lines import CATEGORIES, LONGEST_LINE_BYTES, PRIVATE_FIELDS, OsLogType, Priority
+from emberd.core.log_lines import (
+    CATEGORIES,
+    LONGEST_LINE_BYTES,
+    PRIVATE_FIELDS,
+    OsLogType,
+    Priority,
+    RateLimit,
+    Sinks,
+    Situation,
+    choose_sinks,
+)
 
 SOURCE = Path(emberd.__file__).parent
 ANYTHING = st.recursive(
@@ -157,3 +167,70 @@ def test_a_value_with_line_ends_goes_with_its_length():
 @given(st.text(max_size=100))
 def test_every_name_of_a_journal_field_is_one_that_journald_takes(name: str):
     assert re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", log_lines.journal_name(name))
+
+
+def test_what_comes_within_the_rate_passes_and_a_flood_is_counted():
+    limit = RateLimit(60)
+    passed = sum(limit.allows("a", "engine", 0.0) for _ in range(1000))
+    assert passed == 60
+    assert limit.told(1.0) == []
+    told = limit.told(10.0)
+    assert [(each.event, each.category, each.count, each.seconds) for each in told] == [("a", "engine", 940, 10.0)]
+    assert limit.allows("a", "engine", 10.0)
+    assert not limit.has_suppressed
+
+
+def test_a_flood_of_one_event_does_not_silence_another():
+    limit = RateLimit(60)
+    for _ in range(1000):
+        limit.allows("chatter", "engine", 0.0)
+    assert limit.allows("engine_exited", "supervisor", 0.0)
+
+
+def test_an_exception_has_its_own_rate_and_zero_is_no_limit():
+    limit = RateLimit(1, {"engine_line": 100, "free": 0})
+    assert sum(limit.allows("engine_line", "engine", 0.0) for _ in range(1000)) == 100
+    assert all(limit.allows("free", "x", 0.0) for _ in range(1000))
+
+
+def test_at_the_end_everything_is_told():
+    limit = RateLimit(1)
+    for _ in range(5):
+        limit.allows("a", "x", 0.0)
+    assert [each.count for each in limit.told(0.0, all_of_it=True)] == [4]
+
+
+@given(st.lists(st.floats(0, 5), max_size=300), st.integers(1, 200))
+def test_nothing_is_lost_uncounted_and_no_minute_has_more_than_twice_the_rate(gaps: list[float], rate: int):
+    limit, now_s, passed, told = RateLimit(rate), 0.0, [], 0
+    for gap in gaps:
+        now_s += gap
+        told += sum(each.count for each in limit.told(now_s))
+        if limit.allows("a", "x", now_s):
+            passed.append(now_s)
+    told += sum(each.count for each in limit.told(now_s, all_of_it=True))
+    assert len(passed) + told == len(gaps)
+    for start in passed:
+        assert sum(start <= each < start + 60 for each in passed) <= 2 * rate + 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "now", "sinks"),
+    [
+        ("auto", Situation("linux", stderr_is_journal=True), Sinks(system=True)),
+        ("auto", Situation("linux", stderr_is_terminal=True), Sinks(stderr=True, file=True)),
+        ("auto", Situation("linux"), Sinks(stderr=True, file=True)),
+        ("auto", Situation("linux", stderr_is_journal=True, has_system_log=False), Sinks(stderr=True)),
+        ("auto", Situation("darwin", stderr_is_launchds=True), Sinks(system=True, file=True)),
+        ("auto", Situation("darwin", stderr_is_terminal=True), Sinks(stderr=True, system=True, file=True)),
+        ("auto", Situation("darwin", stderr_is_launchds=True, has_system_log=False), Sinks(file=True)),
+        ("stderr", Situation("darwin", stderr_is_launchds=True), Sinks(stderr=True)),
+        ("file", Situation("linux", stderr_is_journal=True), Sinks(file=True)),
+        ("file", Situation("linux", stderr_is_terminal=True), Sinks(stderr=True, file=True)),
+        ("system", Situation("linux"), Sinks(system=True)),
+        ("system", Situation("linux", has_system_log=False), Sinks(file=True)),
+    ],
+)
+def test_the_log_goes_where_it_can_be_found_and_not_twice(asked: str, now: Situation, sinks: Sinks):
+    assert choose_sinks(asked, now) == sinks  # type: ignore[arg-type]
+    assert sinks.names()

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, MutableMapping
+
+    from emberd.core.settings import LogSink
 
 SUBSYSTEM = "io.github.emberd"
 """Of macOS' unified log."""
@@ -86,6 +89,8 @@ _BARE = re.compile(r"[^\s\"={}\[\]\\]+")
 _FIELD_NAME = re.compile(r"[^A-Z0-9]+")
 _LONGEST_NAME = 64
 """Of a field of the journal (systemd, src/libsystemd/sd-journal/journal-file.c: journal_field_valid)."""
+BURST_S = 60.0
+"""A bucket holds what may come in so much time: an engine prints some hundred lines while it loads, then few."""
 
 
 class OsLogType(IntEnum):
@@ -213,3 +218,137 @@ def journal_datagram(fields: Iterable[tuple[str, str]]) -> bytes:
         else:
             parts.append(name.encode() + b"=" + value + b"\n")
     return b"".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Suppressed:
+    """Events of one name that were not logged, and since when."""
+
+    event: str
+    category: str
+    count: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Bucket:
+    tokens: float
+    filled_s: float
+    category: str = ""
+    suppressed: int = 0
+    since_s: float = 0.0
+
+
+class RateLimit:
+    """Says of each event whether it may be logged.
+
+    Args:
+        per_minute: how many events of one name may come in a minute, 0 for any number.
+        exceptions: other numbers for some names.
+    """
+
+    def __init__(self, per_minute: int, exceptions: dict[str, int] | None = None) -> None:
+        self._per_minute = per_minute
+        self._exceptions = exceptions or {}
+        self._buckets: dict[str, _Bucket] = {}
+        self._has_suppressed = False
+
+    def allows(self, event: str, category: str, now_s: float) -> bool:
+        """Tell whether an event may be logged now, and count it."""
+        rate = self._rate_per_s(event)
+        if not rate:
+            return True
+        bucket = self._buckets.get(event)
+        if bucket is None:
+            bucket = self._buckets[event] = _Bucket(rate * BURST_S, now_s)
+        self._fill(bucket, rate, now_s)
+        if bucket.tokens >= 1 and not bucket.suppressed:
+            bucket.tokens -= 1
+            return True
+        if not bucket.suppressed:
+            bucket.since_s, bucket.category = now_s, category
+        bucket.suppressed += 1
+        self._has_suppressed = True
+        return False
+
+    def told(self, now_s: float, *, all_of_it: bool = False) -> list[Suppressed]:
+        """Return what was left out and can be told now; from then on it may be logged again.
+
+        A name is told when its bucket is an eighth full: so a flood that goes on is told of now and then.
+
+        Args:
+            now_s: the time of the clock that `allows` gets.
+            all_of_it: the daemon ends; nothing is told later.
+        """
+        if not self._has_suppressed:
+            return []
+        told = []
+        for event, bucket in self._buckets.items():
+            rate = self._rate_per_s(event)
+            self._fill(bucket, rate, now_s)
+            if bucket.suppressed and (all_of_it or bucket.tokens >= max(rate * BURST_S / 8, 1)):
+                told.append(Suppressed(event, bucket.category, bucket.suppressed, max(now_s - bucket.since_s, 0.0)))
+                bucket.suppressed = 0
+        self._has_suppressed = any(bucket.suppressed for bucket in self._buckets.values())
+        return told
+
+    @property
+    def has_suppressed(self) -> bool:
+        """Whether something is left to be told."""
+        return self._has_suppressed
+
+    def _rate_per_s(self, event: str) -> float:
+        return self._exceptions.get(event, self._per_minute) / 60
+
+    @staticmethod
+    def _fill(bucket: _Bucket, rate_per_s: float, now_s: float) -> None:
+        bucket.tokens = min(bucket.tokens + max(now_s - bucket.filled_s, 0.0) * rate_per_s, rate_per_s * BURST_S)
+        bucket.filled_s = now_s
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a choice of places needs to know.
+
+    Attributes:
+        system: name of the host, `darwin` or `linux`.
+        stderr_is_terminal: a person looks at it.
+        stderr_is_journal: systemd has connected it to the journal ($JOURNAL_STREAM, systemd.exec(5)).
+        stderr_is_launchds: launchd writes it to StandardErrorPath, which nobody rotates.
+        has_system_log: there is one that takes lines.
+    """
+
+    system: str
+    stderr_is_terminal: bool = False
+    stderr_is_journal: bool = False
+    stderr_is_launchds: bool = False
+    has_system_log: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Sinks:
+    """The places; at least one is True."""
+
+    stderr: bool = False
+    system: bool = False
+    file: bool = False
+
+    def names(self) -> list[str]:
+        """Return them as words, for people."""
+        return [name for name in ("stderr", "system", "file") if getattr(self, name)]
+
+
+def choose_sinks(asked: LogSink, now: Situation) -> Sinks:
+    """Return where the log goes. A terminal always gets it: whoever starts emberd there wants to see it."""
+    if asked == "stderr":
+        return Sinks(stderr=True)
+    if asked == "file":
+        return Sinks(stderr=now.stderr_is_terminal, file=True)
+    if asked == "system":
+        return Sinks(now.stderr_is_terminal, system=now.has_system_log, file=not now.has_system_log)
+    if now.system == "darwin":
+        # A file, or a pipe, that launchd does not own was somebody's wish: `emberd run 2> log`.
+        return Sinks(stderr=not now.stderr_is_launchds, system=now.has_system_log, file=True)
+    if now.stderr_is_journal and now.has_system_log:
+        return Sinks(system=True)  # standard error would be a second copy in the same journal
+    return Sinks(stderr=True, file=not now.stderr_is_journal)
