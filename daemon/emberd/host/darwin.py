@@ -17,6 +17,7 @@ from emberd.core.residency import Paging
 from emberd.host.activation import from_launchd
 from emberd.host.darwin_calls import DarwinCalls
 from emberd.host.darwin_health import read_health
+from emberd.host.log_sinks import SyslogSink, load_os_log
 from emberd.host.posix import PosixHost, ReadableWatch, ask_program
 
 if TYPE_CHECKING:
@@ -78,14 +79,7 @@ class DarwinHost(PosixHost):
 
     def system_log(self) -> SystemLog | None:
         """Return the unified log, by pyoslog; without it syslog(3), whose lines get there without a subsystem."""
-        from emberd.host.logsink_oslog import load_os_log  # noqa: PLC0415  # each only where it is used
-
-        unified = load_os_log()
-        if unified is not None:
-            return unified
-        from emberd.host.logsink_syslog import SyslogSink  # noqa: PLC0415
-
-        return SyslogSink()
+        return load_os_log() or SyslogSink()
 
     def log_program(self) -> str | None:
         """Return log(1), which every macOS has."""

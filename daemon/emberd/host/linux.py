@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.memory import Power, PowerSource
 from emberd.core.residency import Paging
-from emberd.host import linux_memory, logsink_journal
+from emberd.host import linux_memory, log_sinks
 from emberd.host.linux_health import read_health
 from emberd.host.linux_memory import MADV_POPULATE_READ, OwnMemory, watch_stalls
 from emberd.host.posix import PosixHost, ReadableWatch
@@ -62,7 +62,7 @@ class LinuxHost(PosixHost):
     )
 
     def __init__(
-        self, proc: Path = Path("/proc"), sys: Path = Path("/sys"), journal: str = logsink_journal.SOCKET
+        self, proc: Path = Path("/proc"), sys: Path = Path("/sys"), journal: str = log_sinks.SOCKET
     ) -> None:
         self._proc = proc
         self._sys = sys
@@ -72,11 +72,9 @@ class LinuxHost(PosixHost):
     def system_log(self) -> SystemLog | None:
         """Return the journal, else syslog, else None: a container has neither."""
         if Path(self._journal).is_socket():
-            return logsink_journal.JournalSink(self._journal)
+            return log_sinks.JournalSink(self._journal)
         if _SYSLOG_SOCKET.is_socket():
-            from emberd.host.logsink_syslog import SyslogSink  # noqa: PLC0415  # where there is no systemd
-
-            return SyslogSink()
+            return log_sinks.SyslogSink()
         return None
 
     def log_program(self) -> str | None:
@@ -85,7 +83,7 @@ class LinuxHost(PosixHost):
 
     def stderr_is_journal(self) -> bool:
         """Compare standard error with $JOURNAL_STREAM (systemd.exec(5))."""
-        return logsink_journal.is_connected(2, os.environ.get("JOURNAL_STREAM", ""))
+        return log_sinks.is_connected(2, os.environ.get("JOURNAL_STREAM", ""))
 
     def forbid_core_dumps(self) -> None:
         """Set the limit, and PR_SET_DUMPABLE too: a core_pattern that is a pipe ignores the limit (core(5))."""
