@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from emberd.host import ThisHost
-from emberd.host.log_file import LogFollower, RotatingFile, read_lines
+from emberd.host.log_reader import LogFollower, read_lines
+from emberd.host.log_sinks import RotatingFile
 
 WAIT_S = 20.0
 
@@ -97,7 +98,7 @@ def test_a_full_disk_loses_lines_and_the_next_one_is_whole(tmp_path: Path):
     code = f"""
 import resource, signal
 from pathlib import Path
-from emberd.host.log_file import RotatingFile
+from emberd.host.log_sinks import RotatingFile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))

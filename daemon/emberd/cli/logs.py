@@ -16,9 +16,9 @@ from emberd.core import log_lines, log_reading
 from emberd.core.errors import EmberdError
 from emberd.core.log_reading import Wanted
 from emberd.host import ThisHost, config_file
+from emberd.host.log_reader import LogStoreRefused, SystemReader, file_entries, follow_file
 from emberd.host.paths import instance_name, log_file, state_paths
 from emberd.services.control import ask
-from emberd.services.log_reader import LogStoreRefused, SystemReader, file_entries, follow_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -1,13 +1,15 @@
-"""The logs that the system keeps: systemd's journal, macOS' unified log, syslog(3)."""
+"""Where the log is written: a rotating file, systemd's journal, macOS' unified log, syslog(3)."""
 
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import fcntl
 import importlib
 import os
 import socket
+import stat
 import syslog
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +23,109 @@ from emberd.core.log_lines import (
     priority,
     syslog_line,
 )
+from emberd.host.files import PRIVATE_FILE_MODE, PRIVATE_FOLDER_MODE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 SOCKET = "/run/systemd/journal/socket"
 _linux_os: Any = os
 _linux_fcntl: Any = fcntl
 """typeshed knows memfd and seals on Linux only."""
+
+
+class RotatingFile:
+    """Appends lines to a file that is never larger than was said, and whose owner alone may read it.
+
+    A full disk, a folder that went away or lost its permissions: lines are lost and counted in `lost`, nothing is
+    raised, and the next line tries again. Others may move or remove the file at any time.
+
+    Args:
+        path: the file; its folder is made.
+        rotate_bytes: size at which it becomes `path.1`.
+        kept_files: rotated files to keep.
+    """
+
+    def __init__(self, path: Path, rotate_bytes: int, kept_files: int) -> None:
+        self._path = path
+        self._rotate_bytes = rotate_bytes
+        self._kept_files = kept_files
+        self._descriptor = -1
+        self._is_torn = False
+        self.lost = 0
+        self.error = ""
+
+    def write(self, text: str) -> bool:
+        """Append one line; tells whether it is in the file."""
+        data = (b"\n" if self._is_torn else b"") + text.encode("utf-8", "backslashreplace") + b"\n"
+        try:
+            self._make_ready(len(data))
+            written = os.write(self._descriptor, data)
+        except OSError as error:
+            self._lose(error.strerror or str(error))
+            return False
+        if written < len(data):  # the disk is full, or RLIMIT_FSIZE (write(2))
+            self._is_torn = True
+            self._lose("No space left on device")
+            return False
+        self._is_torn = False
+        return True
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _lose(self, reason: str) -> None:
+        self.lost += 1
+        self.error = reason
+
+    def _make_ready(self, more_bytes: int) -> None:
+        if self._descriptor >= 0 and not self._is_still_there(os.fstat(self._descriptor)):
+            self.close()
+        if self._descriptor < 0:
+            self._open()
+        seen = os.fstat(self._descriptor)
+        if seen.st_size and seen.st_size + more_bytes > self._rotate_bytes and stat.S_ISREG(seen.st_mode):
+            self.close()
+            self._rotate()
+            self._open()
+
+    def _is_still_there(self, seen: os.stat_result) -> bool:
+        """Tell whether the name still leads to the open file: newsyslog and people move files."""
+        try:
+            return os.path.samestat(seen, self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER_MODE)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._descriptor = os.open(self._path, flags, PRIVATE_FILE_MODE)
+        if stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            with contextlib.suppress(OSError):  # it may be somebody else's, who let us write
+                os.fchmod(self._descriptor, PRIVATE_FILE_MODE)
+        self._is_torn = False
+
+    def _rotate(self) -> None:
+        """Rename the files by one; where that is refused, give up the content: the file must not grow."""
+        try:
+            for number in range(self._kept_files, 1, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    rotated(self._path, number - 1).replace(rotated(self._path, number))
+            if self._kept_files:
+                self._path.replace(rotated(self._path, 1))
+            else:
+                self._path.unlink()
+        except OSError:
+            os.truncate(self._path, 0)
+
+
+def rotated(path: Path, number: int) -> Path:
+    """Return the name of a rotated file; 1 is the newest."""
+    return path.with_name(f"{path.name}.{number}") if number else path
 
 
 class JournalSink:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from emberd.core import log_lines
 from emberd.core.errors import EmberdError
 from emberd.core.log_lines import RateLimit, Sinks, Situation, choose_sinks
-from emberd.host.log_file import RotatingFile
+from emberd.host.log_sinks import RotatingFile
 from emberd.host.paths import instance_name, log_file
 
 if TYPE_CHECKING:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import subprocess
 import tempfile
 from collections import deque
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from emberd.core import log_reading
 from emberd.core.errors import EmberdError
-from emberd.host.log_file import LogFollower, read_lines
+from emberd.host.log_sinks import rotated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +26,10 @@ DEFAULT_SPAN = "1d"
 _END_LIMIT_S = 5.0
 """How long a reader that was told to end may take."""
 _WORDS_OF_ERROR = 500
+_LOOK_AGAIN_S = 1.0
+"""A watch follows a file, not its name: a rotation is seen by looking."""
+_MOST_LOST_IN_ROTATION = 1000
+"""Rotated files that a follower looks for; more are never kept."""
 
 
 class LogStoreRefused(EmberdError):
@@ -67,6 +73,121 @@ async def follow_file(
         entry = log_reading.from_json_line(line)
         if wanted.takes(entry):
             show(entry)
+
+
+def _all_files(path: Path) -> list[Path]:
+    """Return the file and its rotated ones, the oldest first."""
+    found = []
+    for other in path.parent.glob(f"{path.name}.*"):
+        number = other.name.removeprefix(f"{path.name}.")
+        if number.isdecimal():
+            found.append((int(number), other))
+    return [other for _, other in sorted(found, reverse=True)] + ([path] if path.exists() else [])
+
+
+def read_lines(path: Path, since_s: float | None = None) -> Iterator[str]:
+    """Yield the lines of the file and its rotated ones, the oldest first; files last written before are left out.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    for each in _all_files(path):
+        with contextlib.suppress(FileNotFoundError):  # rotated away meanwhile
+            if since_s is not None and each.stat().st_mtime < since_s:
+                continue
+            with each.open(encoding="utf-8", errors="replace") as file:
+                yield from (line.rstrip("\n") for line in file)
+
+
+class LogFollower:
+    """Reads what is appended to a log file, across its rotations.
+
+    Args:
+        path: the file; it need not exist yet.
+        from_beginning: yield what is there already.
+    """
+
+    def __init__(self, path: Path, *, from_beginning: bool = False) -> None:
+        self._path = path
+        self._descriptor = -1
+        self._pending = b""
+        self._open(path)
+        if self._descriptor >= 0 and not from_beginning:
+            os.lseek(self._descriptor, 0, os.SEEK_END)
+
+    async def lines(self, watch_file: Callable[[Path], EventWatch]) -> AsyncIterator[str]:
+        """Yield line after line for ever; woken by a watch of the file, where there can be one."""
+        watch: EventWatch | None = None
+        try:
+            while True:
+                found, has_changed = self.read()
+                for line in found:
+                    yield line
+                if has_changed and watch is not None:
+                    watch.close()
+                    watch = None
+                if watch is None:
+                    with contextlib.suppress(OSError):
+                        watch = watch_file(self._path)
+                        continue  # what came before the watch stood
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_AGAIN_S):
+                        await (watch.wait() if watch is not None else asyncio.sleep(_LOOK_AGAIN_S * 2))
+        finally:
+            if watch is not None:
+                watch.close()
+            self.close()
+
+    def read(self) -> tuple[list[str], bool]:
+        """Return the whole lines since the last call, and whether the file is another one than before."""
+        found = self._read_open()
+        files = self._newer_files()
+        for each in files:
+            self.close()
+            self._open(each)
+            found += self._read_open()
+        return found, bool(files)
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._pending = b""
+
+    def _newer_files(self) -> list[Path]:
+        """Return the files written after the open one, the oldest first."""
+        if self._descriptor < 0:
+            return [self._path] if self._path.exists() else []
+        mine = os.fstat(self._descriptor)
+        newer: list[Path] = []
+        for number in range(_MOST_LOST_IN_ROTATION):
+            each = rotated(self._path, number)
+            try:
+                if os.path.samestat(mine, each.stat()):
+                    return newer[::-1]
+            except FileNotFoundError:
+                if number:
+                    break
+                continue
+            newer.append(each)
+        # Its name is gone: removed, or rotated out of what is kept. The current file is what goes on.
+        return [self._path] if self._path in newer else []
+
+    def _read_open(self) -> list[str]:
+        if self._descriptor < 0:
+            return []
+        if os.lseek(self._descriptor, 0, os.SEEK_CUR) > os.fstat(self._descriptor).st_size:
+            os.lseek(self._descriptor, 0, os.SEEK_SET)  # somebody emptied it
+            self._pending = b""
+        while chunk := os.read(self._descriptor, 1 << 16):
+            self._pending += chunk
+        *whole, self._pending = self._pending.split(b"\n")
+        return [line.decode("utf-8", "replace") for line in whole]
 
 
 class SystemReader:
