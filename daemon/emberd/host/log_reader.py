@@ -1,4 +1,4 @@
-"""Reading emberd's log back, from wherever this system keeps it."""
+"""Reading emberd's log back: its file, across rotations, or the system's log by the system's own program."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import subprocess
 import tempfile
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from emberd.core import log_reading
 from emberd.core.errors import EmberdError
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from emberd.core.log_reading import Entry, Wanted
     from emberd.core.ports import EventWatch
 
-DEFAULT_SPAN = "1d"
+READ_THE_FILE = "Read the log file: emberd logs --source file."
+_DEFAULT_SPAN = "1d"
 """How far back the unified log is read if nobody says: the whole of it takes minutes."""
 _END_LIMIT_S = 5.0
 """How long a reader that was told to end may take."""
@@ -68,21 +69,10 @@ async def follow_file(
     if path.exists():
         for entry in deque(file_entries(path, wanted), last):
             show(entry)
-    lines: AsyncIterator[str] = follower.lines(watch_file)
-    async for line in lines:
+    async for line in follower.lines(watch_file):
         entry = log_reading.from_json_line(line)
         if wanted.takes(entry):
             show(entry)
-
-
-def _all_files(path: Path) -> list[Path]:
-    """Return the file and its rotated ones, the oldest first."""
-    found = []
-    for other in path.parent.glob(f"{path.name}.*"):
-        number = other.name.removeprefix(f"{path.name}.")
-        if number.isdecimal():
-            found.append((int(number), other))
-    return [other for _, other in sorted(found, reverse=True)] + ([path] if path.exists() else [])
 
 
 def read_lines(path: Path, since_s: float | None = None) -> Iterator[str]:
@@ -91,7 +81,9 @@ def read_lines(path: Path, since_s: float | None = None) -> Iterator[str]:
     Raises:
         OSError: one cannot be read.
     """
-    for each in _all_files(path):
+    endings = [other.name.removeprefix(f"{path.name}.") for other in path.parent.glob(f"{path.name}.*")]
+    numbers = sorted((int(ending) for ending in endings if ending.isdecimal()), reverse=True)
+    for each in (*(path.with_name(f"{path.name}.{number}") for number in numbers), path):
         with contextlib.suppress(FileNotFoundError):  # rotated away meanwhile
             if since_s is not None and each.stat().st_mtime < since_s:
                 continue
@@ -100,12 +92,7 @@ def read_lines(path: Path, since_s: float | None = None) -> Iterator[str]:
 
 
 class LogFollower:
-    """Reads what is appended to a log file, across its rotations.
-
-    Args:
-        path: the file; it need not exist yet.
-        from_beginning: yield what is there already.
-    """
+    """Reads what is appended to a log file, across its rotations; the file need not exist yet."""
 
     def __init__(self, path: Path, *, from_beginning: bool = False) -> None:
         self._path = path
@@ -191,12 +178,7 @@ class LogFollower:
 
 
 class SystemReader:
-    """Asks the program that reads the system's log.
-
-    Args:
-        program: log(1) or journalctl(1).
-        is_journal: it is journalctl.
-    """
+    """Asks the program that reads the system's log: log(1), or journalctl(1) where `is_journal`."""
 
     def __init__(self, program: str, *, is_journal: bool) -> None:
         self._program = program
@@ -211,7 +193,7 @@ class SystemReader:
         if self._is_journal:
             yield from self._run(log_reading.journalctl(wanted, lines=last, follow=False), wanted)
         else:
-            yield from deque(self._run(log_reading.log_show(wanted, DEFAULT_SPAN), wanted), last)
+            yield from deque(self._run(log_reading.log_show(wanted, _DEFAULT_SPAN), wanted), last)
 
     def follow(self, wanted: Wanted, last: int | None) -> Iterator[Entry]:
         """Yield the last entries, then every new one, for ever.
@@ -233,9 +215,30 @@ class SystemReader:
             return None
 
     def _run(self, arguments: list[str], wanted: Wanted, *, is_endless: bool = False) -> Iterator[Entry]:
-        errors = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would block the program
+        read = log_reading.from_journal if self._is_journal else log_reading.from_unified
+        is_whole = self._is_journal or is_endless
+        # A pipe that nobody reads would block the program: its errors go to a file.
+        with tempfile.TemporaryFile() as errors, self._start(arguments, errors) as child:
+            try:
+                for line in child.stdout or ():
+                    is_whole = is_whole or log_reading.is_last_of_unified(line)
+                    entry = read(line)
+                    if entry is not None and wanted.takes(entry):
+                        yield entry
+                if child.wait(_END_LIMIT_S) or not is_whole:
+                    errors.seek(0)
+                    said = errors.read(_WORDS_OF_ERROR).decode("utf-8", "replace").strip()
+                    raise self._refused(said or f"it ended with exit code {child.returncode}")
+            finally:
+                if child.poll() is None:
+                    child.terminate()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(_END_LIMIT_S)
+                child.kill()  # does nothing to one that has ended
+
+    def _start(self, arguments: list[str], errors: IO[bytes]) -> subprocess.Popen[str]:
         try:
-            child = subprocess.Popen(
+            return subprocess.Popen(
                 [self._program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -244,27 +247,7 @@ class SystemReader:
                 errors="replace",
             )
         except OSError as error:
-            errors.close()
-            raise LogStoreRefused(
-                f"cannot run {self._program}: {error.strerror}", "Read the log file: emberd logs --source file."
-            ) from error
-        is_whole = self._is_journal
-        try:
-            assert child.stdout is not None  # noqa: S101  # as asked for above
-            for line in child.stdout:
-                if not self._is_journal and log_reading.is_last_of_unified(line):
-                    is_whole = True
-                    continue
-                entry = (log_reading.from_journal if self._is_journal else log_reading.from_unified)(line)
-                if entry is not None and wanted.takes(entry):
-                    yield entry
-            if child.wait(_END_LIMIT_S) or not (is_whole or is_endless):
-                errors.seek(0)
-                said = errors.read(_WORDS_OF_ERROR).decode("utf-8", "replace").strip()
-                raise self._refused(said or f"it ended with exit code {child.returncode}")
-        finally:
-            self._end(child)
-            errors.close()
+            raise LogStoreRefused(f"cannot run {self._program}: {error.strerror}", READ_THE_FILE) from error
 
     def _refused(self, said: str) -> LogStoreRefused:
         """Return what a person needs to know.
@@ -272,22 +255,8 @@ class SystemReader:
         macOS says `log: Could not open local log store: Operation not permitted`, exit code 64, to who is no
         administrator.
         """
-        who = "the journal" if self._is_journal else "the unified log"
-        return LogStoreRefused(
-            f"this system did not let {who} be read: {said}",
-            "Read the log file: emberd logs --source file."
-            if not self._is_journal
-            else "Join the group systemd-journal, or read the log file: emberd logs --source file.",
-        )
-
-    @staticmethod
-    def _end(child: subprocess.Popen[str]) -> None:
-        if child.poll() is None:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(_END_LIMIT_S)
-        if child.poll() is None:
-            child.kill()
-            child.wait()
-        if child.stdout is not None:
-            child.stdout.close()
+        who, remedy = "the unified log", READ_THE_FILE
+        if self._is_journal:
+            who = "the journal"
+            remedy = "Join the group systemd-journal, or read the log file: emberd logs --source file."
+        return LogStoreRefused(f"this system did not let {who} be read: {said}", remedy)
