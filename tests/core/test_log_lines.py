@@ -19,8 +19,6 @@ from emberd.core.log_lines import (
     OsLogType,
     Priority,
     RateLimit,
-    Sinks,
-    Situation,
     choose_sinks,
 )
 
@@ -215,22 +213,24 @@ def test_nothing_is_lost_uncounted_and_no_minute_has_more_than_twice_the_rate(ga
 
 
 @pytest.mark.parametrize(
-    ("asked", "now", "sinks"),
+    ("asked", "system", "now", "sinks"),
     [
-        ("auto", Situation("linux", stderr_is_journal=True), Sinks(system=True)),
-        ("auto", Situation("linux", stderr_is_terminal=True), Sinks(stderr=True, file=True)),
-        ("auto", Situation("linux"), Sinks(stderr=True, file=True)),
-        ("auto", Situation("linux", stderr_is_journal=True, has_system_log=False), Sinks(stderr=True)),
-        ("auto", Situation("darwin", stderr_is_launchds=True), Sinks(system=True, file=True)),
-        ("auto", Situation("darwin", stderr_is_terminal=True), Sinks(stderr=True, system=True, file=True)),
-        ("auto", Situation("darwin", stderr_is_launchds=True, has_system_log=False), Sinks(file=True)),
-        ("stderr", Situation("darwin", stderr_is_launchds=True), Sinks(stderr=True)),
-        ("file", Situation("linux", stderr_is_journal=True), Sinks(file=True)),
-        ("file", Situation("linux", stderr_is_terminal=True), Sinks(stderr=True, file=True)),
-        ("system", Situation("linux"), Sinks(system=True)),
-        ("system", Situation("linux", has_system_log=False), Sinks(file=True)),
+        ("auto", "linux", {"is_journals": True}, ["system"]),
+        ("auto", "linux", {"is_terminal": True}, ["stderr", "file"]),
+        ("auto", "linux", {}, ["stderr", "file"]),
+        ("auto", "linux", {"is_journals": True, "has_system_log": False}, ["stderr"]),
+        ("auto", "darwin", {"is_launchds": True}, ["system", "file"]),
+        ("auto", "darwin", {"is_terminal": True}, ["stderr", "system", "file"]),
+        ("auto", "darwin", {"is_launchds": True, "has_system_log": False}, ["file"]),
+        ("stderr", "darwin", {"is_launchds": True}, ["stderr"]),
+        ("file", "linux", {"is_journals": True}, ["file"]),
+        ("file", "linux", {"is_terminal": True}, ["stderr", "file"]),
+        ("system", "linux", {}, ["system"]),
+        ("system", "linux", {"has_system_log": False}, ["file"]),
     ],
 )
-def test_the_log_goes_where_it_can_be_found_and_not_twice(asked: str, now: Situation, sinks: Sinks):
-    assert choose_sinks(asked, now) == sinks  # type: ignore[arg-type]
-    assert sinks.names()
+def test_the_log_goes_where_it_can_be_found_and_not_twice(
+    asked: str, system: str, now: dict[str, bool], sinks: list[str]
+):
+    assert choose_sinks(asked, system, **now) == sinks  # type: ignore[arg-type]
+    assert sinks

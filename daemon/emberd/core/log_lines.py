@@ -1,4 +1,4 @@
-"""What one event of the log looks like in each place where logs are kept.
+"""What one event of the log looks like in each place where logs are kept, how often it may come, and where it goes.
 
 An event is a mapping: `event` (a constant name of the code), `level`, `category`, `timestamp`, and its fields.
 Facts: os_log(3), os_log(5) and log(1) of macOS; syslog(3); sd_journal_print(3), systemd.journal-fields(7) and
@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, MutableMapping
@@ -103,6 +103,14 @@ class OsLogType(IntEnum):
     FAULT = 0x11
 
 
+_OS_LOG_TYPES = {
+    "debug": OsLogType.DEBUG,
+    "info": OsLogType.DEFAULT,
+    "warning": OsLogType.DEFAULT,
+    "critical": OsLogType.FAULT,
+}
+
+
 class Priority(IntEnum):
     """Of syslog(3)."""
 
@@ -115,13 +123,9 @@ class Priority(IntEnum):
 
 def os_log_type(level: str, event: str) -> OsLogType:
     """Return the type under which macOS keeps an event: what tells of the engine's life later is persisted."""
-    if level == "info":
-        return OsLogType.INFO if event in _ROUTINE else OsLogType.DEFAULT
-    return {
-        "debug": OsLogType.DEBUG,
-        "warning": OsLogType.DEFAULT,
-        "critical": OsLogType.FAULT,
-    }.get(level, OsLogType.ERROR)
+    if level == "info" and event in _ROUTINE:
+        return OsLogType.INFO
+    return _OS_LOG_TYPES.get(level, OsLogType.ERROR)
 
 
 def priority(level: str) -> Priority:
@@ -162,12 +166,8 @@ def syslog_line(event: Mapping[str, Any]) -> str:
 
 def _value(value: Any) -> str:
     """Return a value as a word: bare if it is one, else as JSON."""
-    if isinstance(value, str):
-        return (
-            value
-            if _BARE.fullmatch(value) and not _CONTROL.search(value)
-            else json.dumps(value, ensure_ascii=False)
-        )
+    if isinstance(value, str) and _BARE.fullmatch(value) and not _CONTROL.search(value):
+        return value
     return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -220,8 +220,7 @@ def journal_datagram(fields: Iterable[tuple[str, str]]) -> bytes:
     return b"".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Suppressed:
+class Suppressed(NamedTuple):
     """Events of one name that were not logged, and since when."""
 
     event: str
@@ -232,123 +231,103 @@ class Suppressed:
 
 @dataclass(slots=True)
 class _Bucket:
+    rate_per_s: float
     tokens: float
     filled_s: float
     category: str = ""
     suppressed: int = 0
     since_s: float = 0.0
 
+    def fill(self, now_s: float) -> None:
+        more = max(now_s - self.filled_s, 0.0) * self.rate_per_s
+        self.tokens, self.filled_s = min(self.tokens + more, self.rate_per_s * BURST_S), now_s
+
 
 class RateLimit:
-    """Says of each event whether it may be logged.
+    """Says of each event whether it may be logged: a token bucket for each name.
+
+    A flood of one event must not bury the others, nor fill a disk, nor cost the daemon. What is left out is
+    counted, and told in one line as soon as the bucket has room for it.
 
     Args:
         per_minute: how many events of one name may come in a minute, 0 for any number.
         exceptions: other numbers for some names.
     """
 
-    def __init__(self, per_minute: int, exceptions: dict[str, int] | None = None) -> None:
+    def __init__(self, per_minute: int, exceptions: Mapping[str, int] | None = None) -> None:
         self._per_minute = per_minute
         self._exceptions = exceptions or {}
         self._buckets: dict[str, _Bucket] = {}
-        self._has_suppressed = False
+        self.has_suppressed = False
+        """Something is left to be told."""
 
     def allows(self, event: str, category: str, now_s: float) -> bool:
-        """Tell whether an event may be logged now, and count it."""
-        rate = self._rate_per_s(event)
-        if not rate:
+        """Return True if an event may be logged now, and count it."""
+        rate_per_s = self._exceptions.get(event, self._per_minute) / 60
+        if not rate_per_s:
             return True
         bucket = self._buckets.get(event)
         if bucket is None:
-            bucket = self._buckets[event] = _Bucket(rate * BURST_S, now_s)
-        self._fill(bucket, rate, now_s)
-        if bucket.tokens >= 1 and not bucket.suppressed:
-            bucket.tokens -= 1
-            return True
+            bucket = self._buckets[event] = _Bucket(rate_per_s, rate_per_s * BURST_S, now_s)
+        bucket.fill(now_s)
         if not bucket.suppressed:
+            if bucket.tokens >= 1:
+                bucket.tokens -= 1
+                return True
             bucket.since_s, bucket.category = now_s, category
         bucket.suppressed += 1
-        self._has_suppressed = True
+        self.has_suppressed = True
         return False
 
     def told(self, now_s: float, *, all_of_it: bool = False) -> list[Suppressed]:
-        """Return what was left out and can be told now; from then on it may be logged again.
+        """Return what was left out and can be told now, or all of it; from then on it may be logged again.
 
         A name is told when its bucket is an eighth full: so a flood that goes on is told of now and then.
-
-        Args:
-            now_s: the time of the clock that `allows` gets.
-            all_of_it: the daemon ends; nothing is told later.
         """
-        if not self._has_suppressed:
+        if not self.has_suppressed:
             return []
         told = []
         for event, bucket in self._buckets.items():
-            rate = self._rate_per_s(event)
-            self._fill(bucket, rate, now_s)
-            if bucket.suppressed and (all_of_it or bucket.tokens >= max(rate * BURST_S / 8, 1)):
+            bucket.fill(now_s)
+            if bucket.suppressed and (all_of_it or bucket.tokens >= max(bucket.rate_per_s * BURST_S / 8, 1)):
                 told.append(Suppressed(event, bucket.category, bucket.suppressed, max(now_s - bucket.since_s, 0.0)))
                 bucket.suppressed = 0
-        self._has_suppressed = any(bucket.suppressed for bucket in self._buckets.values())
+        self.has_suppressed = any(bucket.suppressed for bucket in self._buckets.values())
         return told
 
-    @property
-    def has_suppressed(self) -> bool:
-        """Whether something is left to be told."""
-        return self._has_suppressed
 
-    def _rate_per_s(self, event: str) -> float:
-        return self._exceptions.get(event, self._per_minute) / 60
+def choose_sinks(
+    asked: LogSink,
+    system: str,
+    *,
+    is_terminal: bool = False,
+    is_journals: bool = False,
+    is_launchds: bool = False,
+    has_system_log: bool = True,
+) -> list[str]:
+    """Return where the log goes: any of stderr, system, file, and one at least.
 
-    @staticmethod
-    def _fill(bucket: _Bucket, rate_per_s: float, now_s: float) -> None:
-        bucket.tokens = min(bucket.tokens + max(now_s - bucket.filled_s, 0.0) * rate_per_s, rate_per_s * BURST_S)
-        bucket.filled_s = now_s
+    A terminal always gets it: whoever starts emberd there wants to see it.
 
-
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """What a choice of places needs to know.
-
-    Attributes:
+    Args:
+        asked: the setting log.sink.
         system: name of the host, `darwin` or `linux`.
-        stderr_is_terminal: a person looks at it.
-        stderr_is_journal: systemd has connected it to the journal ($JOURNAL_STREAM, systemd.exec(5)).
-        stderr_is_launchds: launchd writes it to StandardErrorPath, which nobody rotates.
+        is_terminal: a person looks at standard error.
+        is_journals: systemd has connected it to the journal ($JOURNAL_STREAM, systemd.exec(5)).
+        is_launchds: launchd writes it to StandardErrorPath, which nobody rotates.
         has_system_log: there is one that takes lines.
     """
-
-    system: str
-    stderr_is_terminal: bool = False
-    stderr_is_journal: bool = False
-    stderr_is_launchds: bool = False
-    has_system_log: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Sinks:
-    """The places; at least one is True."""
-
-    stderr: bool = False
-    system: bool = False
-    file: bool = False
-
-    def names(self) -> list[str]:
-        """Return them as words, for people."""
-        return [name for name in ("stderr", "system", "file") if getattr(self, name)]
-
-
-def choose_sinks(asked: LogSink, now: Situation) -> Sinks:
-    """Return where the log goes. A terminal always gets it: whoever starts emberd there wants to see it."""
     if asked == "stderr":
-        return Sinks(stderr=True)
-    if asked == "file":
-        return Sinks(stderr=now.stderr_is_terminal, file=True)
-    if asked == "system":
-        return Sinks(now.stderr_is_terminal, system=now.has_system_log, file=not now.has_system_log)
-    if now.system == "darwin":
+        used = (True, False, False)
+    elif asked == "file":
+        used = (is_terminal, False, True)
+    elif asked == "system":
+        used = (is_terminal, has_system_log, not has_system_log)
+    elif system == "darwin":
         # A file, or a pipe, that launchd does not own was somebody's wish: `emberd run 2> log`.
-        return Sinks(stderr=not now.stderr_is_launchds, system=now.has_system_log, file=True)
-    if now.stderr_is_journal and now.has_system_log:
-        return Sinks(system=True)  # standard error would be a second copy in the same journal
-    return Sinks(stderr=True, file=not now.stderr_is_journal)
+        used = (not is_launchds, has_system_log, True)
+    elif is_journals and has_system_log:
+        used = (False, True, False)  # standard error would be a second copy in the same journal
+    else:
+        used = (True, False, not is_journals)
+    return [name for name, is_used in zip(("stderr", "system", "file"), used, strict=True) if is_used]

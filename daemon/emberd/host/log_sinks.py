@@ -18,6 +18,7 @@ from emberd.core.log_lines import (
     SUBSYSTEM,
     journal_datagram,
     journal_fields,
+    json_line,
     line,
     os_log_type,
     priority,
@@ -47,6 +48,8 @@ class RotatingFile:
         kept_files: rotated files to keep.
     """
 
+    name = "file"
+
     def __init__(self, path: Path, rotate_bytes: int, kept_files: int) -> None:
         self._path = path
         self._rotate_bytes = rotate_bytes
@@ -56,8 +59,12 @@ class RotatingFile:
         self.lost = 0
         self.error = ""
 
-    def write(self, text: str) -> bool:
-        """Append one line; tells whether it is in the file."""
+    def write(self, event: Mapping[str, Any]) -> bool:
+        """Append an event as a line of JSON."""
+        return self.append(json_line(event))
+
+    def append(self, text: str) -> bool:
+        """Append one line; return True if it is in the file."""
         data = (b"\n" if self._is_torn else b"") + text.encode("utf-8", "backslashreplace") + b"\n"
         try:
             self._make_ready(len(data))
