@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, MutableMapping
@@ -220,7 +220,8 @@ def journal_datagram(fields: Iterable[tuple[str, str]]) -> bytes:
     return b"".join(parts)
 
 
-class Suppressed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Suppressed:
     """Events of one name that were not logged, and since when."""
 
     event: str

@@ -68,15 +68,13 @@ class RotatingFile:
         data = (b"\n" if self._is_torn else b"") + text.encode("utf-8", "backslashreplace") + b"\n"
         try:
             self._make_ready(len(data))
-            written = os.write(self._descriptor, data)
+            self._is_torn = os.write(self._descriptor, data) < len(data)
+            if self._is_torn:  # the disk is full, or RLIMIT_FSIZE (write(2))
+                raise OSError(errno.ENOSPC, "No space left on device")  # noqa: TRY301
         except OSError as error:
-            self._lose(error.strerror or str(error))
+            self.lost += 1
+            self.error = error.strerror or str(error)
             return False
-        if written < len(data):  # the disk is full, or RLIMIT_FSIZE (write(2))
-            self._is_torn = True
-            self._lose("No space left on device")
-            return False
-        self._is_torn = False
         return True
 
     def close(self) -> None:
@@ -84,10 +82,6 @@ class RotatingFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def _lose(self, reason: str) -> None:
-        self.lost += 1
-        self.error = reason
 
     def _make_ready(self, more_bytes: int) -> None:
         if self._descriptor >= 0 and not self._is_still_there(os.fstat(self._descriptor)):
@@ -101,7 +95,7 @@ class RotatingFile:
             self._open()
 
     def _is_still_there(self, seen: os.stat_result) -> bool:
-        """Tell whether the name still leads to the open file: newsyslog and people move files."""
+        """Return True if the name still leads to the open file: newsyslog and people move files."""
         try:
             return os.path.samestat(seen, self._path.stat())
         except FileNotFoundError:
@@ -152,7 +146,7 @@ class JournalSink:
         self.error = ""
 
     def write(self, event: Mapping[str, Any]) -> bool:
-        """Send an event; tells whether journald has it."""
+        """Send an event; return True if journald has it."""
         entry = journal_datagram(journal_fields(event))
         try:
             try:
@@ -190,7 +184,7 @@ class JournalSink:
 
 
 def is_connected(descriptor: int, stream: str) -> bool:
-    """Tell whether a descriptor is the journal's: $JOURNAL_STREAM is its device and inode (systemd.exec(5))."""
+    """Return True if a descriptor is the journal's: $JOURNAL_STREAM is its device and inode (systemd.exec(5))."""
     try:
         seen = os.fstat(descriptor)
     except OSError:
@@ -214,7 +208,7 @@ class OsLogSink:
         self.error = ""
 
     def write(self, event: Mapping[str, Any]) -> bool:
-        """Log an event; tells whether pyoslog took it."""
+        """Log an event; return True if pyoslog took it."""
         category = str(event.get("category") or "daemon")
         kind = os_log_type(str(event.get("level", "info")), str(event["event"]))
         try:
