@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from emberd.core.settings import Settings, read, to_toml
-from emberd.host.ask_program import ask_program
+from emberd.host.posix import ask_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -87,9 +87,7 @@ def test_the_daemon_never_imports_what_only_a_terminal_needs():
     code = """
 import sys
 from emberd.cli import main
-from emberd.services.lean import import_lean
 import emberd.app, emberd.cli.run
-import_lean()
 import emberd.engine.choose, emberd.services.logs, emberd.services.control, emberd.services.supervisor
 import emberd.services.build, emberd.services.daemon, emberd.services.standby
 heavy = {name.split('.')[0] for name, module in sys.modules.items() if module} & {
@@ -101,10 +99,7 @@ print(','.join(sorted(heavy)))
 
 
 def test_the_command_line_works_after_the_lean_imports():
-    code = (
-        "from emberd.services.lean import import_lean; import_lean(); "
-        "import rich.console, structlog.dev; print(rich.console.Console.__name__)"
-    )
+    code = "import emberd.services.logs; import rich.console, structlog.dev; print(rich.console.Console.__name__)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout.strip() == "Console"
 

@@ -19,7 +19,6 @@ from emberd.host.api_key import read_api_key
 from emberd.host.instance import Instance
 from emberd.host.paths import prepare, state_paths
 from emberd.host.start_history import StartHistory
-from emberd.services.lean import import_lean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -99,7 +98,6 @@ def _stand_by(
     error: EmberdError, wait_s: float, loaded: Loaded, option: str | None, instance: Instance, history: StartHistory
 ) -> Why:
     """Answer in emberd's place until it is stopped or is to be tried again."""
-    import_lean()
     from emberd.services.daemon import Daemon  # noqa: PLC0415  # imports structlog
     from emberd.services.standby import Standby  # noqa: PLC0415  # rarely needed
 
@@ -132,7 +130,6 @@ def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -
     instance.take_lock(paths.lock)
     instance.listen(settings.endpoint.host, settings.endpoint.port)
     # From here on clients wait in the backlog; what is slow to import comes after.
-    import_lean()
     from emberd.services.build import SettingsInForce, build  # noqa: PLC0415
     from emberd.services.daemon import Daemon  # noqa: PLC0415
 

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from emberd.cli import logs as logs_verb
 from emberd.core.errors import EmberdError
 from emberd.host.darwin import DarwinHost
-from emberd.host.logsink_oslog import load_os_log
+from emberd.host.log_sinks import load_os_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

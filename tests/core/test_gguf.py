@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from emberd.core.errors import ModelError
 from emberd.core.gguf import GgufHeader, read_header, split_names
-from emberd.host.model_facts import read_model_facts
+from emberd.host.model_file import read_model_info
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def test_the_numbers_of_a_model_are_read(tmp_path: Path):
 
 def test_the_weights_are_what_lies_behind_the_header(tmp_path: Path):
     summary = write_gguf(tmp_path / "m.gguf", target_bytes=3_000_000)
-    assert read_model_facts(tmp_path / "m.gguf").weights_bytes == summary.file_bytes - summary.data_offset
+    assert read_model_info(tmp_path / "m.gguf").weights_bytes == summary.file_bytes - summary.data_offset
 
 
 def test_all_parts_of_a_split_model_count(tmp_path: Path):
@@ -45,10 +45,10 @@ def test_all_parts_of_a_split_model_count(tmp_path: Path):
         summary.file_bytes - summary.data_offset
         for summary in (write_gguf(tmp_path / name, seed=number) for number, name in enumerate(names))
     )
-    assert read_model_facts(tmp_path / names[0]).weights_bytes == whole
+    assert read_model_info(tmp_path / names[0]).weights_bytes == whole
     (tmp_path / names[1]).unlink()
     with pytest.raises(ModelError, match="00002-of-00003"):
-        read_model_facts(tmp_path / names[0])
+        read_model_info(tmp_path / names[0])
 
 
 def test_a_model_that_is_not_split_has_one_name():

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberd.core.keep_alive import KeepAliveState, judge_keep_alive
-from emberd.core.load_facts import LoadFacts, MlockWarning, Place, WeightsBuffer
+from emberd.core.load_facts import KeepAliveState, LoadFacts, MlockWarning, Place, WeightsBuffer, judge_keep_alive
 from emberd.core.lock import HELD_SHARE, REPACKED_SHARE, LockEvidence, LockState, judge_lock
 from emberd.core.lock_limits import (
     UNLIMITED_BYTES,
@@ -19,8 +18,8 @@ from emberd.core.lock_limits import (
     WireRefusals,
     default_user_wire_limit,
     judge_limits,
+    shown,
 )
-from emberd.core.lock_words import shown
 
 MIB = 1024**2
 GIB = 1024**3

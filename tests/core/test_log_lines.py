@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 import emberd
 from emberd.core import log_lines, log_reading
-from emberd.core.log_lines import CATEGORIES, LONGEST_LINE_BYTES, PRIVATE_FIELDS, OsLogType, Priority
+from emberd.core.log_lines import (
+    CATEGORIES,
+    LONGEST_LINE_BYTES,
+    PRIVATE_FIELDS,
+    OsLogType,
+    Priority,
+    RateLimit,
+    choose_sinks,
+)
 
 SOURCE = Path(emberd.__file__).parent
 ANYTHING = st.recursive(
@@ -157,3 +165,72 @@ def test_a_value_with_line_ends_goes_with_its_length():
 @given(st.text(max_size=100))
 def test_every_name_of_a_journal_field_is_one_that_journald_takes(name: str):
     assert re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", log_lines.journal_name(name))
+
+
+def test_what_comes_within_the_rate_passes_and_a_flood_is_counted():
+    limit = RateLimit(60)
+    passed = sum(limit.allows("a", "engine", 0.0) for _ in range(1000))
+    assert passed == 60
+    assert limit.told(1.0) == []
+    told = limit.told(10.0)
+    assert [(each.event, each.category, each.count, each.seconds) for each in told] == [("a", "engine", 940, 10.0)]
+    assert limit.allows("a", "engine", 10.0)
+    assert not limit.has_suppressed
+
+
+def test_a_flood_of_one_event_does_not_silence_another():
+    limit = RateLimit(60)
+    for _ in range(1000):
+        limit.allows("chatter", "engine", 0.0)
+    assert limit.allows("engine_exited", "supervisor", 0.0)
+
+
+def test_an_exception_has_its_own_rate_and_zero_is_no_limit():
+    limit = RateLimit(1, {"engine_line": 100, "free": 0})
+    assert sum(limit.allows("engine_line", "engine", 0.0) for _ in range(1000)) == 100
+    assert all(limit.allows("free", "x", 0.0) for _ in range(1000))
+
+
+def test_at_the_end_everything_is_told():
+    limit = RateLimit(1)
+    for _ in range(5):
+        limit.allows("a", "x", 0.0)
+    assert [each.count for each in limit.told(0.0, all_of_it=True)] == [4]
+
+
+@given(st.lists(st.floats(0, 5), max_size=300), st.integers(1, 200))
+def test_nothing_is_lost_uncounted_and_no_minute_has_more_than_twice_the_rate(gaps: list[float], rate: int):
+    limit, now_s, passed, told = RateLimit(rate), 0.0, [], 0
+    for gap in gaps:
+        now_s += gap
+        told += sum(each.count for each in limit.told(now_s))
+        if limit.allows("a", "x", now_s):
+            passed.append(now_s)
+    told += sum(each.count for each in limit.told(now_s, all_of_it=True))
+    assert len(passed) + told == len(gaps)
+    for start in passed:
+        assert sum(start <= each < start + 60 for each in passed) <= 2 * rate + 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "system", "now", "sinks"),
+    [
+        ("auto", "linux", {"is_journals": True}, ["system"]),
+        ("auto", "linux", {"is_terminal": True}, ["stderr", "file"]),
+        ("auto", "linux", {}, ["stderr", "file"]),
+        ("auto", "linux", {"is_journals": True, "has_system_log": False}, ["stderr"]),
+        ("auto", "darwin", {"is_launchds": True}, ["system", "file"]),
+        ("auto", "darwin", {"is_terminal": True}, ["stderr", "system", "file"]),
+        ("auto", "darwin", {"is_launchds": True, "has_system_log": False}, ["file"]),
+        ("stderr", "darwin", {"is_launchds": True}, ["stderr"]),
+        ("file", "linux", {"is_journals": True}, ["file"]),
+        ("file", "linux", {"is_terminal": True}, ["stderr", "file"]),
+        ("system", "linux", {}, ["system"]),
+        ("system", "linux", {"has_system_log": False}, ["file"]),
+    ],
+)
+def test_the_log_goes_where_it_can_be_found_and_not_twice(
+    asked: str, system: str, now: dict[str, bool], sinks: list[str]
+):
+    assert choose_sinks(asked, system, **now) == sinks  # type: ignore[arg-type]
+    assert sinks

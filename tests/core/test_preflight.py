@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache
+from emberd.core.gguf import estimate_compute_buffer, estimate_kv_cache
 from emberd.core.lock_limits import UNLIMITED_BYTES, LockLimits, LockReason
 from emberd.core.preflight import ONE_USER, SEVERAL_USERS, PreflightFacts, preflight
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emberd.core.kv_cache import F16_BYTES
+from emberd.core.gguf import F16_BYTES
 from emberd.core.settings import Settings, read
 from emberd.core.wishes import OwnerWishes, context_tokens, lock_policy
 from emberd.engine.http import EngineHttp

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from emberd.core.memory import EngineMemory, GpuLimits, Power, PowerSource, Pressure, SystemMemory
 from emberd.host import darwin
-from emberd.host.darwin import DarwinHost
+from emberd.host.darwin import DarwinHost, read_power
 from emberd.host.darwin_calls import DarwinCalls, RusageInfoV4, VmStatistics64, XswUsage
-from emberd.host.darwin_power import read_power
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from emberd.host import ThisHost
-from emberd.host.log_file import LogFollower, RotatingFile, read_lines
+from emberd.host.log_reader import LogFollower, read_lines
+from emberd.host.log_sinks import RotatingFile
 
 WAIT_S = 20.0
 
@@ -19,8 +20,8 @@ WAIT_S = 20.0
 def test_lines_are_appended_for_the_owner_only(tmp_path: Path):
     path = tmp_path / "folder" / "emberd.log"
     file = RotatingFile(path, 1000, 2)
-    assert file.write("one")
-    assert file.write("zwei ü \ud800")
+    assert file.append("one")
+    assert file.append("zwei ü \ud800")
     file.close()
     assert path.read_text() == "one\nzwei ü \\ud800\n"
     assert path.stat().st_mode & 0o777 == 0o600
@@ -31,7 +32,7 @@ def test_an_existing_file_is_gone_on_with_and_made_private(tmp_path: Path):
     path = tmp_path / "emberd.log"
     path.write_text("before\n")
     path.chmod(0o644)
-    RotatingFile(path, 1000, 2).write("after")
+    RotatingFile(path, 1000, 2).append("after")
     assert path.read_text() == "before\nafter\n"
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -40,7 +41,7 @@ def test_the_files_never_take_more_than_was_said(tmp_path: Path):
     path = tmp_path / "emberd.log"
     file = RotatingFile(path, 100, 2)
     for number in range(100):
-        assert file.write(f"line {number:03d} 89")
+        assert file.append(f"line {number:03d} 89")
         assert path.stat().st_size <= 100
     assert sorted(each.name for each in tmp_path.iterdir()) == ["emberd.log", "emberd.log.1", "emberd.log.2"]
     lines = list(read_lines(path))
@@ -52,7 +53,7 @@ def test_without_kept_files_only_the_newest_lines_remain(tmp_path: Path):
     path = tmp_path / "emberd.log"
     file = RotatingFile(path, 50, 0)
     for number in range(20):
-        file.write(f"line {number:03d}")
+        file.append(f"line {number:03d}")
     assert [each.name for each in tmp_path.iterdir()] == ["emberd.log"]
     assert path.read_text().endswith("line 019\n")
 
@@ -61,14 +62,14 @@ def test_without_kept_files_only_the_newest_lines_remain(tmp_path: Path):
 def test_others_may_take_the_file_away(tmp_path: Path, how: str):
     path = tmp_path / "emberd.log"
     file = RotatingFile(path, 1000, 2)
-    file.write("one")
+    file.append("one")
     if how == "remove":
         path.unlink()
     elif how == "move":
         path.rename(tmp_path / "mine")
     else:
         os.truncate(path, 0)
-    assert file.write("two")
+    assert file.append("two")
     assert path.read_text() == "two\n"
 
 
@@ -77,7 +78,7 @@ def test_a_rotation_that_is_refused_does_not_let_the_file_grow(tmp_path: Path):
     (tmp_path / "emberd.log.1").mkdir()  # a folder cannot be replaced by a file, not even by root
     file = RotatingFile(path, 100, 1)
     for number in range(50):
-        file.write(f"line {number:03d}")
+        file.append(f"line {number:03d}")
     assert path.stat().st_size <= 100
     assert path.read_text().endswith("line 049\n")
 
@@ -85,10 +86,10 @@ def test_a_rotation_that_is_refused_does_not_let_the_file_grow(tmp_path: Path):
 def test_a_folder_that_cannot_be_made_loses_lines_and_raises_nothing(tmp_path: Path):
     (tmp_path / "file").touch()
     file = RotatingFile(tmp_path / "file" / "emberd.log", 100, 1)
-    assert not file.write("one")
+    assert not file.append("one")
     assert (file.lost, file.error) == (1, "File exists")
     (tmp_path / "file").unlink()
-    assert file.write("two")
+    assert file.append("two")
 
 
 def test_a_full_disk_loses_lines_and_the_next_one_is_whole(tmp_path: Path):
@@ -97,14 +98,14 @@ def test_a_full_disk_loses_lines_and_the_next_one_is_whole(tmp_path: Path):
     code = f"""
 import resource, signal
 from pathlib import Path
-from emberd.host.log_file import RotatingFile
+from emberd.host.log_sinks import RotatingFile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
 file = RotatingFile(Path({str(path)!r}), 1000, 1)
-wrote = [file.write("line %d of ten" % number) for number in range(5)]
+wrote = [file.append("line %d of ten" % number) for number in range(5)]
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-print(wrote, file.lost, bool(file.error), file.write("after"))
+print(wrote, file.lost, bool(file.error), file.append("after"))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout.strip() == "[True, True, False, False, False] 3 True True"
@@ -115,7 +116,7 @@ print(wrote, file.lost, bool(file.error), file.write("after"))
 def test_a_device_that_is_full_is_neither_chmodded_nor_rotated():
     mode = Path("/dev/full").stat().st_mode
     file = RotatingFile(Path("/dev/full"), 10, 1)
-    assert not file.write("x" * 100)
+    assert not file.append("x" * 100)
     assert file.error == "No space left on device"
     assert Path("/dev/full").stat().st_mode == mode
 
@@ -124,14 +125,14 @@ class TestFollowing:
     def test_a_follower_reads_across_several_rotations(self, tmp_path: Path):
         path = tmp_path / "emberd.log"
         file = RotatingFile(path, 100, 5)
-        file.write("before")
+        file.append("before")
         follower = LogFollower(path)
         for number in range(30):
-            file.write(f"line {number:03d}")
+            file.append(f"line {number:03d}")
         lines, has_changed = follower.read()
         assert lines == [f"line {number:03d}" for number in range(30)]
         assert has_changed
-        file.write("last")
+        file.append("last")
         assert follower.read() == (["last"], False)
         follower.close()
 
@@ -157,7 +158,7 @@ class TestFollowing:
         for number in range(20):
             waiting = asyncio.ensure_future(anext(lines))
             await asyncio.sleep(0)
-            file.write(f"line {number:03d}")
+            file.append(f"line {number:03d}")
             assert await asyncio.wait_for(waiting, WAIT_S) == f"line {number:03d}"
         await lines.aclose()  # type: ignore[attr-defined]  # a generator
 
@@ -171,6 +172,6 @@ class TestFollowing:
         lines = LogFollower(path).lines(used_up)  # type: ignore[arg-type]
         waiting = asyncio.ensure_future(anext(lines))
         await asyncio.sleep(0.05)
-        RotatingFile(path, 60, 3).write("one")
+        RotatingFile(path, 60, 3).append("one")
         assert await asyncio.wait_for(waiting, WAIT_S) == "one"
         await lines.aclose()  # type: ignore[attr-defined]

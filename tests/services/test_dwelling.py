@@ -24,17 +24,15 @@ from emberd.core.warmth import Reason, Trigger
 from emberd.host import ThisHost
 from emberd.host.toucher import Locked, Touched, Toucher, ToucherRefused
 from emberd.services import places, pressure_watch, touching
-from emberd.services.accounts import Accounts
+from emberd.services.accounts import Accounts, Spending
 from emberd.services.forecaster import Forecaster
 from emberd.services.keepwarm import KeepWarm
-from emberd.services.knocks import Knocks
 from emberd.services.model_use import ModelUse
 from emberd.services.observer import Observer
 from emberd.services.places import Places
 from emberd.services.pressure_watch import PressureWatch
 from emberd.services.replays import Replays
-from emberd.services.spending import Spending
-from emberd.services.turns import Turns
+from emberd.services.turns import Knocks, Turns
 from emberd.services.warming import Warming
 from emberd.services.weights import Weights
 from page_cache import MIB, write

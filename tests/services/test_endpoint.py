@@ -405,7 +405,7 @@ def loaded_by(code: str) -> set[str]:
     return set(asked.stdout.split())
 
 
-LEAN = "from emberd.services.lean import import_lean; import_lean()"
+LEAN = "import emberd.services.logs"
 
 
 def test_a_lean_import_loads_no_terminal_library():

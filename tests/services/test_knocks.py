@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from emberd.services import knocks as knocks_module
-from emberd.services.knocks import Knocks
+from emberd.services import turns as turns_module
+from emberd.services.turns import Knocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ async def hears(knocks: Knocks, act: Callable[[], None]) -> bool:
 
 async def test_only_who_was_away_for_a_while_is_back(monkeypatch: pytest.MonkeyPatch):
     now_s = 1000.0
-    monkeypatch.setattr(knocks_module.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(turns_module.time, "monotonic", lambda: now_s)
     knocks = Knocks()
     assert knocks.seconds_since is None
     heard = []

@@ -21,7 +21,7 @@ from emberd.core.errors import EngineFailed
 from emberd.core.settings import LogSettings
 from emberd.host.darwin import DarwinHost
 from emberd.host.linux import LinuxHost
-from emberd.host.logsink_journal import JournalSink
+from emberd.host.log_sinks import JournalSink
 from emberd.services import logs
 
 if TYPE_CHECKING:

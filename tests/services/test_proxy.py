@@ -24,9 +24,8 @@ from emberd.host import ThisHost
 from emberd.host.listener import bind
 from emberd.services import endpoint, messages, places
 from emberd.services.endpoint import Endpoint
-from emberd.services.knocks import Knocks
 from emberd.services.proxy import Proxy, make_app
-from emberd.services.turns import Turns
+from emberd.services.turns import Knocks, Turns
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator

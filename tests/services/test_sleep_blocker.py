@@ -205,7 +205,7 @@ def on_mains(daemon: Daemon, folder: Path, assertions: Path) -> None:
     (adapter / "online").write_text("1\n")
     plain = daemon.command
     prelude = (
-        "import pathlib; from emberd.host.linux import LinuxHost; from emberd.host.linux_power import read_power; "
+        "import pathlib; from emberd.host.linux import LinuxHost; from emberd.host.linux import read_power; "
         f"LinuxHost.power = lambda _: read_power(pathlib.Path({str(folder / 'sys')!r})); "
         "from emberd.services import sleep_blocker; sleep_blocker.LOOK_S = 0.2; "
     )

@@ -16,9 +16,9 @@ from emberd.core import log_lines, log_reading
 from emberd.core.errors import EmberdError
 from emberd.core.log_reading import Wanted
 from emberd.host import ThisHost, config_file
+from emberd.host.log_reader import READ_THE_FILE, LogStoreRefused, SystemReader, file_entries, follow_file
 from emberd.host.paths import instance_name, log_file, state_paths
 from emberd.services.control import ask
-from emberd.services.log_reader import LogStoreRefused, SystemReader, file_entries, follow_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _LINES = 100
 _LINES_BEFORE_FOLLOWING = 10
-_SYSTEM_LOGS = ("unified", "journal")
+_SYSTEM_LOGS = {"unified", "journal"}
 _COLOURS: dict[str, dict[str, Any]] = {
     "time": {"dim": True},
     "category": {"dim": True},
@@ -103,9 +103,9 @@ def command(
     wanted = Wanted(
         moment, level, categories, events, None if all_instances else instance_name(settings), os.geteuid()
     )
-    last = lines if lines is not None or (moment is not None and not follow) else _LINES
-    if follow and lines is None:
-        last = _LINES_BEFORE_FOLLOWING if moment is None else None
+    last = lines
+    if lines is None and moment is None:
+        last = _LINES_BEFORE_FOLLOWING if follow else _LINES
     show = _show_json if is_json else _show
     path = log_file(settings, ThisHost.name)
     reader = _system_reader(settings, path, wanted, source)
@@ -135,16 +135,14 @@ def _system_reader(settings: Settings, path: Path, wanted: Wanted, source: str) 
     program = None if source == "file" else ThisHost().log_program()
     if program is None:
         if source == "system":
-            raise EmberdError(
-                "this system has no program that reads its log", "Read the log file: emberd logs --source file."
-            )
+            raise EmberdError("this system has no program that reads its log", READ_THE_FILE)
         return None
     reader = SystemReader(program, is_journal=ThisHost.name != "darwin")
     if source == "system":
         return reader
     places = _places_of_running(settings)
     if places is not None:
-        is_there = any(name in places for name in _SYSTEM_LOGS)
+        is_there = not _SYSTEM_LOGS.isdisjoint(places)
     elif settings.log.sink != "auto":
         is_there = settings.log.sink == "system"
     else:
@@ -153,7 +151,7 @@ def _system_reader(settings: Settings, path: Path, wanted: Wanted, source: str) 
 
 
 def _is_newer(reader: SystemReader, path: Path, wanted: Wanted) -> bool:
-    """Tell whether the last emberd wrote to the system's log: its newest entry is then not older than the file."""
+    """Return True if the last emberd wrote to the system's log: its newest entry is then as new as the file."""
     newest = reader.newest(Wanted(instance=wanted.instance, user_id=wanted.user_id))
     if newest is None or newest.time is None:
         return False

@@ -132,7 +132,7 @@ async def _count(toucher: Toucher, spans: Sequence[Sequence[TensorSpan]]) -> dic
 
 
 def _spans(path: Path) -> tuple[TensorSpan, ...]:
-    from emberd.host.model_facts import read_spans  # noqa: PLC0415
+    from emberd.host.model_file import read_spans  # noqa: PLC0415
 
     return read_spans(path)
 

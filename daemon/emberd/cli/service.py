@@ -219,7 +219,7 @@ def end_leftover_engine(settings: Settings) -> int | None:
     """End the engine of an emberd that was killed, and return its pid; None if there is none."""
     import asyncio  # noqa: PLC0415  # rarely needed
 
-    from emberd.engine.leftover import end_leftover  # noqa: PLC0415  # same
+    from emberd.engine.record import end_leftover  # noqa: PLC0415  # same
     from emberd.host.paths import state_paths  # noqa: PLC0415  # same
 
     return asyncio.run(end_leftover(state_paths(settings), ThisHost(), settings.lifecycle.stop_timeout_s))

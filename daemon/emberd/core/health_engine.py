@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from emberd.core.health import Condition, Kind, Severity, when
 from emberd.core.health_facts import EngineProblem
 from emberd.core.health_model import PROBLEMS as MODEL_PROBLEMS
-from emberd.core.lock_words import shown
+from emberd.core.lock_limits import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from emberd.core.health import Condition, Kind, Severity, when
 from emberd.core.lock import LockState
-from emberd.core.lock_limits import judge_limits
-from emberd.core.lock_words import explain, find_remedy
+from emberd.core.lock_limits import explain, find_remedy, judge_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

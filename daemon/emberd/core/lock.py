@@ -12,8 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from emberd.core.load_facts import LoadFacts, Place
-from emberd.core.lock_limits import LockReason, judge_limits, lesser_of_process_limits
-from emberd.core.lock_words import explain, find_remedy, shown
+from emberd.core.lock_limits import LockReason, explain, find_remedy, judge_limits, lesser_of_process_limits, shown
 
 if TYPE_CHECKING:
     from emberd.core.lock_limits import LockLimits, WireRefusals

@@ -1,4 +1,4 @@
-"""What one event of the log looks like in each place where logs are kept.
+"""What one event of the log looks like in each place where logs are kept, how often it may come, and where it goes.
 
 An event is a mapping: `event` (a constant name of the code), `level`, `category`, `timestamp`, and its fields.
 Facts: os_log(3), os_log(5) and log(1) of macOS; syslog(3); sd_journal_print(3), systemd.journal-fields(7) and
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, MutableMapping
+
+    from emberd.core.settings import LogSink
 
 SUBSYSTEM = "io.github.emberd"
 """Of macOS' unified log."""
@@ -86,6 +89,8 @@ _BARE = re.compile(r"[^\s\"={}\[\]\\]+")
 _FIELD_NAME = re.compile(r"[^A-Z0-9]+")
 _LONGEST_NAME = 64
 """Of a field of the journal (systemd, src/libsystemd/sd-journal/journal-file.c: journal_field_valid)."""
+BURST_S = 60.0
+"""A bucket holds what may come in so much time: an engine prints some hundred lines while it loads, then few."""
 
 
 class OsLogType(IntEnum):
@@ -96,6 +101,14 @@ class OsLogType(IntEnum):
     DEBUG = 0x02
     ERROR = 0x10
     FAULT = 0x11
+
+
+_OS_LOG_TYPES = {
+    "debug": OsLogType.DEBUG,
+    "info": OsLogType.DEFAULT,
+    "warning": OsLogType.DEFAULT,
+    "critical": OsLogType.FAULT,
+}
 
 
 class Priority(IntEnum):
@@ -110,13 +123,9 @@ class Priority(IntEnum):
 
 def os_log_type(level: str, event: str) -> OsLogType:
     """Return the type under which macOS keeps an event: what tells of the engine's life later is persisted."""
-    if level == "info":
-        return OsLogType.INFO if event in _ROUTINE else OsLogType.DEFAULT
-    return {
-        "debug": OsLogType.DEBUG,
-        "warning": OsLogType.DEFAULT,
-        "critical": OsLogType.FAULT,
-    }.get(level, OsLogType.ERROR)
+    if level == "info" and event in _ROUTINE:
+        return OsLogType.INFO
+    return _OS_LOG_TYPES.get(level, OsLogType.ERROR)
 
 
 def priority(level: str) -> Priority:
@@ -157,12 +166,8 @@ def syslog_line(event: Mapping[str, Any]) -> str:
 
 def _value(value: Any) -> str:
     """Return a value as a word: bare if it is one, else as JSON."""
-    if isinstance(value, str):
-        return (
-            value
-            if _BARE.fullmatch(value) and not _CONTROL.search(value)
-            else json.dumps(value, ensure_ascii=False)
-        )
+    if isinstance(value, str) and _BARE.fullmatch(value) and not _CONTROL.search(value):
+        return value
     return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -213,3 +218,117 @@ def journal_datagram(fields: Iterable[tuple[str, str]]) -> bytes:
         else:
             parts.append(name.encode() + b"=" + value + b"\n")
     return b"".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Suppressed:
+    """Events of one name that were not logged, and since when."""
+
+    event: str
+    category: str
+    count: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Bucket:
+    rate_per_s: float
+    tokens: float
+    filled_s: float
+    category: str = ""
+    suppressed: int = 0
+    since_s: float = 0.0
+
+    def fill(self, now_s: float) -> None:
+        more = max(now_s - self.filled_s, 0.0) * self.rate_per_s
+        self.tokens, self.filled_s = min(self.tokens + more, self.rate_per_s * BURST_S), now_s
+
+
+class RateLimit:
+    """Says of each event whether it may be logged: a token bucket for each name.
+
+    A flood of one event must not bury the others, nor fill a disk, nor cost the daemon. What is left out is
+    counted, and told in one line as soon as the bucket has room for it.
+
+    Args:
+        per_minute: how many events of one name may come in a minute, 0 for any number.
+        exceptions: other numbers for some names.
+    """
+
+    def __init__(self, per_minute: int, exceptions: Mapping[str, int] | None = None) -> None:
+        self._per_minute = per_minute
+        self._exceptions = exceptions or {}
+        self._buckets: dict[str, _Bucket] = {}
+        self.has_suppressed = False
+        """Something is left to be told."""
+
+    def allows(self, event: str, category: str, now_s: float) -> bool:
+        """Return True if an event may be logged now, and count it."""
+        rate_per_s = self._exceptions.get(event, self._per_minute) / 60
+        if not rate_per_s:
+            return True
+        bucket = self._buckets.get(event)
+        if bucket is None:
+            bucket = self._buckets[event] = _Bucket(rate_per_s, rate_per_s * BURST_S, now_s)
+        bucket.fill(now_s)
+        if not bucket.suppressed:
+            if bucket.tokens >= 1:
+                bucket.tokens -= 1
+                return True
+            bucket.since_s, bucket.category = now_s, category
+        bucket.suppressed += 1
+        self.has_suppressed = True
+        return False
+
+    def told(self, now_s: float, *, all_of_it: bool = False) -> list[Suppressed]:
+        """Return what was left out and can be told now, or all of it; from then on it may be logged again.
+
+        A name is told when its bucket is an eighth full: so a flood that goes on is told of now and then.
+        """
+        if not self.has_suppressed:
+            return []
+        told = []
+        for event, bucket in self._buckets.items():
+            bucket.fill(now_s)
+            if bucket.suppressed and (all_of_it or bucket.tokens >= max(bucket.rate_per_s * BURST_S / 8, 1)):
+                told.append(Suppressed(event, bucket.category, bucket.suppressed, max(now_s - bucket.since_s, 0.0)))
+                bucket.suppressed = 0
+        self.has_suppressed = any(bucket.suppressed for bucket in self._buckets.values())
+        return told
+
+
+def choose_sinks(
+    asked: LogSink,
+    system: str,
+    *,
+    is_terminal: bool = False,
+    is_journals: bool = False,
+    is_launchds: bool = False,
+    has_system_log: bool = True,
+) -> list[str]:
+    """Return where the log goes: any of stderr, system, file, and one at least.
+
+    A terminal always gets it: whoever starts emberd there wants to see it.
+
+    Args:
+        asked: the setting log.sink.
+        system: name of the host, `darwin` or `linux`.
+        is_terminal: a person looks at standard error.
+        is_journals: systemd has connected it to the journal ($JOURNAL_STREAM, systemd.exec(5)).
+        is_launchds: launchd writes it to StandardErrorPath, which nobody rotates.
+        has_system_log: there is one that takes lines.
+    """
+    if asked == "stderr":
+        used = (True, False, False)
+    elif asked == "file":
+        used = (is_terminal, False, True)
+    elif asked == "system":
+        used = (is_terminal, has_system_log, not has_system_log)
+    elif system == "darwin":
+        # A file, or a pipe, that launchd does not own was somebody's wish: `emberd run 2> log`.
+        used = (not is_launchds, has_system_log, True)
+    elif is_journals and has_system_log:
+        used = (False, True, False)  # standard error would be a second copy in the same journal
+    else:
+        used = (True, False, not is_journals)
+    return [name for name, is_used in zip(("stderr", "system", "file"), used, strict=True) if is_used]

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 _SPANS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _WORD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|[\[{].*?[\]}](?=\s|$)|\S+)')
 _HEAD = re.compile(r"(\w+) (\w+)(?: |$)(.*)", re.DOTALL)
-_MOST_MICROSECONDS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +26,8 @@ class Entry:
     """One event of the log, wherever it was read.
 
     Attributes:
-        time: when, with its time zone; None if it was not written down.
-        level: one of LEVELS.
-        category: which service.
-        event: its name; empty for a line that is not emberd's own form.
+        time: with its time zone; None if it was not written down.
+        event: empty for a line that is not in emberd's own form.
         instance: which emberd, empty for the one with the default state directory.
         fields: the others. From the journal and the unified log numbers and lists are read back from text.
         text: what stands there, for a line of another form.
@@ -46,17 +43,15 @@ class Entry:
 
     def as_json(self) -> dict[str, Any]:
         """Return the entry in the form of the file log."""
-        head: dict[str, Any] = {
+        return {
             "timestamp": None if self.time is None else self.time.isoformat(),
             "level": self.level,
             "category": self.category,
             "event": self.event,
+            **({"instance": self.instance} if self.instance else {}),
+            **({"text": self.text} if self.text else {}),
+            **self.fields,
         }
-        if self.instance:
-            head["instance"] = self.instance
-        if self.text:
-            head["text"] = self.text
-        return {**head, **self.fields}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +59,9 @@ class Wanted:
     """What a person wants to see.
 
     Attributes:
-        since: from when on, with time zone; None from the beginning.
-        level: the least important level.
-        categories: any of these; empty for all.
-        events: any of these; empty for all.
+        since: with time zone; None from the beginning.
+        level: the least important one.
+        categories: any of these; empty for all. So are the events.
         instance: of this emberd; None for all.
         user_id: of this user, where the log has those of others too.
     """
@@ -80,7 +74,7 @@ class Wanted:
     user_id: int | None = None
 
     def takes(self, entry: Entry) -> bool:
-        """Tell whether an entry is one of them; a system's own filter may be coarser."""
+        """Return True if an entry is one of them; a system's own filter may be coarser."""
         return (
             (self.since is None or entry.time is None or entry.time >= self.since)
             and LEVELS.index(entry.level) >= LEVELS.index(self.level)
@@ -93,9 +87,7 @@ class Wanted:
 def read_since(text: str, now: datetime) -> datetime:
     """Return the moment that a person names: 90s, 30m, 1h, 2d; today, yesterday; or a date or time in ISO 8601.
 
-    Args:
-        text: what was typed.
-        now: the present, with time zone; a time without one is meant in the same.
+    A time without a zone is meant in that of `now`, which has one.
 
     Raises:
         ValueError: it is none.
@@ -129,11 +121,8 @@ def read_since(text: str, now: datetime) -> datetime:
 
 def from_json_line(text: str) -> Entry:
     """Return the entry in a line of the file log; a line of another form is its own text."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("event"), str):
+    content = _object(text)
+    if not isinstance(content.get("event"), str):
         return Entry(None, "info", "daemon", "", text=text)
     return Entry(
         _moment(content.pop("timestamp", None)),
@@ -143,6 +132,20 @@ def from_json_line(text: str) -> Entry:
         str(content.pop("instance", "")),
         content,
     )
+
+
+def _object(text: str) -> dict[str, Any]:
+    """Return the JSON object in a line, empty if it holds none."""
+    content = _plain(text)
+    return content if isinstance(content, dict) else {}
+
+
+def _plain(text: str) -> Any:
+    """Return the value that a word was written from; what is no JSON is a word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _level(word: Any) -> str:
@@ -164,18 +167,17 @@ def predicate(wanted: Wanted) -> str:
     """Return the predicate of log(1); the names in it are quoted so that nothing in them ends the quote."""
     terms = [f"subsystem == {_quoted(SUBSYSTEM)}"]
     if wanted.categories:
-        terms.append(_any_of("category == {}", wanted.categories))
+        terms.append(_any_of([f"category == {_quoted(category)}" for category in wanted.categories]))
     if wanted.events:
         # The line begins with the level; the word after it is the event.
-        terms.append(_any_of("eventMessage CONTAINS {}", tuple(f" {event}" for event in wanted.events)))
+        terms.append(_any_of([f"eventMessage CONTAINS {_quoted(f' {event}')}" for event in wanted.events]))
     if LEVELS.index(wanted.level) >= LEVELS.index("error"):
-        terms.append("(messageType == error || messageType == fault)")
+        terms.append(_any_of(["messageType == error", "messageType == fault"]))
     return " && ".join(terms)
 
 
-def _any_of(term: str, words: tuple[str, ...]) -> str:
-    text = " || ".join(term.format(_quoted(word)) for word in words)
-    return f"({text})" if len(words) > 1 else text
+def _any_of(terms: list[str]) -> str:
+    return f"({' || '.join(terms)})" if len(terms) > 1 else terms[0]
 
 
 def _quoted(word: str) -> str:
@@ -187,15 +189,12 @@ def _quoted(word: str) -> str:
 def log_show(wanted: Wanted, default_span: str) -> list[str]:
     """Return the arguments of `log show`. Without --info and --debug it leaves those out (log(1)).
 
-    Args:
-        wanted: which entries.
-        default_span: how far back it looks if nobody says; the whole store takes minutes.
+    It looks back for `default_span` if nobody says: the whole store takes minutes.
     """
-    if wanted.since is None:
-        span = ["--last", default_span]
-    else:
-        span = ["--start", wanted.since.strftime("%Y-%m-%d %H:%M:%S%z")]
-    return ["show", *span, *_info(wanted), "--style", "ndjson", "--predicate", predicate(wanted)]
+    since = wanted.since
+    span = ["--last", default_span] if since is None else ["--start", since.strftime("%Y-%m-%d %H:%M:%S%z")]
+    kinds = {"debug": ["--info", "--debug"], "info": ["--info"]}.get(wanted.level, [])
+    return ["show", *span, *kinds, "--style", "ndjson", "--predicate", predicate(wanted)]
 
 
 def log_stream(wanted: Wanted) -> list[str]:
@@ -204,28 +203,18 @@ def log_stream(wanted: Wanted) -> list[str]:
     return ["stream", "--level", level, "--style", "ndjson", "--predicate", predicate(wanted)]
 
 
-def _info(wanted: Wanted) -> list[str]:
-    return {"debug": ["--info", "--debug"], "info": ["--info"]}.get(wanted.level, [])
-
-
 def is_last_of_unified(text: str) -> bool:
-    """Tell whether a line is the record with which ndjson ends; without it the answer is not whole."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return False
-    return isinstance(content, dict) and "finished" in content and "eventMessage" not in content
+    """Return True for the record with which ndjson ends; without it the answer is not whole."""
+    content = _object(text)
+    return "finished" in content and "eventMessage" not in content
 
 
 def from_unified(text: str) -> Entry | None:
     """Return the entry in a line of ndjson, None for what is no log entry (the last record, headings)."""
-    try:
-        content = json.loads(text)
-    except ValueError:
+    content = _object(text)
+    if not isinstance(content.get("eventMessage"), str):
         return None
-    if not isinstance(content, dict) or not isinstance(content.get("eventMessage"), str):
-        return None
-    time = _unified_moment(content.get("timestamp"))
+    time = _moment(content.get("timestamp"))
     entry = from_line(content["eventMessage"], time, str(content.get("category") or "daemon"))
     if not entry.event:
         level = {"Debug": "debug", "Error": "error", "Fault": "critical"}.get(
@@ -235,15 +224,6 @@ def from_unified(text: str) -> Entry | None:
     return entry
 
 
-def _unified_moment(text: Any) -> datetime | None:
-    """Return the time of `2026-05-31 14:30:00.123456+0200`; more digits of a second than Python knows are cut."""
-    found = re.fullmatch(r"(.{10}) (\d\d:\d\d:\d\d)(\.\d+)?([+-]\d{4})", str(text))
-    if not found:
-        return _moment(text)
-    share = (found[3] or ".0")[: _MOST_MICROSECONDS + 1]
-    return _moment(f"{found[1]}T{found[2]}{share.ljust(_MOST_MICROSECONDS + 1, '0')}{found[4]}")
-
-
 def from_line(text: str, time: datetime | None, category: str) -> Entry:
     """Return the entry in a line that `log_lines.line` wrote; fields behind a cut are lost."""
     found = _HEAD.fullmatch(text)
@@ -251,14 +231,6 @@ def from_line(text: str, time: datetime | None, category: str) -> Entry:
         return Entry(time, "info", category, "", text=text)
     fields = {word[1]: _plain(word[2]) for word in _WORD.finditer(found[3])}
     return Entry(time, found[1], category, found[2], str(fields.pop("instance", "")), fields)
-
-
-def _plain(text: str) -> Any:
-    """Return the value that a word was written from; what is no JSON is a word."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 # --- the journal --------------------------------------------------------------------------------------------
@@ -281,9 +253,7 @@ def journalctl(wanted: Wanted, *, lines: int | None, follow: bool) -> list[str]:
     if wanted.level in LEVELS[1:]:
         words.append(f"--priority={int(Priority[wanted.level.upper()])}")
     mine = [] if wanted.user_id is None else [f"_UID={wanted.user_id}"]
-    events = [*mine]
-    if wanted.instance is not None:
-        events.append(f"EMBERD_INSTANCE={wanted.instance or USUAL_INSTANCE}")
+    events = mine + ([] if wanted.instance is None else [f"EMBERD_INSTANCE={wanted.instance or USUAL_INSTANCE}"])
     events += [f"EMBERD_CATEGORY={category}" for category in wanted.categories]
     events += [f"EMBERD_EVENT={event}" for event in wanted.events]
     if events and not wanted.categories and not wanted.events:
@@ -292,6 +262,7 @@ def journalctl(wanted: Wanted, *, lines: int | None, follow: bool) -> list[str]:
     return words + events
 
 
+_BY_PRIORITY = {str(int(each)): each.name.lower() for each in Priority}
 _JOURNAL_HEAD = {journal_name(name): name for name in ("level", "category", "event", "instance")}
 
 
@@ -300,17 +271,13 @@ def from_journal(text: str) -> Entry | None:
 
     Values are strings; a value that is not UTF-8 is a list of bytes, a field that occurs twice a list of values.
     """
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(content, dict) or "__REALTIME_TIMESTAMP" not in content:
+    content = _object(text)
+    if "__REALTIME_TIMESTAMP" not in content:
         return None
     time = datetime.fromtimestamp(0).astimezone() + timedelta(microseconds=int(content["__REALTIME_TIMESTAMP"]))
     head = {name: _journal_text(content.get(known)) for known, name in _JOURNAL_HEAD.items()}
     if not head["event"]:
-        by_priority = {str(int(each)): each.name.lower() for each in Priority}
-        level = by_priority.get(str(content.get("PRIORITY")), "info")
+        level = _BY_PRIORITY.get(str(content.get("PRIORITY")), "info")
         return Entry(time, level, "daemon", "", text=_journal_text(content.get("MESSAGE")))
     fields = {
         name.removeprefix("EMBERD_").lower(): _plain(_journal_text(value))
@@ -347,9 +314,8 @@ def words(entry: Entry) -> Iterable[tuple[str, str]]:
     for name, value in entry.fields.items():
         if value in (None, ""):
             continue
-        is_traceback = name == "exception" and isinstance(value, str)
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        if is_traceback:
+        if name == "exception" and text is value:
             yield "traceback", "\n" + "\n".join(f"    {_printable(each)}" for each in text.splitlines())
         else:
             yield "field", f"{name}={_printable(text)}"

@@ -1,4 +1,4 @@
-"""What memory readings mean: the engine's processes, the whole computer, power. Unknown is None, never zero."""
+"""What readings of memory and power mean, and what follows from them. Unknown is None, never zero. Pure."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from emberd.core.types import EngineSample
+
+_WARN_STALL_SOME = 0.07
+"""low-memory-monitor's first warning: some task waits for 70 ms of a second (src/lmm-main.c)."""
+_CRITICAL_STALL_FULL = 0.10
+"""The same program's critical level: all tasks wait for 100 ms of a second."""
+_WARN_AVAILABLE = 0.10
+"""earlyoom asks the largest program to end below this share of the memory (its default, -m 10)."""
+_CRITICAL_AVAILABLE = 0.05
+"""earlyoom kills it below this one (half of -m)."""
+STORM_BYTES_PER_S = 1024 * 1024
+"""A computer that writes so much to swap takes memory from idle programs; below it, it tidies up."""
+STORM_LASTS_S = 10.0
+"""A storm goes on for so long after its last sign: a program that uses its memory once a second pauses, too."""
+_RATE_LEAST_S = 1.0
+"""Counters move in bursts: a shorter time makes no rate."""
+LEAST_HELD_BYTES = 64 * 1024 * 1024
+"""Less than this is lost in what other programs lock and unlock meanwhile."""
+_RELEASED_SHARE = 0.5
+"""Other programs move too; half of what the engine added, gone again, cannot be chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +150,104 @@ class GpuLimits:
 
     wired_limit_bytes: int | None = None
     is_collector_off: bool | None = None
+
+
+def judge_pressure(
+    available_share: float | None, stall_some_share: float | None, stall_full_share: float | None
+) -> Pressure:
+    """Return how short of memory a Linux computer is: the worse of what stalls and available memory say.
+
+    macOS tells a level (kern.memorystatus_vm_pressure_level); Linux tells how long tasks waited (pressure
+    stall information, Documentation/accounting/psi.rst) and what is available (MemAvailable, proc_meminfo(5)).
+    Stalls alone are a warning: a container at its limit stalls for itself while the computer has memory to spare.
+
+    Args:
+        available_share: available memory divided by all of it, None if unknown.
+        stall_some_share: share of the last 10 s in which some task waited for memory, None without PSI.
+        stall_full_share: the same for all tasks together.
+    """
+    if available_share is None and stall_some_share is None:
+        return Pressure.UNKNOWN
+    available = 1.0 if available_share is None else available_share
+    is_stalled = (stall_full_share or 0.0) >= _CRITICAL_STALL_FULL
+    knows_room = available_share is not None
+    if available < _CRITICAL_AVAILABLE or (is_stalled and (available < _WARN_AVAILABLE or not knows_room)):
+        return Pressure.CRITICAL
+    if is_stalled or (stall_some_share or 0.0) >= _WARN_STALL_SOME or available < _WARN_AVAILABLE:
+        return Pressure.WARN
+    return Pressure.NORMAL
+
+
+@dataclass(frozen=True, slots=True)
+class SwapRates:
+    """Traffic with the swap space.
+
+    Attributes:
+        in_bytes_per_s: read from it, None if unknown.
+        out_bytes_per_s: written to it, None if unknown.
+    """
+
+    in_bytes_per_s: float | None = None
+    out_bytes_per_s: float | None = None
+
+
+def swap_rates(before: SystemMemory, after: SystemMemory, seconds: float) -> SwapRates:
+    """Return the swap traffic between two readings, unknown for less than a second.
+
+    A counter that went backwards (a reboot between a saved reading and this one) is unknown.
+    """
+    if seconds < _RATE_LEAST_S:
+        return SwapRates()
+    return SwapRates(
+        _rate(before.swapped_in_bytes, after.swapped_in_bytes, seconds),
+        _rate(before.swapped_out_bytes, after.swapped_out_bytes, seconds),
+    )
+
+
+def _rate(before: int | None, after: int | None, seconds: float) -> float | None:
+    return None if before is None or after is None or after < before else (after - before) / seconds
+
+
+def is_sign_of_storm(before: SystemMemory | None, now: SystemMemory, seconds: float) -> bool:
+    """Return True if a reading shows that memory is being taken: the computer swaps, or programs wait for memory.
+
+    The level of memory pressure is no sign: available memory can be low for weeks while nothing is taken.
+    """
+    return (now.stall_some_share or 0.0) >= _WARN_STALL_SOME or is_swapping(before, now, seconds)
+
+
+def is_swapping(before: SystemMemory | None, now: SystemMemory, seconds: float) -> bool:
+    """Return True if the computer has written STORM_BYTES_PER_S or more to swap between two readings."""
+    if before is None or seconds <= 0:
+        return False
+    return (_rate(before.swapped_out_bytes, now.swapped_out_bytes, seconds) or 0.0) >= STORM_BYTES_PER_S
+
+
+def is_released(before_load: int | None, loaded: int | None, now: int | None) -> bool | None:
+    """Return True if the memory that a dead engine had locked has come back, None if that cannot be told.
+
+    Args:
+        before_load: bytes wired by the whole system before the engine started.
+        loaded: the same when it was ready.
+        now: the same now, after its end.
+    """
+    if before_load is None or loaded is None or now is None:
+        return None
+    held = loaded - before_load
+    if held < LEAST_HELD_BYTES:
+        return True
+    return loaded - now >= held * _RELEASED_SHARE
+
+
+def must_stay_awake(power: Power, *, is_wanted: bool, is_ready: bool) -> bool:
+    """Return True if the computer is to be kept from going to sleep by itself.
+
+    Only on mains that are known to be there, never in low power mode, and only while there is a model to be asked:
+    an engine that failed is not worth a night's energy.
+
+    Args:
+        power: of the computer.
+        is_wanted: the setting power.prevent_sleep.
+        is_ready: whether the engine is READY.
+    """
+    return is_wanted and is_ready and power.source is PowerSource.MAINS and power.is_low_power is not True

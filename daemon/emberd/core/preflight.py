@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emberd.core.lock_limits import default_user_wire_limit, judge_limits
-from emberd.core.lock_words import explain, find_remedy, shown
+from emberd.core.lock_limits import default_user_wire_limit, explain, find_remedy, judge_limits, shown
 from emberd.core.types import Notice
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class PreflightFacts:
     Attributes:
         limits: what the engine will be allowed to lock.
         weights_bytes: size of the tensors that will be in this computer's RAM.
-        kv_bytes: size of the KV cache (core/kv_cache.py).
+        kv_bytes: size of the KV cache (core/gguf.py).
         compute_bytes: size of the compute buffers.
         ram_bytes: memory of the computer, or of the control group that emberd is confined to.
         available_bytes: memory that could be used without swapping; pages of files count as available.

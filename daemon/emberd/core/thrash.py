@@ -21,8 +21,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from emberd.core.lock import LockState
-from emberd.core.memory import Pressure
-from emberd.core.pressure import STORM_BYTES_PER_S
+from emberd.core.memory import STORM_BYTES_PER_S, Pressure
 
 if TYPE_CHECKING:
     from emberd.core.settings import Priority

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emberd.core.kv_cache import F16_BYTES
+from emberd.core.gguf import F16_BYTES
 
 if TYPE_CHECKING:
     from emberd.core.settings import LockPolicy, Settings

@@ -19,9 +19,8 @@ from emberd.core.turn import UNTOLD, PromptCounts, prompt_text
 from emberd.core.types import Activity, LaunchPlan, Readiness
 from emberd.engine import llama_log
 from emberd.engine.http import NOTHING_LISTENS
-from emberd.engine.koboldcpp_flags import Wishes, compose
+from emberd.engine.koboldcpp_flags import Wishes, compose, model_of_file
 from emberd.engine.koboldcpp_help import PROBE_ARGUMENT, read_help, read_probe
-from emberd.engine.koboldcpp_kcpps import model_of_file
 from emberd.engine.process import STOP_SIGNALS
 from emberd.engine.program import check_executable, find_program
 from emberd.engine.wishes import of_koboldcpp

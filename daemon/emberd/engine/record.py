@@ -1,23 +1,27 @@
-"""What emberd remembers of a running engine, so that the next emberd can adopt it."""
+"""What emberd remembers of a running engine, so that the next emberd can adopt it, or it can be ended."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 import psutil
 
-from emberd.engine.process import is_alive
+from emberd.core.errors import AlreadyRunning
+from emberd.engine.process import STOP_SIGNALS, ProcessTree, is_alive
 from emberd.host.files import write_atomically
+from emberd.host.instance import hold_lock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from emberd.core.ports import Host
+    from emberd.host.paths import StatePaths
 
 _FORMAT = 1
 """Raised when a field changes its meaning; a file of another format is set aside, never guessed at."""
@@ -131,3 +135,34 @@ def claim(record: EngineRecord, host: Host) -> Claim:
         return Claim.OURS
     command = observed_command(record.pid)
     return Claim.OURS if command is not None and digest(command) == record.command_digest else Claim.CHANGED
+
+
+async def end_leftover(paths: StatePaths, host: Host, timeout_s: float) -> int | None:
+    """End the engine of an emberd that was killed, and forget it: nobody may be to come to adopt it.
+
+    What has not ended by itself after `timeout_s` is killed.
+
+    Returns:
+        Its pid; None if there is none, or an emberd runs, or the process is a stranger's that got the same pid.
+
+    Raises:
+        StateUnusable: the state directory cannot be written.
+    """
+    if not paths.record.exists():
+        return None
+    try:
+        lock = hold_lock(paths.lock)  # no emberd may adopt it meanwhile
+    except AlreadyRunning:
+        return None
+    try:
+        record = load(paths.record)
+        if record is None:
+            return None
+        tree = ProcessTree(record.pid, host)
+        is_ours = claim(record, host) is not Claim.STRANGER and bool(tree.members())
+        if is_ours:
+            await tree.terminate(STOP_SIGNALS, timeout_s)
+        paths.record.unlink(missing_ok=True)
+        return record.pid if is_ours else None
+    finally:
+        os.close(lock)

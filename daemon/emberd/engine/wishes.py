@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emberd.core.kv_cache import F16_BYTES
+from emberd.core.gguf import F16_BYTES
 from emberd.core.wishes import OwnerWishes
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import select
 import subprocess
@@ -11,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from emberd.core.lock_limits import LockLimits, WireRefusals
+from emberd.core.memory import EngineMemory, GpuLimits, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.residency import Paging
-from emberd.host import darwin_memory
 from emberd.host.activation import from_launchd
-from emberd.host.ask_program import ask_program
 from emberd.host.darwin_calls import DarwinCalls
 from emberd.host.darwin_health import read_health
-from emberd.host.darwin_power import read_power
-from emberd.host.posix import PosixHost, ReadableWatch
+from emberd.host.log_sinks import SyslogSink, load_os_log
+from emberd.host.posix import PosixHost, ReadableWatch, ask_program
 
 if TYPE_CHECKING:
     import socket
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from emberd.core.health_facts import HostHealth
-    from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
     from emberd.core.ports import SystemLog
+    from emberd.host.darwin_calls import RusageInfoV4, VmStatistics64, XswUsage
 
 _kqueue: Any = select
 """typeshed knows kqueue on macOS only."""
@@ -38,6 +38,20 @@ _CAFFEINATE = "caffeinate"
 """In /usr/bin, which is on launchd's PATH."""
 _PMSET_TIMEOUT_S = 5.0
 """It answers within some 10 ms; a hanging one must not hold up anything."""
+_MIB = 1024**2
+_PRESSURES = {1: Pressure.NORMAL, 2: Pressure.WARN, 4: Pressure.CRITICAL}
+"""NOTE_MEMORYSTATUS_PRESSURE_NORMAL, _WARN and _CRITICAL (xnu, bsd/sys/event_private.h); the kernel's "urgent"
+comes as a warning (bsd/kern/kern_memorystatus_notify.c)."""
+_SOURCE = re.compile(r"^Now drawing from '([^']+)'", re.MULTILINE)
+_SOURCES = {"AC Power": PowerSource.MAINS, "Battery Power": PowerSource.BATTERY, "UPS Power": PowerSource.BATTERY}
+"""kIOPMACPowerKey, kIOPMBatteryPowerKey and kIOPMUPSPowerKey of <IOKit/pwr_mgt/IOPM.h>; on UPS power the mains are
+gone."""
+_CHARGE = re.compile(r"^\s*-InternalBattery\S*.*?\b(\d{1,3})%", re.MULTILINE)
+"""Other lines are of an uninterruptible power supply."""
+_MODE = re.compile(r"^\s*(lowpowermode|powermode)\s+(\d+)\b", re.MULTILINE)
+"""Computers with a High Power Mode print powermode instead: 0 automatic, 1 low, 2 high."""
+_LOW_POWER = 1
+_FULL_PERCENT = 100
 
 
 class DarwinHost(PosixHost):
@@ -65,14 +79,7 @@ class DarwinHost(PosixHost):
 
     def system_log(self) -> SystemLog | None:
         """Return the unified log, by pyoslog; without it syslog(3), whose lines get there without a subsystem."""
-        from emberd.host.logsink_oslog import load_os_log  # noqa: PLC0415  # each only where it is used
-
-        unified = load_os_log()
-        if unified is not None:
-            return unified
-        from emberd.host.logsink_syslog import SyslogSink  # noqa: PLC0415
-
-        return SyslogSink()
+        return load_os_log() or SyslogSink()
 
     def log_program(self) -> str | None:
         """Return log(1), which every macOS has."""
@@ -168,9 +175,7 @@ class DarwinHost(PosixHost):
         of all processes.
         """
         usages = [usage for usage in map(self._calls.process_usage, pids) if usage is not None]
-        return darwin_memory.engine_memory(
-            usages, darwin_memory.compressor_bytes(self._calls.vm_statistics(), self._page_bytes())
-        )
+        return engine_memory(usages, compressor_bytes(self._calls.vm_statistics(), self._page_bytes()))
 
     def proportional_bytes(self, pids: Sequence[int]) -> int | None:  # noqa: ARG002  # the Host protocol
         """Return None: macOS does not divide shared pages among their users."""
@@ -182,7 +187,7 @@ class DarwinHost(PosixHost):
         kern.memorystatus_vm_pressure_level is not in the list of `sysctl -a`, but anyone may read it by name (xnu,
         bsd/kern/kern_memorystatus_notify.c).
         """
-        return darwin_memory.system_memory(
+        return system_memory(
             self._calls.vm_statistics(),
             self._calls.swap_usage(),
             total_bytes=self._calls.number("hw.memsize"),
@@ -213,7 +218,7 @@ class DarwinHost(PosixHost):
 
     def gpu_limits(self) -> GpuLimits | None:
         """Read the sysctls of the GPU's driver, None where it has none (Intel)."""
-        return darwin_memory.gpu_limits(
+        return gpu_limits(
             self._calls.number("iogpu.wired_limit_mb"),
             self._calls.number("debug.iogpu.wired_limit"),
             self._calls.number("iogpu.disable_wired_collector"),
@@ -250,3 +255,115 @@ class DarwinHost(PosixHost):
         (llama.cpp PR 17766, ggml/src/ggml-metal/ggml-metal-device.m).
         """
         return {"GGML_METAL_RESIDENCY_KEEP_ALIVE_S": str(metal_keep_alive_s)}
+
+
+# --- what the counters and pmset(1) mean; nothing is asked here ------------------------------------------------
+
+
+def engine_memory(usages: Sequence[RusageInfoV4], compressor_bytes: int | None) -> EngineMemory:
+    """Sum the memory of processes; all None without one.
+
+    Args:
+        usages: what the kernel counts of each process.
+        compressor_bytes: what all processes together have compressed or in swap, as large as it was before; None if
+            unknown. No process has more there. Without this bound, buffers of the GPU, which are footprint
+            but not resident, would pass for swapped.
+    """
+    if not usages:
+        return EngineMemory()
+    resident_bytes = sum(usage.ri_resident_size for usage in usages)
+    missing_bytes = sum(max(usage.ri_phys_footprint - usage.ri_resident_size, 0) for usage in usages)
+    return EngineMemory(
+        resident_bytes=resident_bytes,
+        locked_bytes=sum(usage.ri_wired_size for usage in usages),
+        swapped_bytes=missing_bytes if compressor_bytes is None else min(missing_bytes, compressor_bytes),
+        is_swap_estimated=True,
+        footprint_bytes=sum(usage.ri_phys_footprint for usage in usages),
+        major_faults=sum(usage.ri_pageins for usage in usages),
+        read_bytes=sum(usage.ri_diskio_bytesread for usage in usages),
+    )
+
+
+def compressor_bytes(statistics: VmStatistics64 | None, page_bytes: int | None) -> int | None:
+    """Return what all processes have compressed, in memory or in swap, as large as it was before, None if unknown.
+
+    total_uncompressed_pages_in_compressor is c_segment_pages_compressed: pages fed into the compressor and not
+    freed, those swapped out included (xnu, osfmk/kern/host.c, osfmk/vm/vm_compressor.c).
+    """
+    if statistics is None or page_bytes is None:
+        return None
+    return int(statistics.total_uncompressed_pages_in_compressor) * page_bytes
+
+
+def system_memory(
+    statistics: VmStatistics64 | None,
+    swap: XswUsage | None,
+    *,
+    total_bytes: int | None,
+    page_bytes: int | None,
+    pressure_level: int | None,
+) -> SystemMemory:
+    """Put the computer's memory together; what could not be read is None.
+
+    Available is free (with speculative) and inactive pages, as in psutil, so that the figure compares with what
+    other programs show. Inactive pages of files are dropped, anonymous ones are compressed before they are swapped.
+
+    Args:
+        statistics: page counters.
+        swap: vm.swapusage.
+        total_bytes: hw.memsize.
+        page_bytes: the kernel's page size.
+        pressure_level: kern.memorystatus_vm_pressure_level.
+    """
+
+    def pages(*names: str) -> int | None:
+        if statistics is None or page_bytes is None:
+            return None
+        return sum(int(getattr(statistics, name)) for name in names) * page_bytes
+
+    return SystemMemory(
+        total_bytes=total_bytes,
+        available_bytes=pages("free_count", "inactive_count"),
+        wired_bytes=pages("wire_count"),
+        compressed_bytes=pages("compressor_page_count"),
+        swap_total_bytes=None if swap is None else swap.xsu_total,
+        swap_used_bytes=None if swap is None else swap.xsu_used,
+        swapped_in_bytes=pages("swapins"),
+        swapped_out_bytes=pages("swapouts"),
+        pressure=Pressure.UNKNOWN if pressure_level is None else _PRESSURES.get(pressure_level, Pressure.UNKNOWN),
+    )
+
+
+def gpu_limits(limit_mib: int | None, old_limit_bytes: int | None, collector: int | None) -> GpuLimits | None:
+    """Put the GPU's limits together, None where the system has none of them.
+
+    They are not in Apple's sources; names and units are those of llama.cpp discussion 2182.
+
+    Args:
+        limit_mib: iogpu.wired_limit_mb, since macOS 14.
+        old_limit_bytes: debug.iogpu.wired_limit, before; in bytes.
+        collector: iogpu.disable_wired_collector.
+    """
+    if limit_mib is None and old_limit_bytes is None and collector is None:
+        return None
+    return GpuLimits(
+        wired_limit_bytes=old_limit_bytes if limit_mib is None else limit_mib * _MIB,
+        is_collector_off=None if collector is None else collector == 1,
+    )
+
+
+def read_power(battery_text: str | None, settings_text: str | None) -> Power:
+    """Recognise where power comes from.
+
+    Args:
+        battery_text: what `pmset -g batt` printed, None if it could not be run.
+        settings_text: what `pmset -g` printed, None if it could not be run.
+    """
+    source = _SOURCE.search(battery_text or "")
+    charge = _CHARGE.search(battery_text or "")
+    mode = _MODE.search(settings_text or "")
+    return Power(
+        source=PowerSource.UNKNOWN if source is None else _SOURCES.get(source[1], PowerSource.UNKNOWN),
+        battery_share=None if charge is None else min(int(charge[1]) / _FULL_PERCENT, 1.0),
+        is_low_power=None if mode is None else int(mode[2]) == _LOW_POWER,
+    )

@@ -7,7 +7,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from emberd.core.health_facts import HostHealth
-from emberd.host.ask_program import ask_program
+from emberd.host.posix import ask_program
 
 if TYPE_CHECKING:
     from emberd.host.darwin_calls import DarwinCalls

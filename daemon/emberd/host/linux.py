@@ -1,4 +1,4 @@
-"""Linux: /proc, pidfd, inotify."""
+"""Linux: /proc, /sys, pidfd, inotify."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.lock_limits import LockLimits, WireRefusals
+from emberd.core.memory import Power, PowerSource
 from emberd.core.residency import Paging
-from emberd.host import linux_memory, logsink_journal
+from emberd.host import linux_memory, log_sinks
 from emberd.host.linux_health import read_health
-from emberd.host.linux_own_memory import MADV_POPULATE_READ, OwnMemory
-from emberd.host.linux_power import read_power
-from emberd.host.linux_stalls import watch_stalls
+from emberd.host.linux_memory import MADV_POPULATE_READ, OwnMemory, watch_stalls
 from emberd.host.posix import PosixHost, ReadableWatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from emberd.core.health_facts import HostHealth
-    from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
+    from emberd.core.memory import EngineMemory, GpuLimits, SystemMemory
     from emberd.core.ports import SystemLog
 
 _linux_os: Any = os
@@ -40,6 +39,8 @@ _CAP_IPC_LOCK = 14
 """<linux/capability.h>"""
 _SYSLOG_SOCKET = Path("/dev/log")
 _MEMLOCK_LINE = "Max locked memory"
+_EXTERNAL = frozenset({"Mains", "USB", "Wireless"})
+_FULL_PERCENT = 100
 
 
 class LinuxHost(PosixHost):
@@ -61,7 +62,7 @@ class LinuxHost(PosixHost):
     )
 
     def __init__(
-        self, proc: Path = Path("/proc"), sys: Path = Path("/sys"), journal: str = logsink_journal.SOCKET
+        self, proc: Path = Path("/proc"), sys: Path = Path("/sys"), journal: str = log_sinks.SOCKET
     ) -> None:
         self._proc = proc
         self._sys = sys
@@ -71,11 +72,9 @@ class LinuxHost(PosixHost):
     def system_log(self) -> SystemLog | None:
         """Return the journal, else syslog, else None: a container has neither."""
         if Path(self._journal).is_socket():
-            return logsink_journal.JournalSink(self._journal)
+            return log_sinks.JournalSink(self._journal)
         if _SYSLOG_SOCKET.is_socket():
-            from emberd.host.logsink_syslog import SyslogSink  # noqa: PLC0415  # where there is no systemd
-
-            return SyslogSink()
+            return log_sinks.SyslogSink()
         return None
 
     def log_program(self) -> str | None:
@@ -84,7 +83,7 @@ class LinuxHost(PosixHost):
 
     def stderr_is_journal(self) -> bool:
         """Compare standard error with $JOURNAL_STREAM (systemd.exec(5))."""
-        return logsink_journal.is_connected(2, os.environ.get("JOURNAL_STREAM", ""))
+        return log_sinks.is_connected(2, os.environ.get("JOURNAL_STREAM", ""))
 
     def forbid_core_dumps(self) -> None:
         """Set the limit, and PR_SET_DUMPABLE too: a core_pattern that is a pipe ignores the limit (core(5))."""
@@ -217,3 +216,42 @@ class LinuxHost(PosixHost):
     def engine_environment(self, metal_keep_alive_s: int) -> Mapping[str, str]:  # noqa: ARG002  # the Host protocol
         """Return nothing: there is no Metal here."""
         return {}
+
+
+def read_power(sys: Path) -> Power:
+    """Read all supplies of the computer itself; those of a mouse or a headset have the scope "Device".
+
+    In /sys/class/power_supply (Documentation/ABI/testing/sysfs-class-power). Not psutil.sensors_battery: it takes
+    any supply with "battery" in its name: with a wireless mouse (hidpp_battery_0) a desktop would be on battery.
+    """
+    profile = _word(sys / "firmware/acpi/platform_profile")
+    is_low_power = None if profile is None else profile == "low-power"
+    try:
+        folders = sorted((sys / "class/power_supply").iterdir())
+    except OSError:
+        return Power(is_low_power=is_low_power)
+    supplies = [folder for folder in folders if _word(folder / "scope") != "Device"]
+    batteries = [folder for folder in supplies if _word(folder / "type") == "Battery"]
+    charges = [int(charge) for folder in batteries if (charge := _word(folder / "capacity") or "").isdecimal()]
+    return Power(
+        source=_source(supplies, batteries),
+        battery_share=min(sum(charges) / len(charges) / _FULL_PERCENT, 1.0) if charges else None,
+        is_low_power=is_low_power,
+    )
+
+
+def _source(supplies: list[Path], batteries: list[Path]) -> PowerSource:
+    if any(_word(one / "type") in _EXTERNAL and _word(one / "online") not in {None, "0"} for one in supplies):
+        return PowerSource.MAINS
+    states = {_word(battery / "status") for battery in batteries}
+    if "Discharging" in states:
+        return PowerSource.BATTERY
+    # No battery: a desktop. Charging, Full and Not charging need another source.
+    return PowerSource.UNKNOWN if states & {"Unknown", None} else PowerSource.MAINS
+
+
+def _word(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return None

@@ -1,17 +1,31 @@
-"""Is this file a model that an engine of this user can read?"""
+"""A model's files: can an engine of this user read them, and what do their headers say? No weights are touched."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from emberd.core.errors import ModelError
+from emberd.core.gguf import MAGIC, read_header, split_names
 
-_GGUF_MAGIC = b"GGUF"
-"""First bytes of every GGUF file, all versions (ggml-org/ggml, docs/gguf.md)."""
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from emberd.core.gguf import GgufHeader, TensorSpan
+
 _LEAST_BYTES = 24
 """magic, version, tensor count, metadata count: the fixed part of a GGUF header."""
+_BUFFER_BYTES = 1024 * 1024
+_linux_os: Any = os
+"""typeshed knows posix_fadvise on Linux only."""
+_F_RDAHEAD = 45
+"""macOS: read-ahead of one descriptor on or off (fcntl(2); xnu, bsd/sys/fcntl.h)."""
 
 
 def check_model(text: str) -> Path:
@@ -40,7 +54,7 @@ def check_model(text: str) -> Path:
         raise ModelError(f"cannot read the model: {path} ({error.strerror})", _permission_remedy(error)) from error
     except OSError as error:
         raise ModelError(f"cannot read the model: {path} ({error.strerror})", "Is its volume mounted?") from error
-    if not head.startswith(_GGUF_MAGIC):
+    if not head.startswith(MAGIC):
         raise ModelError(
             f"not a GGUF model: {path} (it begins with {head[:4]!r})",
             "Download it again, or convert it; a page saved instead of the file begins with '<'.",
@@ -58,3 +72,72 @@ def _permission_remedy(error: PermissionError) -> str:
             "volumes). Move the model, say to ~/Models, or give Python Full Disk Access in System Settings."
         )
     return "Give yourself read permission: chmod u+r on the file, and x on the folders above it."
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a model's files say.
+
+    Attributes:
+        weights_bytes: the tensors' data in all parts; the headers before it are unmapped after loading.
+        metadata: the first part's numbers.
+        vocabulary_tokens: size of the vocabulary, None if unknown.
+    """
+
+    weights_bytes: int
+    metadata: Mapping[str, Any]
+    vocabulary_tokens: int | None
+
+
+def read_spans(path: Path) -> tuple[TensorSpan, ...]:
+    """Return where the tensors of one file lie.
+
+    Raises:
+        ModelError: the file is missing, unreadable or no GGUF.
+    """
+    header, file_bytes = read_header_of(path)
+    return header.spans(file_bytes)
+
+
+def read_header_of(path: Path) -> tuple[GgufHeader, int]:
+    """Return the header of one file, and the file's size in bytes.
+
+    Raises:
+        ModelError: the file is missing, unreadable or no GGUF.
+    """
+    try:
+        with path.open("rb", buffering=_BUFFER_BYTES) as file:
+            _turn_off_read_ahead(file.fileno())
+            return read_header(file.read, str(path)), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {path}: {error.strerror}", "All parts of a model belong side by side."
+        ) from error
+
+
+def _turn_off_read_ahead(descriptor: int) -> None:
+    """Read the header and nothing behind it: read-ahead would bring in weights, 16 MiB of a cold model."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "posix_fadvise"):
+            _linux_os.posix_fadvise(descriptor, 0, 0, _linux_os.POSIX_FADV_RANDOM)
+        else:
+            fcntl.fcntl(descriptor, _F_RDAHEAD, 0)
+
+
+def read_model_info(path: Path) -> ModelInfo:
+    """Read the headers of a model, all parts of a split one.
+
+    Blocks for some 0.1 s on a vocabulary of 262,144 tokens.
+
+    Raises:
+        ModelError: a part is missing, unreadable or broken.
+    """
+    weights = 0
+    first = None
+    for name in split_names(path.name):
+        header, file_bytes = read_header_of(path.with_name(name))
+        weights += max(file_bytes - header.data_offset, 0)
+        first = first or header
+    if first is None:
+        raise ModelError(f"no model at {path}", "Set model.path.")
+    return ModelInfo(weights, first.metadata, first.vocabulary_tokens)

@@ -11,8 +11,7 @@ import psutil
 from emberd.core.errors import ModelError
 from emberd.core.gguf import split_names
 from emberd.core.health_facts import ModelHealth, ModelProblem, Volume
-from emberd.host.model_facts import read_header_of
-from emberd.host.model_file import check_model
+from emberd.host.model_file import check_model, read_header_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

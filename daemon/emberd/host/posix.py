@@ -1,10 +1,11 @@
-"""What macOS and Linux share."""
+"""What macOS and Linux share, and how other programs are asked."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import resource
+import subprocess
 from typing import TYPE_CHECKING
 
 import psutil
@@ -15,8 +16,25 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
 
-
 _OPEN_FILES = 4096
+
+
+def ask_program(command: Sequence[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a program without input, for a limited time, and return what it printed.
+
+    Raises:
+        OSError: it cannot be run.
+        subprocess.TimeoutExpired: it has not ended in time, and was killed.
+    """
+    return subprocess.run(
+        list(command),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=limit_s,
+        check=False,
+    )
 
 
 def _tell(news: asyncio.Future[None]) -> None:

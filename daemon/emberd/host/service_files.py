@@ -15,8 +15,8 @@ from xml.parsers.expat import ExpatError
 
 from emberd.core import systemd_unit
 from emberd.core.errors import ServiceManagerFailed, StateUnusable
-from emberd.host.ask_program import ask_program
 from emberd.host.files import remove_leftovers, write_atomically
+from emberd.host.posix import ask_program
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

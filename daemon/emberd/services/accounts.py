@@ -1,10 +1,16 @@
-"""The daily accounts as the services use them: off the event loop, and opened when there is something in them."""
+"""The daily accounts as the services use them, off the event loop, and what keeping warm has spent."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from typing import TYPE_CHECKING
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from emberd.core.warmth_cost import BUDGET_WINDOW_S, WarmthCost, budget_wait_s
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,8 +18,10 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.swap_account import SwapWrites
-    from emberd.core.warmth_cost import WarmthCost
     from emberd.services.history import Account, History
+
+_SAVE_S = 3600.0
+"""The cost goes to disk so often, and at the end."""
 
 
 class Accounts:
@@ -56,3 +64,65 @@ class Accounts:
 
 def _today() -> dt.date:
     return dt.datetime.now().astimezone().date()
+
+
+class Spending:
+    """Adds up what keeping warm has cost: since the start, today, and the last ten minutes against a budget."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+        self._total = self._unsaved = WarmthCost()
+        self._saved_s = time.monotonic()
+        self._recent: deque[tuple[float, float]] = deque()
+
+    def add(self, cost: WarmthCost, *, counts: bool = True) -> None:
+        """Add a cost; `counts` is whether against the budget, too: not where memory had been taken."""
+        self._total += cost
+        self._unsaved += cost
+        if cost.cpu_ms and counts:
+            now_s = time.monotonic()
+            self._recent.append((now_s, cost.cpu_ms / 1000))
+            while now_s - self._recent[0][0] > BUDGET_WINDOW_S:
+                self._recent.popleft()
+
+    def excuse(self) -> None:
+        """Memory was taken from the model: what was spent before was not for nothing."""
+        self._recent.clear()
+
+    @property
+    def wait_s(self) -> float:
+        """How long keep-warm has to wait until it is within its budget again."""
+        return budget_wait_s(self._recent, time.monotonic())
+
+    async def save(self, *, is_due: bool = True) -> None:
+        """Put what is not on disk yet there; without `is_due` only once an hour."""
+        if is_due or time.monotonic() - self._saved_s > _SAVE_S:
+            unsaved, self._unsaved, self._saved_s = self._unsaved, WarmthCost(), time.monotonic()
+            await self._accounts.add(unsaved)
+
+    async def status(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        today = await self._accounts.today(WarmthCost) + self._unsaved
+        return {"cost": _plain(self._total), "cost_today": _plain(today)}
+
+
+def cpu_s(*pids: int | None) -> float:
+    """Return the processor time of these processes so far, in seconds; of one that does not exist, 0."""
+    return sum(_cpu_s(pid) for pid in pids if pid is not None)
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        return sum(psutil.Process(pid).cpu_times()[:2])
+    except psutil.Error:
+        return 0.0
+
+
+def _plain(cost: WarmthCost) -> dict[str, Any]:
+    return {
+        "passes": cost.passes,
+        "read_bytes": cost.read_bytes,
+        "engine_s": cost.engine_ms / 1000,
+        "cpu_s": cost.cpu_ms / 1000,
+        "processed_tokens": cost.processed_tokens,
+    }

@@ -11,11 +11,10 @@ from emberd.core.errors import EmberdError
 from emberd.engine.choose import choose_engine
 from emberd.host import config_file
 from emberd.host.api_key import read_api_key
-from emberd.services.accounts import Accounts
+from emberd.services.accounts import Accounts, Spending
 from emberd.services.engine_run import Paths
 from emberd.services.forecaster import Forecaster
 from emberd.services.keepwarm import KeepWarm
-from emberd.services.knocks import Knocks
 from emberd.services.logs import configure_for, logger
 from emberd.services.model_use import ModelUse
 from emberd.services.observer import Observer
@@ -24,10 +23,9 @@ from emberd.services.proxy import Proxy
 from emberd.services.replays import Replays
 from emberd.services.residency_meter import ResidencyMeter
 from emberd.services.sleep_blocker import SleepBlocker
-from emberd.services.spending import Spending
 from emberd.services.supervisor import Supervisor
 from emberd.services.swap_meter import SwapMeter
-from emberd.services.turns import Turns
+from emberd.services.turns import Knocks, Turns
 from emberd.services.warming import Warming
 from emberd.services.weights import Weights
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 
 from emberd.core.errors import ConfigError, EmberdError, EngineNotUsable
+from emberd.core.gguf import estimate_compute_buffer
 from emberd.core.health_catalogue import diagnose
 from emberd.core.health_facts import (
     EngineHealth,
@@ -39,7 +40,6 @@ from emberd.core.health_log import (
     last_start,
     printed_version,
 )
-from emberd.core.kv_cache import estimate_compute_buffer
 from emberd.core.lock import LockState
 from emberd.core.memory import PowerSource
 from emberd.core.warmth_cost import BUDGET_SHARE, BUDGET_WINDOW_S
@@ -47,7 +47,7 @@ from emberd.core.wishes import OwnerWishes
 from emberd.engine.choose import choose_engine
 from emberd.engine.koboldcpp import CONTINUES_TURNS, USUAL_NAMES, read_version
 from emberd.host import neighbours, own_health
-from emberd.host.model_facts import read_model_facts
+from emberd.host.model_file import read_model_info
 from emberd.host.model_health import changed_after_start_s, examine_model
 from emberd.host.paths import StatePaths, log_file, state_paths
 from emberd.host.program_health import look_at_program
@@ -312,7 +312,7 @@ class Examination:
     def _needed_bytes(self, adapter: Engine, path: Path | None) -> int | None:
         if path is None:
             return None
-        facts = read_model_facts(path)
+        facts = read_model_info(path)
         wishes = adapter.wishes()
         cache = kv_cache_bytes(facts, self._settings, wishes) or 0
         others = sum(_size(Path(name).expanduser()) or 0 for name in wishes.files)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from emberd.core import exit_status
 from emberd.core.errors import StateUnusable
-from emberd.core.wired import is_released
+from emberd.core.memory import is_released
 from emberd.engine import record as records
 from emberd.engine.output import open_for_engine
 from emberd.engine.process import EngineProcess, ProcessTree, launch

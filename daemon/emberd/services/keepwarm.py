@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from emberd.core.memory import Observation, Power
     from emberd.core.settings import WarmthSettings
     from emberd.services.gate import Gate
-    from emberd.services.knocks import Knocks
     from emberd.services.observer import Observer
     from emberd.services.pressure_watch import PressureWatch
+    from emberd.services.turns import Knocks
     from emberd.services.warming import Warming
 
 _PASSING = frozenset({Reason.NOT_READY, Reason.BUSY, Reason.PRESSURE})

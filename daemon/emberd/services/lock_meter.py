@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from emberd.core.errors import ModelError
-from emberd.core.keep_alive import KeepAliveState, judge_keep_alive
-from emberd.core.kv_cache import estimate_compute_buffer, estimate_kv_cache, keeps_state
-from emberd.core.load_facts import LoadFacts
+from emberd.core.gguf import estimate_compute_buffer, estimate_kv_cache, keeps_state
+from emberd.core.load_facts import KeepAliveState, LoadFacts, judge_keep_alive
 from emberd.core.lock import LockEvidence, LockState, LockVerdict, judge_lock
 from emberd.core.preflight import Preflight, PreflightFacts, preflight
 from emberd.core.wishes import context_tokens, lock_policy
 from emberd.engine import llama_log
-from emberd.host.model_facts import read_model_facts
+from emberd.host.model_file import read_model_info
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from emberd.core.ports import Host
     from emberd.core.settings import Settings
     from emberd.core.wishes import OwnerWishes
-    from emberd.host.model_facts import ModelFacts
+    from emberd.host.model_file import ModelInfo
 
 
 class LockMeter:
@@ -37,8 +36,8 @@ class LockMeter:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._known: tuple[tuple[str, int, int], ModelFacts] | None = None
-        self._facts: ModelFacts | None = None
+        self._known: tuple[tuple[str, int, int], ModelInfo] | None = None
+        self._info: ModelInfo | None = None
         self._load = LoadFacts()
         self._wired_before: int | None = None
         self._refusals_before: WireRefusals | None = None
@@ -49,12 +48,12 @@ class LockMeter:
     @property
     def weights_bytes(self) -> int | None:
         """Size of the model's tensors, None if unknown."""
-        return self._facts.weights_bytes if self._facts else None
+        return self._info.weights_bytes if self._info else None
 
     @property
     def keeps_state(self) -> bool:
         """Whether the model is known to keep a state that cannot be cut back."""
-        return self._facts is not None and keeps_state(self._facts.metadata)
+        return self._info is not None and keeps_state(self._info.metadata)
 
     @property
     def is_mapped(self) -> bool | None:
@@ -68,7 +67,7 @@ class LockMeter:
 
     async def decide(self, settings: Settings, wishes: OwnerWishes, model: Path | None) -> Preflight:
         """Decide before a start whether the engine shall lock, and begin to follow it."""
-        facts = self._facts = await self._model_facts(model)
+        info = self._info = await self._model_info(model)
         memory = self._host.system_memory()
         self._load, self._was_held, self.verdict = LoadFacts(), False, None
         self._wired_before = memory.wired_bytes
@@ -77,8 +76,8 @@ class LockMeter:
             PreflightFacts(
                 limits=self._host.lock_limits(None),
                 weights_bytes=self.weights_bytes,
-                kv_bytes=kv_cache_bytes(facts, settings, wishes) if facts else None,
-                compute_bytes=estimate_compute_buffer(facts.vocabulary_tokens) if facts else None,
+                kv_bytes=kv_cache_bytes(info, settings, wishes) if info else None,
+                compute_bytes=estimate_compute_buffer(info.vocabulary_tokens) if info else None,
                 ram_bytes=memory.total_bytes,
                 available_bytes=memory.available_bytes,
                 wired_bytes=self._wired_before,
@@ -89,7 +88,7 @@ class LockMeter:
 
     async def adopt(self, model: Path | None, *, is_mapped: bool | None) -> None:
         """Begin to follow an engine that runs already; of what its log told only `is_mapped` is still known."""
-        self._facts = await self._model_facts(model)
+        self._info = await self._model_info(model)
         self._load, self._was_held, self.verdict = LoadFacts(is_mapped=is_mapped), False, None
         self._wired_before = self._refusals_before = None
 
@@ -143,25 +142,25 @@ class LockMeter:
             "remedy": verdict.remedy,
         }
 
-    async def _model_facts(self, model: Path | None) -> ModelFacts | None:
+    async def _model_info(self, model: Path | None) -> ModelInfo | None:
         """Return the model's numbers, read once for each version of the file; None if they cannot be read."""
         if model is None:
             return None
         try:
-            facts = model.stat()
-            key = (str(model), facts.st_size, facts.st_mtime_ns)
+            stat = model.stat()
+            key = (str(model), stat.st_size, stat.st_mtime_ns)
             if self._known is None or self._known[0] != key:
-                self._known = (key, await asyncio.to_thread(read_model_facts, model))
+                self._known = (key, await asyncio.to_thread(read_model_info, model))
         except (OSError, ModelError):
             return None  # the engine's adapter names what is wrong with the file
         return self._known[1]
 
 
-def kv_cache_bytes(facts: ModelFacts, settings: Settings, wishes: OwnerWishes) -> int | None:
+def kv_cache_bytes(info: ModelInfo, settings: Settings, wishes: OwnerWishes) -> int | None:
     """Return the size of the KV cache that the engine will have, None if unknown."""
     tokens = context_tokens(settings, wishes)
     sizes = {"key_bytes": wishes.key_bytes, "value_bytes": wishes.value_bytes}
-    return estimate_kv_cache(facts.metadata, tokens, **sizes).size_bytes
+    return estimate_kv_cache(info.metadata, tokens, **sizes).size_bytes
 
 
 def _users() -> int | None:

@@ -1,6 +1,6 @@
 """Structured logs: an event name and fields, on their way to standard error, the system's log and a file.
 
-What is decided stands in core: `log_sinks` (where), `log_lines` (in which form), `log_rate` (how often).
+What is decided stands in `core/log_lines.py`: where, in which form, how often.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from emberd.core import log_lines
 from emberd.core.errors import EmberdError
-from emberd.core.log_rate import RateLimit
-from emberd.core.log_sinks import Sinks, Situation, choose_sinks
-from emberd.host.log_file import RotatingFile
+from emberd.core.log_lines import RateLimit
+from emberd.host.log_sinks import RotatingFile
 from emberd.host.paths import instance_name, log_file
 
 if TYPE_CHECKING:
@@ -32,6 +29,17 @@ if TYPE_CHECKING:
     from emberd.core.ports import Host, SystemLog
     from emberd.core.settings import LogSettings, Settings
 
+# structlog.dev imports rich: 5 MiB (PSS, Linux, CPython 3.11), of which 3.7 remain saved once uvicorn and starlette
+# are loaded, which share modules with it. The command line needs rich, so it is installed, and hidden only here.
+_hides_rich = "rich" not in sys.modules
+if _hides_rich:
+    sys.modules["rich"] = None  # type: ignore[assignment]  # makes the import fail, as documented
+try:
+    import structlog
+finally:
+    if _hides_rich:
+        del sys.modules["rich"]
+
 _EVENT_WIDTH = 20
 _TELL_S = 10.0
 """After a flood it takes so long until it is told what was left out, if nothing else is logged before."""
@@ -41,6 +49,7 @@ _TRACEBACK_FRAMES = 30
 class _StandardError:
     """Standard error, except that a full disk or a terminal that went away loses lines, not the daemon."""
 
+    name = "stderr"
     lost = 0
     error = ""
 
@@ -68,79 +77,29 @@ class _StandardError:
         """Leave it open: it is not ours."""
 
 
-class _FileSink:
-    """The rotating file, as lines of JSON."""
+class _Log:
+    """Hands each event that does not come too often to every sink, from whatever thread, and says what was lost."""
 
-    def __init__(self, file: RotatingFile) -> None:
-        self._file = file
-
-    @property
-    def lost(self) -> int:
-        return self._file.lost
-
-    @property
-    def error(self) -> str:
-        return self._file.error
-
-    def write(self, event: Mapping[str, Any]) -> bool:
-        return self._file.write(log_lines.json_line(event))
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _Places:
-    """Hands each event to every sink, from whatever thread, and says in each sink what it lost."""
-
-    def __init__(self, instance: str) -> None:
-        self.sinks: dict[str, _StandardError | _FileSink | SystemLog] = {}
-        self._instance = instance
-        self._told: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def write(self, event: MutableMapping[str, Any]) -> None:
-        if self._instance:
-            event["instance"] = self._instance
-        with self._lock:
-            for name, sink in self.sinks.items():
-                if not sink.write(event) or sink.lost == self._told.get(name, 0):
-                    continue
-                missing = sink.lost - self._told.get(name, 0)
-                self._told[name] = sink.lost
-                sink.write(
-                    {
-                        "event": "log_lines_lost",
-                        "category": "log",
-                        "level": "warning",
-                        "timestamp": event["timestamp"],
-                        "count": missing,
-                        "reason": sink.error,
-                        **({"instance": self._instance} if self._instance else {}),
-                    }
-                )
-
-    debug = info = warning = error = critical = exception = msg = write
-
-    def close(self) -> None:
-        with self._lock:
-            for sink in self.sinks.values():
-                sink.close()
-            self.sinks = {}
-
-
-class _Limit:
-    """The first processor: what comes too often goes no further."""
-
-    def __init__(self, settings: LogSettings) -> None:
-        self._rate = RateLimit(settings.events_per_minute, {"engine_line": settings.engine_lines_per_minute})
+    def __init__(self) -> None:
+        self.sinks: list[SystemLog] = []
+        self._instance = ""
+        self._lost: dict[str, int] = {}
+        self._rate = RateLimit(0)
         self._lock = threading.Lock()
         self._is_telling = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def open(self, settings: LogSettings, instance: str, sinks: list[SystemLog]) -> None:
+        self._instance, self._lost, self._is_telling = instance, {}, False
+        self._rate = RateLimit(settings.events_per_minute, {"engine_line": settings.engine_lines_per_minute})
         try:
-            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+            self._loop = asyncio.get_running_loop()
         except RuntimeError:
             self._loop = None
+        self.sinks = sinks
 
-    def __call__(self, _: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    def limit(self, _: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """Stop what comes too often; the first processor."""
         name = event["event"]
         if name == "log_lines_suppressed":
             return event
@@ -157,7 +116,7 @@ class _Limit:
     def _tell_later(self) -> None:
         self._is_telling = False
         self.tell()
-        if self._rate.has_suppressed and self._loop is not None and _now.limit is self:
+        if self._rate.has_suppressed and self._loop is not None:
             self._is_telling = True
             self._loop.call_later(_TELL_S, self._tell_later)
 
@@ -170,15 +129,38 @@ class _Limit:
                 "log_lines_suppressed", of=each.event, count=each.count, seconds=round(each.seconds, 1)
             )
 
+    def write(self, event: MutableMapping[str, Any]) -> None:
+        if self._instance:
+            event["instance"] = self._instance
+        with self._lock:
+            for sink in self.sinks:
+                missing = sink.lost - self._lost.get(sink.name, 0)
+                if not sink.write(event) or not missing:
+                    continue
+                self._lost[sink.name] = sink.lost
+                sink.write(
+                    {
+                        "event": "log_lines_lost",
+                        "category": "log",
+                        "level": "warning",
+                        "timestamp": event["timestamp"],
+                        "count": missing,
+                        "reason": sink.error,
+                        **({"instance": self._instance} if self._instance else {}),
+                    }
+                )
 
-class _Now:
-    """What the last `configure` made."""
+    debug = info = warning = error = critical = exception = msg = write
 
-    places: _Places | None = None
-    limit: _Limit | None = None
+    def close(self) -> None:
+        self.tell(all_of_it=True)
+        with self._lock:
+            for sink in self.sinks:
+                sink.close()
+            self.sinks = []
 
 
-_now = _Now()
+_log = _Log()
 
 
 class _ForwardToStructlog(logging.Handler):
@@ -204,13 +186,13 @@ def logger(category: str) -> FilteringBoundLogger:
     return log
 
 
-def configure_for(settings: Settings, host: Host) -> Sinks:
+def configure_for(settings: Settings, host: Host) -> None:
     """Set up logging as the settings say, in the places that belong to this emberd."""
-    return configure(settings.log, host, log_file(settings, host.name), instance_name(settings))
+    configure(settings.log, host, log_file(settings, host.name), instance_name(settings))
 
 
-def configure(settings: LogSettings, host: Host, file: Path, instance: str) -> Sinks:
-    """Set up logging; called again, it takes over new settings. Returns where the log goes.
+def configure(settings: LogSettings, host: Host, file: Path, instance: str) -> None:
+    """Set up logging; called again, it takes over new settings.
 
     Args:
         settings: what a person wants.
@@ -220,53 +202,45 @@ def configure(settings: LogSettings, host: Host, file: Path, instance: str) -> S
     """
     close()
     system = host.system_log() if settings.sink in {"auto", "system"} else None
-    sinks = choose_sinks(
+    chosen = log_lines.choose_sinks(
         settings.sink,
-        Situation(
-            host.name,
-            stderr_is_terminal=sys.stderr.isatty(),
-            stderr_is_journal=host.stderr_is_journal(),
-            stderr_is_launchds=host.stderr_is_launchds(),
-            has_system_log=system is not None,
-        ),
+        host.name,
+        is_terminal=sys.stderr.isatty(),
+        is_journals=host.stderr_is_journal(),
+        is_launchds=host.stderr_is_launchds(),
+        has_system_log=system is not None,
     )
-    places = _now.places = _Places(instance)
-    if sinks.stderr:
-        places.sinks["stderr"] = _StandardError(settings.format)
-    if sinks.system and system is not None:
-        places.sinks[system.name] = system
+    sinks: list[SystemLog] = [_StandardError(settings.format)] if "stderr" in chosen else []
+    if system is not None and "system" in chosen:
+        sinks.append(system)
     elif system is not None:
         system.close()
-    if sinks.file:
-        places.sinks["file"] = _FileSink(RotatingFile(file, settings.file_mib << 20, settings.files))
-    limit = _now.limit = _Limit(settings)
+    if "file" in chosen:
+        sinks.append(RotatingFile(file, settings.file_mib << 20, settings.files))
+    _log.open(settings, instance, sinks)
     structlog.configure(
         processors=[
-            limit,
+            _log.limit,
             structlog.processors.add_log_level,
             _complete,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             _hand_over,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.level.upper())),
-        logger_factory=lambda *_: places,
+        logger_factory=lambda *_: _log,
         cache_logger_on_first_use=False,
     )
     logging.getLogger().handlers = [_ForwardToStructlog()]
-    return sinks
 
 
 def places() -> list[str]:
     """Return the names of the sinks in use: stderr, file, unified, journal, syslog."""
-    return list(_now.places.sinks) if _now.places is not None else []
+    return [sink.name for sink in _log.sinks]
 
 
 def close() -> None:
     """Say what was left out, and let go of the sinks."""
-    if _now.limit is not None:
-        _now.limit.tell(all_of_it=True)
-    if _now.places is not None:
-        _now.places.close()
+    _log.close()
 
 
 def _complete(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -8,8 +8,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.memory import Observation, Pressure
-from emberd.core.pressure import SwapRates, swap_rates
+from emberd.core.memory import Observation, Pressure, SwapRates, swap_rates
 
 if TYPE_CHECKING:
     from collections.abc import Callable

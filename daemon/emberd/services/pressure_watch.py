@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from emberd.core import thrash, warmth
 from emberd.core.lock import LockState
-from emberd.core.memory import PowerSource, Pressure
-from emberd.core.pressure import STORM_LASTS_S, is_sign_of_storm, is_swapping
+from emberd.core.memory import STORM_LASTS_S, PowerSource, Pressure, is_sign_of_storm, is_swapping
 from emberd.core.warmth import Trigger
 from emberd.services.losses import Losses
 

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from emberd.core.access import AccessRules
     from emberd.core.settings import EndpointSettings
     from emberd.services.gate import Gate
-    from emberd.services.knocks import Knocks
-    from emberd.services.turns import Turns
+    from emberd.services.turns import Knocks, Turns
 
 _FIRST_PART_BYTES = 256 * 1024
 """Read before the engine is connected: a client that sends nothing must not hold one of its few threads. A body

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from emberd.core.settings import WarmthSettings
     from emberd.core.turn import PromptCounts, Turn
     from emberd.core.types import EngineSample
+    from emberd.services.accounts import Spending
     from emberd.services.forecaster import Forecaster
     from emberd.services.gate import Gate
     from emberd.services.model_use import ModelUse
-    from emberd.services.spending import Spending
     from emberd.services.turns import Turns
 
 _REPLAY_LIMIT_S = 600.0

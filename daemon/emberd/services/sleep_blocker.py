@@ -8,8 +8,7 @@ from asyncio.subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING
 
 from emberd.core.lifecycle import State
-from emberd.core.memory import Power
-from emberd.core.wakefulness import must_stay_awake
+from emberd.core.memory import Power, must_stay_awake
 
 if TYPE_CHECKING:
     from collections.abc import Callable

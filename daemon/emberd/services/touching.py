@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.services.accounts import Spending
     from emberd.services.model_use import ModelUse
     from emberd.services.pressure_watch import PressureWatch
-    from emberd.services.spending import Spending
     from emberd.services.weights import Weights
 
 PAUSE_S = 0.2

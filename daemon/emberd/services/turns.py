@@ -1,10 +1,12 @@
-"""The memory of the last turns: what the engine's KV cache holds, in this process's memory only.
+"""What users did: their last turns, which the engine's KV cache holds, and the signs that one is back.
 
-Never logged, never written: a turn is what a person said and was told. It is bounded, and forgotten when told.
+Turns are in this process's memory only, never logged, never written: a turn is what a person said and was told.
+Their memory is bounded, and forgotten when told.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -68,6 +70,10 @@ class Ended:
         counts = self.engine.counts_in_reply(told)
         counts = self.in_log if counts == UNTOLD else counts
         return Turn(generation.path, generation.body, text, counts, self.was_cut, said=said)
+
+
+_AWAY_S = 60.0
+"""Kobold Lite polls all the time while its page is open: only who was silent for so long is back."""
 
 
 class Turns:
@@ -312,3 +318,35 @@ def _object_of(whole: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+class Knocks:
+    """Tells who waits for it that a person is back before asking for text: a page polls, a client asks for models.
+
+    emberd's own paths and probes are nobody.
+    """
+
+    def __init__(self) -> None:
+        self._last_s: float | None = None
+        self._heard = asyncio.Event()
+
+    def knock(self) -> None:
+        """Hear a request that is not for text."""
+        now_s = time.monotonic()
+        if self.is_back_at(now_s):
+            self._heard.set()
+        self._last_s = now_s
+
+    def is_back_at(self, now_s: float) -> bool:
+        """Tell whether a knock at that monotonic time would be somebody who comes back."""
+        return self._last_s is None or now_s - self._last_s >= _AWAY_S
+
+    async def wait(self) -> None:
+        """Return when somebody comes back."""
+        self._heard.clear()
+        await self._heard.wait()
+
+    @property
+    def seconds_since(self) -> float | None:
+        """Seconds since the last knock, None if there was none."""
+        return None if self._last_s is None else time.monotonic() - self._last_s

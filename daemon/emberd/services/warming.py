@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from emberd.core.warmth import Step
 from emberd.host.toucher import ToucherLost, ToucherRefused
-from emberd.services.spending import cpu_s
+from emberd.services.accounts import cpu_s
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.services.accounts import Spending
     from emberd.services.forecaster import Forecaster
     from emberd.services.gate import Gate
     from emberd.services.model_use import ModelUse
     from emberd.services.replays import Replays
-    from emberd.services.spending import Spending
     from emberd.services.weights import Weights
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from emberd.core.gguf import split_names
 from emberd.core.lock_limits import judge_limits
 from emberd.core.warmth_cost import WarmthCost
-from emberd.services.spending import cpu_s
+from emberd.services.accounts import cpu_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from emberd.core.ports import Host
     from emberd.core.types import EngineSample
     from emberd.host.toucher import Toucher
+    from emberd.services.accounts import Spending
     from emberd.services.forecaster import Forecaster
     from emberd.services.gate import Gate
     from emberd.services.model_use import ModelUse
-    from emberd.services.spending import Spending
 
 T = TypeVar("T")
 _STOP_AGAIN_S = 0.2

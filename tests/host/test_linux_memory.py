@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from emberd.host.linux_own_memory import private_ranges, runs_in_use
+from emberd.host.linux_memory import private_ranges, runs_in_use
 from memory_squeeze import can_squeeze, squeeze
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from daemon_process import is_alive
-from emberd.engine.leftover import end_leftover
+from emberd.engine.record import end_leftover
 from emberd.host import ThisHost
 
 if TYPE_CHECKING:

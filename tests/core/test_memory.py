@@ -1,13 +1,25 @@
-"""The level of memory pressure on a system that has none of its own, and rates of swap traffic."""
+"""What follows from readings: memory pressure, swap traffic, locked memory after an engine's end, staying awake."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberd.core.memory import Pressure, SystemMemory
-from emberd.core.pressure import SwapRates, is_sign_of_storm, judge_pressure, swap_rates
+from emberd.core.memory import (
+    Power,
+    PowerSource,
+    Pressure,
+    SwapRates,
+    SystemMemory,
+    is_released,
+    is_sign_of_storm,
+    judge_pressure,
+    must_stay_awake,
+    swap_rates,
+)
 
 NORMAL, WARN, CRITICAL, UNKNOWN = Pressure.NORMAL, Pressure.WARN, Pressure.CRITICAL, Pressure.UNKNOWN
 ORDER = [NORMAL, WARN, CRITICAL]
@@ -88,3 +100,33 @@ def test_a_storm_is_told_by_what_is_written_and_who_waits_and_not_by_a_level(
 def test_the_first_reading_is_a_sign_only_if_somebody_waits():
     assert not is_sign_of_storm(None, SystemMemory(swapped_out_bytes=1 << 40), 2.0)
     assert is_sign_of_storm(None, SystemMemory(stall_some_share=0.5), 2.0)
+
+
+GIB = 1024**3
+
+
+@pytest.mark.parametrize(
+    ("before_load", "loaded", "now", "released"),
+    [
+        (2 * GIB, 10 * GIB, 10 * GIB, False),
+        (2 * GIB, 10 * GIB, 9 * GIB, False),
+        (2 * GIB, 10 * GIB, 3 * GIB, True),
+        (2 * GIB, 2 * GIB, 5 * GIB, True),
+        (None, 10 * GIB, 3 * GIB, None),
+        (2 * GIB, None, 3 * GIB, None),
+        (2 * GIB, 10 * GIB, None, None),
+    ],
+)
+def test_release_is_seen_in_the_wired_memory_of_the_system(
+    before_load: int | None, loaded: int | None, now: int | None, released: bool | None
+):
+    assert is_released(before_load, loaded, now) is released
+
+
+def test_only_who_wants_it_on_mains_with_a_ready_model_and_without_low_power_mode_stays_awake():
+    for source, saves, is_wanted, is_ready in itertools.product(
+        PowerSource, (True, False, None), (True, False), (True, False)
+    ):
+        power = Power(source=source, is_low_power=saves)
+        expected = source is PowerSource.MAINS and saves is not True and is_wanted and is_ready
+        assert must_stay_awake(power, is_wanted=is_wanted, is_ready=is_ready) is expected

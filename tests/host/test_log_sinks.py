@@ -17,9 +17,7 @@ import pytest
 from emberd.core.log_lines import SUBSYSTEM
 from emberd.core.log_reading import from_journal, from_unified
 from emberd.host.linux import LinuxHost
-from emberd.host.logsink_journal import JournalSink, is_connected
-from emberd.host.logsink_oslog import load_os_log
-from emberd.host.logsink_syslog import SyslogSink
+from emberd.host.log_sinks import JournalSink, SyslogSink, is_connected, load_os_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
