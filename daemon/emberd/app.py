@@ -9,6 +9,7 @@ import signal
 import sys
 import termios
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emberd import __version__
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.settings import Settings
+    from emberd.core.status import Status
     from emberd.host.claims import Claims
     from emberd.host.paths import StatePaths
     from emberd.host.starts import Starts
@@ -297,8 +299,8 @@ class _Daemon:
     def _line(self) -> str:
         """Say in one line how the engine is; of the reason the first line, without the engine's output."""
         status = self._supervisor.status()
-        reason = str(status["reason"] or "").partition("\n")[0]
-        return f"engine {status['state']}" + (f": {reason}" if reason else f", {self._url}")
+        reason = status.reason.partition("\n")[0]
+        return f"engine {status.state}" + (f": {reason}" if reason else f", {self._url}")
 
     # --- while it runs --------------------------------------------------------------------------------------
 
@@ -369,7 +371,7 @@ class _Daemon:
             return {"ok": True, "pid": os.getpid(), "uptime_s": round(time.monotonic() - self._started_s, 3)}
 
         async def restart() -> dict[str, Any]:
-            starts = self._supervisor.status()["starts"]
+            starts = self._supervisor.status().starts
             self._supervisor.post(lifecycle.Restart("asked for by its owner"))
             return {"ok": True, "starts": starts}
 
@@ -402,26 +404,34 @@ class _Daemon:
         return verbs
 
     async def _status(self) -> dict[str, Any]:
+        from emberd.core.status import to_plain  # noqa: PLC0415
+
+        return to_plain(await self.status())
+
+    async def status(self) -> Status:
+        """Return what the daemon knows of itself, its engine and this computer now."""
         from emberd.services import logs  # noqa: PLC0415
 
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "uptime_s": round(time.monotonic() - self._started_s, 3),
-            "endpoint": self._url,
-            "model": self._settings.model.path,
-            "settings_file": str(self._config_path),
-            **self._supervisor.status(),
-            **self._proxy.status(),
-            "seconds_since_knock": self._knocks.seconds_since,
-            "remembers_turn": self._turns.last is not None,
-            "memory": await self._memory.status(),
-            "prevents_sleep": self._sleep.is_held,
-            "residency": await self._residency.status(),
-            "warmth": await self._keepwarm.status(),
-            "swap": await self._swap.status(self._settings.machine.ssd_endurance_tb),
-            "log": logs.places(),
-        }
+        places = self._proxy.places
+        return replace(
+            self._supervisor.status(),
+            version=__version__,
+            pid=os.getpid(),
+            uptime_s=round(time.monotonic() - self._started_s, 3),
+            endpoint=self._url,
+            model=self._settings.model.path,
+            settings_file=str(self._config_path),
+            requests_waiting=places.waiting,
+            longest_wait_s=round(places.longest_wait_s, 3),
+            seconds_since_knock=self._knocks.seconds_since,
+            remembers_turn=self._turns.last is not None,
+            memory=await self._memory.status(),
+            prevents_sleep=self._sleep.is_held,
+            residency=await self._residency.status(),
+            warmth=await self._keepwarm.status(),
+            swap=await self._swap.status(self._settings.machine.ssd_endurance_tb),
+            log=tuple(logs.places()),
+        )
 
     async def _doctor(self) -> dict[str, Any]:
         from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
@@ -432,7 +442,7 @@ class _Daemon:
 
     async def _make_room(self) -> None:
         """Let running requests end; the engine goes on, and new connections wait in the backlog."""
-        in_flight = self._supervisor.status()["requests_in_flight"]
+        in_flight = self._supervisor.status().requests_in_flight
         self._log.info("emberd_replacing_itself", requests_in_flight=in_flight)
         self._notifier.replacing()
         await self._endpoint.stop(self._settings.lifecycle.drain_timeout_s)
@@ -445,7 +455,7 @@ class _Daemon:
         timing = self._settings.lifecycle
         if not is_failed:
             self._notifier.stopping(timing.drain_timeout_s + timing.stop_timeout_s + _BESIDES_S)
-        self._log.info("emberd_stopping", requests_in_flight=self._supervisor.status()["requests_in_flight"])
+        self._log.info("emberd_stopping", requests_in_flight=self._supervisor.status().requests_in_flight)
         await self._supervisor.shut_down()
         for listener in () if is_failed else self._listeners:
             listener.close()  # nobody will accept any more; a service manager has a descriptor of its own

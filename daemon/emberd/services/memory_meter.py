@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emberd.core.memory import Pressure, SystemMemory
 from emberd.core.pressure import SwapRates, swap_rates
+from emberd.core.status import EngineMemoryStatus, MemoryStatus, SystemMemoryStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,27 +58,25 @@ class MemoryMeter:
             )
         return seen
 
-    async def status(self) -> dict[str, Any]:
-        """Read everything now, and return plain values. What the system does not tell is None."""
+    async def status(self) -> MemoryStatus:
+        """Read everything now. What the system does not tell is None."""
         seen = self._host.system_memory()
         rates = SwapRates()
         if self._readings:
             began_s, before = self._readings[0]
             rates = swap_rates(before, seen, time.monotonic() - began_s)
-        power = await asyncio.to_thread(self._host.power)
-        gpu = self._host.gpu_limits()
-        return {
-            "engine": await asyncio.to_thread(self._engine),
-            "system": {
+        return MemoryStatus(
+            power=await asyncio.to_thread(self._host.power),
+            gpu=self._host.gpu_limits(),
+            engine=await asyncio.to_thread(self._engine),
+            system=SystemMemoryStatus(
                 **asdict(seen),
-                "pressure": seen.pressure.value,
-                "swap_in_bytes_per_s": rates.in_bytes_per_s,
-                "swap_out_bytes_per_s": rates.out_bytes_per_s,
-            },
-            "power": {**asdict(power), "source": power.source.value},
-            "gpu": None if gpu is None else asdict(gpu),
-        }
+                swap_in_bytes_per_s=rates.in_bytes_per_s,
+                swap_out_bytes_per_s=rates.out_bytes_per_s,
+            ),
+        )
 
-    def _engine(self) -> dict[str, Any]:
+    def _engine(self) -> EngineMemoryStatus:
         pids = self._sample().pids
-        return {**asdict(self._host.engine_memory(pids)), "proportional_bytes": self._host.proportional_bytes(pids)}
+        seen = self._host.engine_memory(pids)
+        return EngineMemoryStatus(**asdict(seen), proportional_bytes=self._host.proportional_bytes(pids))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from emberd.core.status import CostStatus
 from emberd.core.warmth_cost import BUDGET_WINDOW_S, WarmthCost, budget_wait_s
 
 if TYPE_CHECKING:
@@ -58,17 +59,16 @@ class Spending:
             unsaved, self._unsaved, self._saved_s = self._unsaved, WarmthCost(), time.monotonic()
             await self._accounts.add(unsaved)
 
-    async def status(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        today = await self._accounts.today(WarmthCost) + self._unsaved
-        return {"cost": _plain(self._total), "cost_today": _plain(today)}
+    async def status(self) -> tuple[CostStatus, CostStatus]:
+        """Return what it was since emberd's start, and today."""
+        return _describe(self._total), _describe(await self._accounts.today(WarmthCost) + self._unsaved)
 
 
-def _plain(cost: WarmthCost) -> dict[str, Any]:
-    return {
-        "passes": cost.passes,
-        "read_bytes": cost.read_bytes,
-        "engine_s": cost.engine_ms / 1000,
-        "cpu_s": cost.cpu_ms / 1000,
-        "processed_tokens": cost.processed_tokens,
-    }
+def _describe(cost: WarmthCost) -> CostStatus:
+    return CostStatus(
+        passes=cost.passes,
+        read_bytes=cost.read_bytes,
+        engine_s=cost.engine_ms / 1000,
+        cpu_s=cost.cpu_ms / 1000,
+        processed_tokens=cost.processed_tokens,
+    )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from emberd import __version__
 from emberd.core import access
 from emberd.core.errors import AlreadyRunning, EmberdError, NotReady, PortTaken
+from emberd.core.status import Status, to_plain
 from emberd.host import ThisHost, config_file
 from emberd.host.notify_socket import NotifySocket
 from emberd.host.paths import prepare, state_paths
@@ -312,23 +313,23 @@ class Standby:
     def _status(self) -> dict[str, Any]:
         passed_s = round(time.monotonic() - self._began_s, 3)
         error = self._why.error
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "uptime_s": passed_s,
-            "endpoint": self._url(),
-            "model": self._loaded.settings.model.path,
-            "settings_file": str(self._loaded.path),
-            "state": NAME,
-            "state_for_s": passed_s,
-            "reason": error.message,
-            "remedy": error.remedy,
-            "exit_code": error.exit_code,
-            "failures": list(self._why.failures),
-            "next_start_in_s": round(self._left_s(), 3),
-            "starts": -1,
-            "engine": None,
-        }
+        status = Status(
+            version=__version__,
+            pid=os.getpid(),
+            uptime_s=passed_s,
+            endpoint=self._url(),
+            model=self._loaded.settings.model.path,
+            settings_file=str(self._loaded.path),
+            state=NAME,
+            state_for_s=passed_s,
+            reason=error.message,
+            remedy=error.remedy,
+            exit_code=error.exit_code,
+            failures=self._why.failures,
+            next_start_in_s=round(self._left_s(), 3),
+            starts=-1,
+        )
+        return to_plain(status)
 
 
 def _mark(path: str | Path) -> tuple[int, int, int] | None:

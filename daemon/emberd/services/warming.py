@@ -13,6 +13,7 @@ from emberd.core.gguf import split_names
 from emberd.core.lock_limits import judge_limits
 from emberd.core.replay import GENKEY, is_replayable, make_replay, shortened, tiny
 from emberd.core.reuse import Verdict
+from emberd.core.status import ProgressStatus
 from emberd.core.turn import UNTOLD
 from emberd.core.warmth import Cache, Step
 from emberd.core.warmth_cost import WarmthCost
@@ -93,11 +94,9 @@ class Warming:
         """When a pass that warmed everything ended last, None for never."""
 
     @property
-    def progress(self) -> dict[str, int] | None:
+    def progress(self) -> ProgressStatus | None:
         """How far a pass over the weights is, None while there is none."""
-        if self._progress is None:
-            return None
-        return dict(zip(("done_bytes", "total_bytes"), self._progress, strict=True))
+        return None if self._progress is None else ProgressStatus(*self._progress)
 
     @property
     def is_free(self) -> bool:
