@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emberd import __version__
@@ -23,6 +24,7 @@ from emberd.host.start_history import StartHistory
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
+    from emberd.core.status import Status
     from emberd.host.config_file import Loaded
     from emberd.host.paths import StatePaths
     from emberd.services.build import Services, SettingsInForce
@@ -258,8 +260,8 @@ class _Serving:
     def _line(self) -> str:
         """Say in one line how the engine is; of the reason the first line, without the engine's output."""
         status = self._supervisor.status()
-        reason = str(status["reason"] or "").partition("\n")[0]
-        return f"engine {status['state']}" + (f": {reason}" if reason else f", {self._daemon.instance.url}")
+        reason = status.reason.partition("\n")[0]
+        return f"engine {status.state}" + (f": {reason}" if reason else f", {self._daemon.instance.url}")
 
     # --- while it runs --------------------------------------------------------------------------------------
 
@@ -274,7 +276,7 @@ class _Serving:
         keepwarm, turns = self._services.keepwarm, self._services.turns
 
         def restart() -> dict[str, Any]:
-            starts = self._supervisor.status()["starts"]
+            starts = self._supervisor.status().starts
             self._supervisor.post(lifecycle.Restart("asked for by its owner"))
             return {"ok": True, "starts": starts}
 
@@ -292,22 +294,30 @@ class _Serving:
         }
 
     async def _status(self) -> dict[str, Any]:
+        from emberd.core.status import to_plain  # noqa: PLC0415
+
+        return to_plain(await self.status())
+
+    async def status(self) -> Status:
+        """Return what the daemon knows of itself, its engine and this computer now."""
         from emberd.services import logs  # noqa: PLC0415
 
         services, settings = self._services, self._settings.now
-        return {
+        places = services.proxy.places
+        return replace(
+            self._supervisor.status(),
             **self._daemon.status(settings.model.path),
-            **self._supervisor.status(),
-            **services.proxy.status(),
-            "seconds_since_knock": services.knocks.seconds_since,
-            "remembers_turn": services.turns.last is not None,
-            "memory": await services.observer.status(),
-            "prevents_sleep": services.sleep.is_held,
-            "residency": await services.residency.status(),
-            "warmth": await services.keepwarm.status(),
-            "swap": await services.swap.status(settings.machine.ssd_endurance_tb),
-            "log": logs.places(),
-        }
+            requests_waiting=places.waiting,
+            longest_wait_s=round(places.longest_wait_s, 3),
+            seconds_since_knock=services.knocks.seconds_since,
+            remembers_turn=services.turns.last is not None,
+            memory=await services.observer.status(),
+            prevents_sleep=services.sleep.is_held,
+            residency=await services.residency.status(),
+            warmth=await services.keepwarm.status(),
+            swap=await services.swap.status(settings.machine.ssd_endurance_tb),
+            log=tuple(logs.places()),
+        )
 
     async def _doctor(self) -> dict[str, Any]:
         from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
@@ -318,7 +328,7 @@ class _Serving:
 
     async def _make_room(self) -> None:
         """Let running requests end; the engine goes on, and new connections wait in the backlog."""
-        in_flight = self._supervisor.status()["requests_in_flight"]
+        in_flight = self._supervisor.status().requests_in_flight
         self._log.info("emberd_replacing_itself", requests_in_flight=in_flight)
         self._daemon.notifier.replacing()
         await self._daemon.endpoint.stop(self._settings.now.lifecycle.drain_timeout_s)
@@ -331,7 +341,7 @@ class _Serving:
         timing = self._settings.now.lifecycle
         if not is_failed:
             self._daemon.notifier.stopping(timing.drain_timeout_s + timing.stop_timeout_s + _BESIDES_S)
-        self._log.info("emberd_stopping", requests_in_flight=self._supervisor.status()["requests_in_flight"])
+        self._log.info("emberd_stopping", requests_in_flight=self._supervisor.status().requests_in_flight)
         await self._supervisor.shut_down()
         if not is_failed:
             self._daemon.instance.stop_listening()  # nobody will accept any more

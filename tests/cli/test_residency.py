@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emberd.cli.talk import residency_words
+from emberd.core.status import ResidencyStatus
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
@@ -205,4 +206,4 @@ def test_ctrl_c_ends_a_touch_cleanly_and_a_terminal_sees_progress(tmp_path: Path
     ],
 )
 def test_a_residency_is_said_in_a_line(seen: dict[str, Any], expected: str):
-    assert residency_words(seen) == expected
+    assert residency_words(ResidencyStatus(**seen)) == expected

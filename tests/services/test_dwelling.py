@@ -759,7 +759,7 @@ async def test_a_look_that_is_asked_for_during_another_one_comes_after_it(rig: R
     rig.engine.engine.send = send
     await rig.service._look()
     status = await rig.service.status()
-    assert status["next_look_in_s"] is None or status["next_look_in_s"] < 1
+    assert status.next_look_in_s is None or status.next_look_in_s < 1
     assert rig.service._schedule._trigger is Trigger.KNOCK
 
 
@@ -796,9 +796,9 @@ async def test_a_replay_that_found_nothing_ends_the_pass_is_said_once_and_never_
         ("llama", 501, True)
     ]
     status = await rig.service.status()
-    assert status["reuse"]["last_replay"]["processed"] == 501
-    assert (status["reuse"]["misses"], status["reuse"]["barred"]) == (1, ["llama"])
-    assert status["cost"]["processed_tokens"] == 501
+    assert status.reuse.last_replay.processed == 501
+    assert (status.reuse.misses, status.reuse.barred) == (1, ("llama",))
+    assert status.cost.processed_tokens == 501
 
 
 async def test_a_new_engine_may_be_sent_what_another_one_did_not_keep(rig: Rig):
@@ -891,7 +891,7 @@ async def test_users_who_twice_did_not_find_what_was_kept_end_the_replays(rig: R
 
     steps = [await next_turn(number) for number in range(3)]
     assert steps == [["touch", "replay"], ["touch", "replay"], ["touch"]]
-    assert (await rig.service.status())["reuse"]["lost_turns"] == 2
+    assert (await rig.service.status()).reuse.lost_turns == 2
 
 
 async def test_passes_that_take_too_much_of_a_processor_for_nothing_are_made_less_often(
@@ -908,7 +908,7 @@ async def test_passes_that_take_too_much_of_a_processor_for_nothing_are_made_les
     told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "keepwarm_over_budget"]
     assert len(told) == 1
     assert 590 < told[0]["wait_s"] <= 600
-    assert (await rig.service.status())["over_budget_for_s"] > 590
+    assert (await rig.service.status()).over_budget_for_s > 590
     rig.service._schedule._trigger = Trigger.EVICTING
     await rig.service._look()
     assert rig.service._last is not None
@@ -1008,6 +1008,6 @@ async def test_beside_a_lock_that_stays_the_cache_is_kept_and_it_is_said_that_no
     await rig.watch.read()
     assert (await rig.service.warm())["steps"] == ["replay"]
     status = await rig.service.status()
-    assert (status["hold"], status["is_helpless"]) == ("all", True)
+    assert (status.hold, status.is_helpless) == ("all", True)
     told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "thrash_guard"]
     assert [(each["hold"], each["is_helpless"]) for each in told] == [("all", True)]

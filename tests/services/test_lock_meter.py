@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from emberd.core.keep_alive import KeepAliveState
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, SystemMemory
 from emberd.core.settings import EngineSettings, ModelSettings, Settings
@@ -161,7 +162,7 @@ def test_metals_heartbeat_is_read_from_the_engines_log():
     meter.note("ggml_metal_device_init: creating a residency set collection (keep_alive = 180 s)")
     short = meter.heartbeat(3600)
     assert short is not None
-    assert (short["state"], short["seconds"], "180 s" in short["message"]) == ("SHORT", 180, True)
+    assert (short.state, short.seconds, "180 s" in short.message) == (KeepAliveState.SHORT, 180, True)
     held = meter.heartbeat(180)
     assert held is not None
-    assert held["state"] == "HELD"
+    assert held.state is KeepAliveState.HELD

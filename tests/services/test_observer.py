@@ -10,6 +10,7 @@ import psutil
 import structlog
 
 from emberd.core.memory import Pressure, SystemMemory
+from emberd.core.status import to_plain
 from emberd.core.types import EngineSample
 from emberd.host import ThisHost
 from emberd.services import observer
@@ -74,20 +75,20 @@ async def test_swap_traffic_is_told_over_the_last_readings(monkeypatch: pytest.M
     meters = meter(host, [])
     now_s = 100.0
     monkeypatch.setattr(observer.time, "monotonic", lambda: now_s)
-    assert (await meters.status())["system"]["swap_out_bytes_per_s"] is None, "one reading makes no rate"
+    assert (await meters.status()).system.swap_out_bytes_per_s is None, "one reading makes no rate"
     for written in (0, 1000 * MIB, 1000 * MIB, 1000 * MIB, 1020 * MIB):
         host.seen = SystemMemory(swapped_in_bytes=0, swapped_out_bytes=written)
         meters.look()
         now_s += 10
     host.seen = SystemMemory(swapped_in_bytes=60 * MIB, swapped_out_bytes=1030 * MIB)
-    system = (await meters.status())["system"]
+    system = (await meters.status()).system
     # The oldest reading that counts is 30 s old: the burst of 1000 MiB before it is forgotten.
-    assert system["swap_out_bytes_per_s"] == MIB
-    assert system["swap_in_bytes_per_s"] == 2 * MIB
+    assert system.swap_out_bytes_per_s == MIB
+    assert system.swap_in_bytes_per_s == 2 * MIB
 
 
 async def test_the_status_is_plain_values_with_everything_the_host_tells():
-    seen = await meter(ThisHost(), []).status()
+    seen = to_plain(await meter(ThisHost(), []).status())
     assert json.loads(json.dumps(seen)) == seen
     assert seen["system"]["total_bytes"] == psutil.virtual_memory().total
     assert seen["system"]["pressure"] in {"normal", "warn", "critical", "unknown"}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from daemon_process import Daemon
+    from emberd.core.status import ResidencyStatus
 
     MakeDaemon = Callable[..., Daemon]
 
@@ -47,7 +48,7 @@ class Rig:
             f"{os.getpid()}:{model}", (os.getpid(),), True, 0, model, weights_bytes, is_mapped=is_mapped
         )
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> ResidencyStatus:
         await self.meter.tick()
         status = await self.meter.status()
         assert status is not None
@@ -72,11 +73,11 @@ async def test_a_mapped_models_pages_are_told_within_bounds(rig: Rig, tmp_path: 
     read(path, 0, 8 * MIB)
     rig.run(path)
     seen = await rig.status()
-    assert seen["source"] == "mincore"
-    assert seen["share"] == pytest.approx(0.5, abs=0.02)
-    assert seen["at_least"] < 0.5 < seen["at_most"]
-    assert seen["total_bytes"] == 16 * MIB
-    assert seen["age_s"] < 5
+    assert seen.source == "mincore"
+    assert seen.share == pytest.approx(0.5, abs=0.02)
+    assert seen.at_least < 0.5 < seen.at_most
+    assert seen.total_bytes == 16 * MIB
+    assert seen.age_s < 5
 
 
 async def test_all_parts_of_a_split_model_count(rig: Rig, tmp_path: Path):
@@ -86,7 +87,7 @@ async def test_all_parts_of_a_split_model_count(rig: Rig, tmp_path: Path):
     read(paths[1], 0, 4 * MIB)
     rig.run(paths[0])
     seen = await rig.status()
-    assert (seen["share"], seen["total_bytes"]) == (pytest.approx(0.5, abs=0.02), 8 * MIB)
+    assert (seen.share, seen.total_bytes) == (pytest.approx(0.5, abs=0.02), 8 * MIB)
 
 
 async def test_an_engine_that_copied_its_weights_is_told_from_its_swap(rig: Rig, tmp_path: Path):
@@ -94,8 +95,8 @@ async def test_an_engine_that_copied_its_weights_is_told_from_its_swap(rig: Rig,
     evict(path)
     rig.run(path, MIB, is_mapped=False)
     seen = await rig.status()
-    assert (seen["source"], seen["share"], seen["total_bytes"]) == ("process", 1, MIB)
-    assert "copy of the weights" in seen["message"]
+    assert (seen.source, seen.share, seen.total_bytes) == ("process", 1, MIB)
+    assert "copy of the weights" in seen.message
 
 
 async def test_a_model_that_is_gone_is_unknown_with_the_reason_and_found_again(rig: Rig, tmp_path: Path):
@@ -103,22 +104,22 @@ async def test_a_model_that_is_gone_is_unknown_with_the_reason_and_found_again(r
     rig.run(path)
     for _ in range(2):
         seen = await rig.status()
-        assert (seen["share"], seen["unknown"]) == (None, "unreadable")
-        assert "No such file" in seen["message"]
+        assert (seen.share, seen.unknown) == (None, "unreadable")
+        assert "No such file" in seen.message
     assert [event["event"] for event in rig.events] == ["residency_unknown"], "told once"
     write(path, MIB)
-    assert (await rig.status())["share"] == 1
+    assert (await rig.status()).share == 1
 
 
 async def test_a_killed_toucher_costs_nothing(rig: Rig, tmp_path: Path):
     rig.run(write(tmp_path / "model.gguf", MIB))
-    assert (await rig.status())["share"] == 1
+    assert (await rig.status()).share == 1
     toucher = psutil.Process(rig.meter.toucher.pid)
     toucher.send_signal(signal.SIGKILL)
     async with asyncio.timeout(10):
         while psutil.pid_exists(toucher.pid):  # until this process has heard of it
             await asyncio.sleep(0.01)
-    assert (await rig.status())["share"] == 1
+    assert (await rig.status()).share == 1
 
 
 async def test_a_toucher_that_dies_at_every_reading_is_unknown_by_name(
@@ -129,16 +130,16 @@ async def test_a_toucher_that_dies_at_every_reading_is_unknown_by_name(
     dying.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGBUS)\n")
     monkeypatch.setattr("emberd.host.toucher._PROCESS", dying)
     seen = await rig.status()
-    assert seen["unknown"] == "toucher_lost"
-    assert "SIGBUS" in seen["message"]
+    assert seen.unknown == "toucher_lost"
+    assert "SIGBUS" in seen.message
     assert "toucher_lost" in [event["event"] for event in rig.events]
     monkeypatch.undo()
-    assert (await rig.status())["share"] == 1
+    assert (await rig.status()).share == 1
 
 
 async def test_an_engine_without_a_known_model_is_unknown(rig: Rig):
     rig.run(None)
-    assert (await rig.status())["unknown"] == "no_model"
+    assert (await rig.status()).unknown == "no_model"
 
 
 def _is_toucher(process: psutil.Process) -> bool:

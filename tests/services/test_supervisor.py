@@ -85,7 +85,7 @@ class Rig:
 
     async def pid(self) -> int:
         await self.reach(State.READY)
-        pid: int = self.supervisor.status()["engine"]["pid"]
+        pid: int = self.supervisor.status().engine.pid
         return pid
 
     async def close(self) -> None:
@@ -126,8 +126,8 @@ async def test_an_engine_that_cannot_bind_is_stopped_and_gets_another_port(
     rig.begin()
     await rig.pid()
     status = rig.supervisor.status()
-    assert status["engine"]["port"] != taken_port
-    assert status["starts"] == 2
+    assert status.engine.port != taken_port
+    assert status.starts == 2
     assert any("cannot serve" in event.get("reason", "") for event in rig.events)
 
 
@@ -151,7 +151,7 @@ async def test_a_stranger_that_answers_on_the_port_is_not_taken_for_the_engine(
         choose_first(monkeypatch, server.server_address[1])
         rig.begin()
         await rig.pid()
-        assert rig.supervisor.status()["engine"]["port"] != server.server_address[1]
+        assert rig.supervisor.status().engine.port != server.server_address[1]
         server.shutdown()
         thread.join()
 
@@ -167,7 +167,7 @@ async def test_the_next_start_waits_until_locked_memory_has_fallen(rig: Rig):
     await rig.reach(State.STARTING)
     await asyncio.sleep(0.3)
     assert rig.supervisor.state is State.STARTING
-    assert rig.supervisor.status()["starts"] == 1
+    assert rig.supervisor.status().starts == 1
     rig.host.wired = 2 * gib
     assert await rig.pid() != pid
     assert "wired_memory_released" in rig.names()
@@ -190,7 +190,7 @@ async def test_memory_that_never_comes_back_is_said_and_does_not_block_for_ever(
 async def test_a_refused_connection_makes_the_supervisor_look_again(rig: Rig):
     rig.begin()
     pid = await rig.pid()
-    rig.supervisor.gate.doubt(rig.supervisor.status()["engine"]["port"])
+    rig.supervisor.gate.doubt(rig.supervisor.status().engine.port)
     await rig.reach(State.LOADING)
     assert await rig.pid() == pid
     rig.supervisor.gate.doubt(1)
@@ -206,7 +206,7 @@ async def test_a_load_that_takes_too_long_is_given_up(rig: Rig, monkeypatch: pyt
     rig.supervisor._settings = settings
     rig.begin()
     await rig.reach(State.FAILED)
-    assert "not ready 1 s after its start" in rig.supervisor.status()["reason"]
+    assert "not ready 1 s after its start" in rig.supervisor.status().reason
 
 
 async def test_every_waiter_is_woken_when_the_engine_is_stopped(rig: Rig, monkeypatch: pytest.MonkeyPatch):
@@ -219,7 +219,7 @@ async def test_every_waiter_is_woken_when_the_engine_is_stopped(rig: Rig, monkey
     async with asyncio.timeout(LIMIT_S):
         refused = await asyncio.gather(*waiters, return_exceptions=True)
     assert all(isinstance(error, NotReady) for error in refused)
-    assert rig.supervisor.status()["requests_held"] == 0
+    assert rig.supervisor.status().requests_held == 0
 
 
 async def test_a_stop_during_the_start_leaves_no_process(rig: Rig):
@@ -228,7 +228,7 @@ async def test_a_stop_during_the_start_leaves_no_process(rig: Rig):
     rig.supervisor.post(lifecycle.Stop())
     await rig.reach(State.STOPPED)
     assert not rig.paths.record.exists()
-    assert rig.supervisor.status()["engine"] is None
+    assert rig.supervisor.status().engine is None
 
 
 async def test_a_state_file_that_cannot_be_written_does_not_take_the_engine_away(rig: Rig):
@@ -266,6 +266,6 @@ async def test_a_reading_that_fails_costs_neither_the_start_nor_the_engine(
         monkeypatch.setattr(rig.host, name, fails)
     rig.begin()
     await rig.pid()
-    assert rig.supervisor.status()["starts"] == 1
+    assert rig.supervisor.status().starts == 1
     assert rig.names().count("lock_meter_bug") == 2
-    assert "--usemlock" in rig.supervisor.status()["engine"]["command"]
+    assert "--usemlock" in rig.supervisor.status().engine.command

@@ -85,7 +85,7 @@ async def test_without_writes_no_file_is_made(kernel: Kernel, tmp_path: Path):
         await swap.tick()
     status = await swap.status(600)
     assert status is not None
-    assert status["written_today_bytes"] == 0
+    assert status.written_today_bytes == 0
     assert not (tmp_path / "history.db").exists()
 
 
@@ -99,8 +99,8 @@ async def test_the_account_of_a_day_survives_a_restart(kernel: Kernel, tmp_path:
     after = meter(kernel, tmp_path, [NONE])
     status = await after.status(0.001)
     assert status is not None
-    assert status["written_today_bytes"] == status["other_bytes"] == 300 * PAGE
-    assert status["share_of_endurance"] == pytest.approx(300 * PAGE / 1e9)
+    assert status.written_today_bytes == status.other_bytes == 300 * PAGE
+    assert status.share_of_endurance == pytest.approx(300 * PAGE / 1e9)
     assert (tmp_path / "history.db").stat().st_mode & 0o777 == 0o600
     await after._accounts.close()
 

@@ -15,13 +15,14 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from emberd.cli.status import print_status
 from emberd.core.errors import EmberdError, EngineFailed, EngineNotUsable, ModelError, NotRunning
 from emberd.core.settings import EndpointSettings, EngineSettings, ModelSettings, Settings, StateSettings, to_toml
+from emberd.core.status import EngineStatus, Status, from_plain
 from emberd.host.paths import StatePaths
 from emberd.services.control import ask
 
@@ -52,15 +53,14 @@ def command(stay: bool) -> None:  # noqa: FBT001  # click's flag
         tempfile.TemporaryDirectory(prefix="emberd-demo-") as folder,
         _daemon(Path(folder), model) as (port, state),
     ):
-        status = _wait_until_ready(state)
-        _say(f"ready: {status['engine']['kind']}, pid {status['engine']['pid']}, endpoint {status['endpoint']}")
+        engine = _wait_until_ready(state)
+        _say(f"ready: {engine.kind}, pid {engine.pid}, endpoint http://127.0.0.1:{port}")
         _stream(port, _PROMPTS[0])
-        pid = status["engine"]["pid"]
-        _say(f"killing the engine with -9 (pid {pid}) and asking again at once")
-        os.kill(pid, signal.SIGKILL)
+        _say(f"killing the engine with -9 (pid {engine.pid}) and asking again at once")
+        os.kill(engine.pid, signal.SIGKILL)
         _stream(port, _PROMPTS[1])
         _say("closing status:")
-        print_status(ask(state.control, "status"))
+        print_status(from_plain(Status, ask(state.control, "status")))
         if stay:
             _stay(port, state)
         _say("stopping")
@@ -209,22 +209,22 @@ def _choose_port() -> int:
     raise EngineFailed("no free port", "Close some programs.")
 
 
-def _wait_until_ready(state: StatePaths) -> dict[str, Any]:
+def _wait_until_ready(state: StatePaths) -> EngineStatus:
     """Wait for READY, telling each step once."""
     deadline_s = time.monotonic() + _READY_LIMIT_S
     said = ""
     while time.monotonic() < deadline_s:
         time.sleep(_ASK_AGAIN_S)
         try:
-            status = ask(state.control, "status")
+            status = from_plain(Status, ask(state.control, "status"))
         except NotRunning:
             continue
-        if status["state"] == "READY":
-            return status
-        if status["state"] == "FAILED":
-            raise EngineFailed(status["reason"])
-        phase = (status["loading"] or {}).get("phase", "")
-        saying = f"{status['state'].lower()} {phase}".strip()
+        if status.state == "READY" and status.engine:
+            return status.engine
+        if status.state == "FAILED":
+            raise EngineFailed(status.reason)
+        phase = status.loading.phase if status.loading else ""
+        saying = f"{status.state.lower()} {phase}".strip()
         if saying != said:
             click.echo(f"    {saying}")
         said = saying

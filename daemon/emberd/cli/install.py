@@ -12,6 +12,7 @@ from emberd.cli.talk import as_json, show
 if TYPE_CHECKING:
     from emberd.core.ports import ServiceManager
     from emberd.core.service import WantedService
+    from emberd.core.status import Status
 
 
 @click.command("install")
@@ -65,7 +66,7 @@ def _install(
     service.check_no_other(manager, config, wanted, found)
     has_changed = manager.install(wanted, service.teller(is_quiet=is_json))
     if wanted.starts_at_login:
-        status: dict[str, Any] | None = service.wait_for_daemon(config, manager, wanted.label)
+        status: Status | None = service.wait_for_daemon(config, manager, wanted.label)
     else:
         status = service.daemon_status(config)
     return {
@@ -78,10 +79,10 @@ def _install(
         "endpoint": f"{wanted.host}:{wanted.port}",
         "daemon": status
         and {
-            "pid": status["pid"],
-            "state": status["state"],
-            "endpoint": status["endpoint"],
-            "reason": status["reason"],
+            "pid": status.pid,
+            "state": status.state,
+            "endpoint": status.endpoint,
+            "reason": status.reason,
         },
         "words": service.daemon_words(status) if status else "emberd starts when a client connects",
     }

@@ -13,6 +13,7 @@ from emberd.cli.talk import as_json, ask_daemon, residency_words, show
 from emberd.core import residency
 from emberd.core.errors import EmberdError, ModelError
 from emberd.core.gguf import split_names
+from emberd.core.status import ResidencyStatus, from_plain, to_plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,7 +101,6 @@ async def toucher_on(paths: Sequence[Path]) -> Any:
 
 async def _measure(paths: Sequence[Path], *, with_tensors: bool, is_sampled: bool) -> dict[str, Any]:
     from emberd.host.toucher import ToucherRefused  # noqa: PLC0415
-    from emberd.services.residency_meter import as_plain  # noqa: PLC0415
 
     content: dict[str, Any] = {"files": [str(path) for path in paths], "is_exact": not is_sampled}
     spans = [_spans(path) for path in paths] if with_tensors else []
@@ -108,19 +108,17 @@ async def _measure(paths: Sequence[Path], *, with_tensors: bool, is_sampled: boo
         async with toucher_on(paths) as toucher:
             if is_sampled:
                 whole = residency.from_pages(await toucher.sample(residency.SAMPLED_PAGES))
-                return {**content, **as_plain(whole)}
+                return {**content, **_plain(whole)}
             return {**content, **await _count(toucher, spans)}
     except ToucherRefused as refusal:
-        return {**content, **as_plain(residency.unknown(residency.Unknown.NOT_OWNER, str(refusal)))}
+        return {**content, **_plain(residency.unknown(residency.Unknown.NOT_OWNER, str(refusal)))}
 
 
 async def _count(toucher: Toucher, spans: Sequence[Sequence[TensorSpan]]) -> dict[str, Any]:
-    from emberd.services.residency_meter import as_plain  # noqa: PLC0415
-
     source, page_bytes, files = await toucher.count()
     total = sum(pages for _, pages in files)
     count = residency.PageCount(sum(resident for resident, _ in files), total, total, page_bytes, source)
-    content = as_plain(residency.from_pages(count))
+    content = _plain(residency.from_pages(count))
     if spans:
         flat = [span for part in spans for span in part]
         asked = [(number, span.offset, span.length) for number, part in enumerate(spans) for span in part]
@@ -129,6 +127,14 @@ async def _count(toucher: Toucher, spans: Sequence[Sequence[TensorSpan]]) -> dic
         content["layers"] = [_part(part) for part in residency.by_layer(tensors)]
         content["tensors"] = [_part(part) for part in tensors]
     return content
+
+
+def _plain(seen: residency.Residency) -> dict[str, Any]:
+    from emberd.services.residency_meter import describe  # noqa: PLC0415
+
+    plain = to_plain(describe(seen))
+    del plain["age_s"]  # it was read just now
+    return plain
 
 
 def _spans(path: Path) -> tuple[TensorSpan, ...]:
@@ -163,11 +169,12 @@ def _print(content: dict[str, Any]) -> None:
     console = Console(highlight=False)
     for file in content["files"]:
         console.print(file, style="dim", soft_wrap=True, markup=False)
-    console.print(f"resident: {residency_words(content)}", markup=False, soft_wrap=True)
-    engine = content.get("engine")
-    if engine and engine["source"] == residency.Source.PROCESS.value:
+    whole = from_plain(ResidencyStatus, content)
+    console.print(f"resident: {residency_words(whole)}", markup=False, soft_wrap=True)
+    engine = from_plain(ResidencyStatus, content.get("engine") or {})
+    if engine.source == residency.Source.PROCESS.value:
         console.print(
-            f"the running engine: {residency_words(engine)}; {engine['message']}", markup=False, soft_wrap=True
+            f"the running engine: {residency_words(engine)}; {engine.message}", markup=False, soft_wrap=True
         )
     parts = content.get("tensors") or content.get("layers")
     if not parts:

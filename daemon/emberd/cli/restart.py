@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, load_of_daemon, show
+from emberd.cli.talk import as_json, ask_daemon, ask_status, load_of_daemon, show
 from emberd.core.errors import EmberdError, EngineFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from emberd.core.status import Status
 
 _ASK_AGAIN_S = 0.2
 _START_LIMIT_S = 20.0
@@ -46,7 +48,7 @@ def command(config: str | None, is_json: bool, is_daemon: bool) -> None:  # noqa
         is_quiet=is_json,
     )
     seconds = time.monotonic() - began_s
-    pid = status["engine"]["pid"]
+    pid = status.engine and status.engine.pid
     show(
         {"ready": True, "pid": pid, "seconds": round(seconds, 3)},
         is_json,
@@ -65,18 +67,16 @@ def _await_new_start(config: str | None, began_s: float, limit_s: float) -> None
     while time.monotonic() < min(seen_s + _START_LIMIT_S, began_s + limit_s):
         time.sleep(_ASK_AGAIN_S)
         try:
-            status = ask_daemon(config, "status")
+            status = ask_status(config)
         except EmberdError as caught:
             error = caught
             continue
-        if status["state"] == "STANDBY" and status["uptime_s"] < time.monotonic() - began_s:
-            raise EngineFailed(f"emberd still cannot start: {status['reason']}", status["remedy"])
-        if status["state"] in {"FAILED", "STOPPED"}:  # on its way to waiting again, as a rule
-            error = EngineFailed(
-                status["reason"] or "the engine is stopped", "Mend the cause, then `emberd restart`."
-            )
+        if status.state == "STANDBY" and status.uptime_s < time.monotonic() - began_s:
+            raise EngineFailed(f"emberd still cannot start: {status.reason}", status.remedy or "")
+        if status.state in {"FAILED", "STOPPED"}:  # on its way to waiting again, as a rule
+            error = EngineFailed(status.reason or "the engine is stopped", "Mend the cause, then `emberd restart`.")
             continue
-        if status["state"] not in {"STANDBY", "STARTING"}:
+        if status.state not in {"STANDBY", "STARTING"}:
             return
         seen_s = time.monotonic()
     raise EngineFailed(error.message, error.remedy)
@@ -100,10 +100,10 @@ def replace_daemon(config: str | None, drain_timeout_s: float, command: Sequence
     while time.monotonic() < deadline_s:
         time.sleep(_ASK_AGAIN_S)
         with contextlib.suppress(EmberdError):
-            status = ask_daemon(config, "status")
-            if status["uptime_s"] < time.monotonic() - began_s:
+            status = ask_status(config)
+            if status.uptime_s < time.monotonic() - began_s:
                 seconds = round(time.monotonic() - began_s, 3)
-                return {"replaced": True, "pid": status["pid"], "state": status["state"], "seconds": seconds}
+                return {"replaced": True, "pid": status.pid, "state": status.state, "seconds": seconds}
     raise EngineFailed(f"emberd (pid {before['pid']}) did not come back", "See its log; then: emberd run.")
 
 
@@ -111,7 +111,7 @@ def _print_replaced(answer: dict[str, Any]) -> None:
     click.echo(f"emberd replaced (pid {answer['pid']}, engine {answer['state']}, {answer['seconds']:.1f} s)")
 
 
-def wait_until_ready(config: str | None, starts: int, limit_s: float, *, is_quiet: bool) -> dict[str, Any]:
+def wait_until_ready(config: str | None, starts: int, limit_s: float, *, is_quiet: bool) -> Status:
     """Wait for an engine that was started after `starts` others, telling its states as they pass.
 
     Raises:
@@ -120,16 +120,13 @@ def wait_until_ready(config: str | None, starts: int, limit_s: float, *, is_quie
     deadline_s = time.monotonic() + limit_s
     said = ""
     while time.monotonic() < deadline_s:
-        status = ask_daemon(config, "status")
-        is_new = status["starts"] > starts
-        if is_new and status["state"] == "READY":
+        status = ask_status(config)
+        if status.starts > starts and status.state == "READY":
             return status
-        if status["state"] in {"FAILED", "STANDBY"}:
-            raise EngineFailed(status["reason"], "Mend the cause, then `emberd restart`.")
-        loading = status["loading"] or {}
-        saying = " ".join(filter(None, (status["state"], loading.get("phase"), loading.get("detail"))))
-        if saying != said and not is_quiet:
-            click.echo(saying)
-        said = saying
+        if status.state in {"FAILED", "STANDBY"}:
+            raise EngineFailed(status.reason, "Mend the cause, then `emberd restart`.")
+        if status.state_words != said and not is_quiet:
+            click.echo(status.state_words)
+        said = status.state_words
         time.sleep(_ASK_AGAIN_S)
     raise EngineFailed(f"the engine was not ready within {limit_s:.0f} s", "`emberd status` tells its state.")

@@ -8,11 +8,11 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from emberd.cli.talk import ask_daemon
+from emberd.cli.talk import ask_status
 from emberd.core.errors import (
     AlreadyRunning,
     ConfigError,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from emberd.core.ports import ServiceManager
     from emberd.core.service import ServiceStatus
     from emberd.core.settings import Settings
+    from emberd.core.status import Status
 
 ManagerName = Literal["auto", "launchd", "systemd"]
 _ANSWER_LIMIT_S = 30.0
@@ -198,7 +199,7 @@ def check_no_other(
     status = daemon_status(config)
     if status is not None and not found.is_loaded:
         raise AlreadyRunning(
-            f"an emberd that was started by hand runs on these settings (pid {status['pid']})",
+            f"an emberd that was started by hand runs on these settings (pid {status.pid})",
             "Stop it first: emberd stop.",
         )
     if not found.is_loaded:
@@ -207,10 +208,10 @@ def check_no_other(
         bind(wanted.host, wanted.port).close()
 
 
-def daemon_status(config: str | None) -> dict[str, Any] | None:
+def daemon_status(config: str | None) -> Status | None:
     """Return what the daemon of these settings says of itself, None if none answers."""
     try:
-        return ask_daemon(config, "status")
+        return ask_status(config)
     except NotRunning:
         return None
 
@@ -225,7 +226,7 @@ def end_leftover_engine(settings: Settings) -> int | None:
     return asyncio.run(end_leftover(state_paths(settings), ThisHost(), settings.lifecycle.stop_timeout_s))
 
 
-def wait_for_daemon(config: str | None, manager: ServiceManager, label: str) -> dict[str, Any]:
+def wait_for_daemon(config: str | None, manager: ServiceManager, label: str) -> Status:
     """Return the status of the daemon as soon as it answers.
 
     Raises:
@@ -237,9 +238,9 @@ def wait_for_daemon(config: str | None, manager: ServiceManager, label: str) -> 
     while time.monotonic() < began_s + _ANSWER_LIMIT_S and found.is_running:
         if (status := _answer(config)) is not None:
             # An engine that can never start ends emberd too, just after it has begun to answer.
-            is_decided = status["state"] not in _UNDECIDED or time.monotonic() > began_s + _DECIDED_LIMIT_S
-            if is_decided and status["state"] == "FAILED":
-                raise EngineFailed(status["reason"], "The service stays. Mend the cause, then: emberd restart.")
+            is_decided = status.state not in _UNDECIDED or time.monotonic() > began_s + _DECIDED_LIMIT_S
+            if is_decided and status.state == "FAILED":
+                raise EngineFailed(status.reason, "The service stays. Mend the cause, then: emberd restart.")
             if is_decided:
                 return status
         time.sleep(_ASK_AGAIN_S)
@@ -254,10 +255,10 @@ def wait_for_daemon(config: str | None, manager: ServiceManager, label: str) -> 
     )
 
 
-def _answer(config: str | None) -> dict[str, Any] | None:
+def _answer(config: str | None) -> Status | None:
     """Return the daemon's status, None if it does not answer (yet)."""
     with contextlib.suppress(EmberdError):
-        return ask_daemon(config, "status")
+        return ask_status(config)
     return None
 
 
@@ -270,15 +271,13 @@ def where_it_says(manager: ServiceManager, label: str) -> str:
     return str(manager.log_path(label))
 
 
-def daemon_words(status: dict[str, Any]) -> str:
+def daemon_words(status: Status) -> str:
     """Say in a line what the daemon and its engine are doing."""
-    loading = status.get("loading") or {}
-    engine = " ".join(filter(None, (status["state"], loading.get("phase"), loading.get("detail"))))
-    text = f"emberd runs (pid {status['pid']}) on {status['endpoint']}, engine {engine}"
-    if status["state"] == "READY":
+    text = f"emberd runs (pid {status.pid}) on {status.endpoint}, engine {status.state_words}"
+    if status.state == "READY":
         return text
-    if status["state"] == "FAILED":
-        return f"{text}: {status['reason']}"
+    if status.state == "FAILED":
+        return f"{text}: {status.reason}"
     return f"{text}; clients may connect already and wait until it is ready"
 
 

@@ -29,8 +29,8 @@ def command(config: str | None, label: str | None, manager_name: service.Manager
         "started": has_started,
         "label": label,
         "manager": manager.name,
-        "pid": status["pid"],
-        "state": status["state"],
+        "pid": status.pid,
+        "state": status.state,
         "words": service.daemon_words(status),
     }
     show(content, is_json, _print)

@@ -46,7 +46,7 @@ def command(config: str | None, label: str | None, manager_name: service.Manager
         "label": label if login is not None else None,
         "written": is_written,
         "stale": stale,
-        "from": before and before["version"],
+        "from": before and before.version,
         "to": __version__,
         "daemon": None,
     }
@@ -64,14 +64,14 @@ def _replace(config: str | None, wanted: WantedService, drain_timeout_s: float) 
         EngineFailed: what came back is of another version, or nothing came back.
     """
     done = replace_daemon(config, drain_timeout_s, wanted.program)
-    after = service.daemon_status(config) or {}
-    if after.get("version") != __version__:
+    after = service.daemon_status(config)
+    if after is None or after.version != __version__:
         raise EngineFailed(
-            f"emberd {after.get('version')} runs, not {__version__}",
+            f"emberd {after and after.version} runs, not {__version__}",
             "Start it anew: emberd stop, then emberd start.",
         )
-    engine = after.get("engine") or {}
-    return {**done, "engine_pid": engine.get("pid"), "engine_adopted": engine.get("adopted")}
+    engine = after.engine
+    return {**done, "engine_pid": engine and engine.pid, "engine_adopted": engine and engine.adopted}
 
 
 def _load_anew(manager: ServiceManager, wanted: WantedService, *, is_json: bool) -> None:

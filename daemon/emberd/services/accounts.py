@@ -6,10 +6,11 @@ import asyncio
 import datetime as dt
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
+from emberd.core.status import CostStatus
 from emberd.core.warmth_cost import BUDGET_WINDOW_S, WarmthCost, budget_wait_s
 
 if TYPE_CHECKING:
@@ -100,10 +101,9 @@ class Spending:
             unsaved, self._unsaved, self._saved_s = self._unsaved, WarmthCost(), time.monotonic()
             await self._accounts.add(unsaved)
 
-    async def status(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        today = await self._accounts.today(WarmthCost) + self._unsaved
-        return {"cost": _plain(self._total), "cost_today": _plain(today)}
+    async def status(self) -> tuple[CostStatus, CostStatus]:
+        """Return what it was since emberd's start, and today."""
+        return _describe(self._total), _describe(await self._accounts.today(WarmthCost) + self._unsaved)
 
 
 def cpu_s(*pids: int | None) -> float:
@@ -118,11 +118,11 @@ def _cpu_s(pid: int) -> float:
         return 0.0
 
 
-def _plain(cost: WarmthCost) -> dict[str, Any]:
-    return {
-        "passes": cost.passes,
-        "read_bytes": cost.read_bytes,
-        "engine_s": cost.engine_ms / 1000,
-        "cpu_s": cost.cpu_ms / 1000,
-        "processed_tokens": cost.processed_tokens,
-    }
+def _describe(cost: WarmthCost) -> CostStatus:
+    return CostStatus(
+        passes=cost.passes,
+        read_bytes=cost.read_bytes,
+        engine_s=cost.engine_ms / 1000,
+        cpu_s=cost.cpu_ms / 1000,
+        processed_tokens=cost.processed_tokens,
+    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from emberd.core import exit_status
 from emberd.core.errors import StateUnusable
 from emberd.core.memory import is_released
+from emberd.core.status import to_plain
 from emberd.engine import record as records
 from emberd.engine.output import open_for_engine
 from emberd.engine.process import EngineProcess, ProcessTree, launch
@@ -266,8 +267,8 @@ class EngineRun:
         except Exception:  # noqa: BLE001  # a reading that fails must not cost the engine
             self._log.exception("lock_meter_bug")
             return
-        if has_changed:
-            lock = self._meter.status() or {}
+        if has_changed and self._meter.verdict is not None:
+            lock = to_plain(self._meter.verdict)
             is_wanting = is_asked and lock["state"] in {"PARTIAL", "ABSENT"}
             report = self._log.warning if is_wanting else self._log.info
             report("engine_lock", **{name: value for name, value in lock.items() if value})

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emberd.core.forecast import Condition, Experience, Forecast, Temperature, forecast
+from emberd.core.status import FirstTokenStatus, ForecastStatus, to_plain
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.status import ResidencyStatus
     from emberd.services.observer import Observer
     from emberd.services.turns import Turns
 
@@ -28,7 +30,7 @@ class Forecaster:
         log: events go here.
         observer: reads the engine's memory.
         turns: knows when a user's reply began.
-        residency: tells how much of the weights is in memory, as plain values; None without an engine.
+        residency: tells how much of the weights is in memory; None without an engine.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Forecaster:
         log: FilteringBoundLogger,
         observer: Observer,
         turns: Turns,
-        residency: Callable[[], Awaitable[dict[str, Any] | None]],
+        residency: Callable[[], Awaitable[ResidencyStatus | None]],
     ) -> None:
         self._log = log
         self._observer = observer
@@ -46,33 +48,28 @@ class Forecaster:
         self._forecast = Forecast(Temperature.UNKNOWN, None)
         self._looked_s = float("-inf")
         self._streamed = 0
-        self._judged: dict[str, Any] | None = None
+        self._judged: FirstTokenStatus | None = None
 
     @property
     def hot_replay_s(self) -> float | None:
         """The fastest replay so far, in seconds."""
         return self._experience.hot_replay_s
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> ForecastStatus:
         """Return the forecast, and the last one with what then happened."""
-        return {
-            "temperature": self._forecast.temperature.value,
-            "first_token_s": self._forecast.seconds,
-            "last": self._judged,
-        }
+        return ForecastStatus(self._forecast.temperature.value, self._forecast.seconds, self._judged)
 
     async def look(self) -> None:
         """Look at what is missing of the model now."""
         self._looked_s = time.monotonic()
         seen = await self._residency()
-        if seen is None or seen["share"] is None:
+        if seen is None or seen.total_bytes is None or seen.resident_bytes is None:
             self._forecast = Forecast(Temperature.UNKNOWN, None)
             return
         memory = self._observer.recent().memory
-        missing_bytes = seen["total_bytes"] - seen["resident_bytes"]
-        self._forecast = forecast(
-            Condition(seen["total_bytes"], missing_bytes, memory.swapped_bytes), self._experience
-        )
+        missing_bytes = seen.total_bytes - seen.resident_bytes
+        condition = Condition(seen.total_bytes, missing_bytes, memory.swapped_bytes)
+        self._forecast = forecast(condition, self._experience)
 
     async def learn(self, *, may_look: bool) -> None:
         """Judge the forecast by the last reply; look again now and then.
@@ -85,12 +82,8 @@ class Forecaster:
             self._streamed = self._turns.streamed
             told = self._forecast
             self._experience = self._experience.with_first_token(told.temperature, took_s)
-            self._judged = {
-                "temperature": told.temperature.value,
-                "forecast_s": told.seconds,
-                "took_s": round(took_s, 3),
-            }
-            self._log.info("first_token", **self._judged)
+            self._judged = FirstTokenStatus(told.temperature.value, told.seconds, round(took_s, 3))
+            self._log.info("first_token", **to_plain(self._judged))
             self._looked_s = float("-inf")
         if may_look and time.monotonic() - self._looked_s > _LOOK_AGAIN_S:
             await self.look()

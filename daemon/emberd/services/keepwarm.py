@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import warmth
+from emberd.core.status import PassStatus, ProgressStatus, WarmthStatus, from_plain, to_plain
 from emberd.core.warmth import Decision, Found, Reason, Snapshot, Step, Trigger
 from emberd.core.warmth_cost import WarmthCost
 from emberd.services.pressure_watch import WATCH_INTERVAL_S
@@ -119,34 +120,37 @@ class KeepWarm:
         """Save the cost that is not on disk yet."""
         await self._warming.spending.save()
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> WarmthStatus:
         """Return mode, last and next pass, the forecast, and what it has cost."""
         warming, forecaster = self._warming, self._warming.forecaster
         if warming.weights.progress is None:  # the toucher does one thing at a time, and a cold pass takes seconds
             await forecaster.look()
+        cost, cost_today = await warming.spending.status()
         now_s = time.monotonic()
-        return {
-            "mode": self._settings().mode,
-            **self._watch.status(),
-            "is_locked_outside": warming.weights.is_locked_outside,
-            "paused_for_s": left_s(now_s, self._pauses.paused_until_s),
-            "cool_for_s": left_s(now_s, self._pauses.cool_until_s),
-            "interval_s": round(self._interval_s, 3),
-            "over_budget_for_s": round(warming.spending.wait_s, 3),
-            "next_look_in_s": self._schedule.next_in_s,
-            "warm_for_s": None if self._use.last_pass_s is None else round(now_s - self._use.last_pass_s, 3),
-            "last": self._last,
-            "progress": warming.weights.progress,
-            "hot_replay_s": forecaster.hot_replay_s,
-            "forecast": forecaster.status(),
-            "reuse": self._turns.status(self._gate.sample().key),
-            **await warming.spending.status(),
-        }
+        passed_s = self._use.last_pass_s
+        return replace(
+            self._watch.status(),
+            mode=self._settings().mode,
+            is_locked_outside=warming.weights.is_locked_outside,
+            paused_for_s=left_s(now_s, self._pauses.paused_until_s),
+            cool_for_s=left_s(now_s, self._pauses.cool_until_s),
+            interval_s=round(self._interval_s, 3),
+            over_budget_for_s=round(warming.spending.wait_s, 3),
+            next_look_in_s=self._schedule.next_in_s,
+            warm_for_s=None if passed_s is None else round(now_s - passed_s, 3),
+            last=None if self._last is None else from_plain(PassStatus, self._last),
+            progress=warming.weights.progress,
+            hot_replay_s=forecaster.hot_replay_s,
+            forecast=forecaster.status(),
+            reuse=self._turns.status(self._gate.sample().key),
+            cost=cost,
+            cost_today=cost_today,
+        )
 
     @property
     def progress(self) -> dict[str, int]:
         """How far a pass over the weights is; zeros while there is none."""
-        return self._warming.weights.progress or {"done_bytes": 0, "total_bytes": 0}
+        return to_plain(self._warming.weights.progress or ProgressStatus())
 
     @property
     def is_warm(self) -> bool:

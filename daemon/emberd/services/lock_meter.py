@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from emberd.core.load_facts import KeepAliveVerdict
     from emberd.core.lock_limits import WireRefusals
     from emberd.core.ports import Host
     from emberd.core.settings import Settings
@@ -116,31 +117,10 @@ class LockMeter:
         last, self.verdict = self.verdict, verdict
         return last is None or (last.state, last.reason) != (verdict.state, verdict.reason)
 
-    def status(self) -> dict[str, Any] | None:
-        """Return the last verdict as plain values."""
-        if self.verdict is None:
-            return None
-        return {
-            "state": self.verdict.state.value,
-            "locked_bytes": self.verdict.locked_bytes,
-            "needed_bytes": self.verdict.needed_bytes,
-            "reason": self.verdict.reason.value if self.verdict.reason else None,
-            "message": self.verdict.message,
-            "remedy": self.verdict.remedy,
-            "notes": list(self.verdict.notes),
-        }
-
-    def heartbeat(self, wanted_s: int) -> dict[str, Any] | None:
+    def heartbeat(self, wanted_s: int) -> KeepAliveVerdict | None:
         """Return what the engine's log says about Metal's heartbeat, None where it says nothing of Metal."""
         verdict = judge_keep_alive(self._load, wanted_s)
-        if verdict.state is KeepAliveState.UNKNOWN:
-            return None
-        return {
-            "state": verdict.state.value,
-            "seconds": verdict.seconds,
-            "message": verdict.message,
-            "remedy": verdict.remedy,
-        }
+        return None if verdict.state is KeepAliveState.UNKNOWN else verdict
 
     async def _model_info(self, model: Path | None) -> ModelInfo | None:
         """Return the model's numbers, read once for each version of the file; None if they cannot be read."""

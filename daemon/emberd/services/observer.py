@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emberd.core.memory import Observation, Pressure, SwapRates, swap_rates
+from emberd.core.status import EngineMemoryStatus, MemoryStatus, SystemMemoryStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,25 +62,22 @@ class Observer:
         is_fresh = last is not None and time.monotonic() - last.at_s < _FRESH_S
         return last if last is not None and is_fresh and last.engine.key == self.sample().key else self.look()
 
-    async def status(self) -> dict[str, Any]:
-        """Look, and return plain values. What the system does not tell is None."""
+    async def status(self) -> MemoryStatus:
+        """Look, and return it all. What the system does not tell is None."""
         oldest = self._readings[0] if self._readings else None
         seen = self.look()
         rates = SwapRates() if oldest is None else swap_rates(oldest[1], seen.system, seen.at_s - oldest[0])
-        power = await asyncio.to_thread(self._host.power)
-        gpu = self._host.gpu_limits()
         proportional_bytes = await asyncio.to_thread(self._host.proportional_bytes, seen.engine.pids)
-        return {
-            "engine": {**asdict(seen.memory), "proportional_bytes": proportional_bytes},
-            "system": {
+        return MemoryStatus(
+            power=await asyncio.to_thread(self._host.power),
+            gpu=self._host.gpu_limits(),
+            engine=EngineMemoryStatus(**asdict(seen.memory), proportional_bytes=proportional_bytes),
+            system=SystemMemoryStatus(
                 **asdict(seen.system),
-                "pressure": seen.system.pressure.value,
-                "swap_in_bytes_per_s": rates.in_bytes_per_s,
-                "swap_out_bytes_per_s": rates.out_bytes_per_s,
-            },
-            "power": {**asdict(power), "source": power.source.value},
-            "gpu": None if gpu is None else asdict(gpu),
-        }
+                swap_in_bytes_per_s=rates.in_bytes_per_s,
+                swap_out_bytes_per_s=rates.out_bytes_per_s,
+            ),
+        )
 
     def _note_pressure(self, seen: SystemMemory) -> None:
         was, self._pressure = self._pressure, seen.pressure

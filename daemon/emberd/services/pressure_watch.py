@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emberd.core import thrash, warmth
 from emberd.core.lock import LockState
 from emberd.core.memory import STORM_LASTS_S, PowerSource, Pressure, is_sign_of_storm, is_swapping
+from emberd.core.status import ReliefStatus, WarmthStatus
 from emberd.core.warmth import Trigger
 from emberd.services.losses import Losses
 
@@ -100,15 +101,15 @@ class PressureWatch:
         """Return what was seen last; before that, what is now."""
         return self._observer.look() if self._seen is None else self._seen
 
-    def status(self) -> dict[str, Any]:
-        """Return what the guard holds, and how letting go has helped, as plain values."""
+    def status(self) -> WarmthStatus:
+        """Return what the guard holds, and how letting go has helped; keep-warm adds the rest."""
         guard = self.guard
-        return {
-            "hold": guard.hold.value,
-            "is_helpless": guard.is_helpless,
-            "relief": {"bytes_per_s_before": guard.rate_before, "bytes_per_s_after": guard.rate_after},
-            "is_storming": self.is_storming,
-        }
+        return WarmthStatus(
+            hold=guard.hold.value,
+            is_helpless=guard.is_helpless,
+            relief=ReliefStatus(guard.rate_before, guard.rate_after),
+            is_storming=self.is_storming,
+        )
 
     async def run(self, after_reading: Callable[[], Awaitable[None]]) -> None:
         """Watch until cancelled.

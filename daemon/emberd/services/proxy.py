@@ -7,7 +7,7 @@ decoded, buffered whole or added.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
@@ -69,13 +69,6 @@ class Proxy:
         self._knocks = knocks
         self._log = log
         self.places = Places(gate, lambda: settings().max_waiting)
-
-    def status(self) -> dict[str, Any]:
-        """Return what waits here."""
-        return {
-            "requests_waiting": self.places.waiting,
-            "longest_wait_s": round(self.places.longest_wait_s, 3),
-        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""

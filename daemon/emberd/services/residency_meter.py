@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emberd.core import residency
 from emberd.core.gguf import split_names
 from emberd.core.residency import Residency, Unknown
+from emberd.core.status import ResidencyStatus
 from emberd.host.toucher import Toucher, ToucherLost, ToucherRefused
 
 if TYPE_CHECKING:
@@ -59,14 +60,14 @@ class ResidencyMeter:
             self._last = (engine.key, time.monotonic(), seen)
             return seen
 
-    async def status(self) -> dict[str, Any] | None:
-        """Return the residency as plain values, at most _FRESH_S old. None without an engine."""
+    async def status(self) -> ResidencyStatus | None:
+        """Return the residency, at most _FRESH_S old. None without an engine."""
         last = self._last
         is_old = last is None or last[0] != self._observer.sample().key or time.monotonic() - last[1] > _FRESH_S
         if is_old and not self.toucher.is_touching:  # a pass over a cold model takes seconds
             await self.tick()
             last = self._last
-        return None if last is None else {**as_plain(last[2]), "age_s": round(time.monotonic() - last[1], 3)}
+        return None if last is None else describe(last[2], round(time.monotonic() - last[1], 3))
 
     async def close(self) -> None:
         """End the toucher."""
@@ -92,15 +93,16 @@ _KINDS = {"not_owner": Unknown.NOT_OWNER, "unreadable": Unknown.UNREADABLE}
 """What the toucher refuses, in the words of the core."""
 
 
-def as_plain(seen: Residency) -> dict[str, Any]:
-    """Return a residency as plain values for JSON."""
-    return {
-        "share": seen.share,
-        "at_least": seen.at_least,
-        "at_most": seen.at_most,
-        "resident_bytes": seen.resident_bytes,
-        "total_bytes": seen.total_bytes,
-        "source": seen.source.value if seen.source else None,
-        "unknown": seen.unknown.value if seen.unknown else None,
-        "message": seen.message,
-    }
+def describe(seen: Residency, age_s: float | None = None) -> ResidencyStatus:
+    """Return a residency as the status tells it."""
+    return ResidencyStatus(
+        share=seen.share,
+        at_least=seen.at_least,
+        at_most=seen.at_most,
+        resident_bytes=seen.resident_bytes,
+        total_bytes=seen.total_bytes,
+        source=seen.source.value if seen.source else None,
+        unknown=seen.unknown.value if seen.unknown else None,
+        message=seen.message,
+        age_s=age_s,
+    )

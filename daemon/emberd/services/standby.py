@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from emberd.core import access
 from emberd.core.errors import AlreadyRunning, EmberdError, NotReady, PortTaken
 from emberd.core.start_limit import Why
+from emberd.core.status import Status, to_plain
 from emberd.host import config_file
 from emberd.host.paths import prepare, state_paths
 from emberd.services.daemon import NEED_ENGINE
@@ -203,18 +204,18 @@ class Standby:
         return await examine(self.daemon.host, self.loaded.settings, None, waits)
 
     def _status(self) -> dict[str, Any]:
-        return {
+        status = Status(
             **self.daemon.status(self.loaded.settings.model.path),
-            "state": NAME,
-            "state_for_s": self.daemon.uptime_s,
-            "reason": self.error.message,
-            "remedy": self.error.remedy,
-            "exit_code": self.error.exit_code,
-            "failures": list(self.failures),
-            "next_start_in_s": round(self._left_s, 3),
-            "starts": -1,
-            "engine": None,
-        }
+            state=NAME,
+            state_for_s=self.daemon.uptime_s,
+            reason=self.error.message,
+            remedy=self.error.remedy,
+            exit_code=self.error.exit_code,
+            failures=self.failures,
+            next_start_in_s=round(self._left_s, 3),
+            starts=-1,
+        )
+        return to_plain(status)
 
 
 def _mark(path: str | Path) -> tuple[int, int, int] | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from emberd.core import lifecycle
 from emberd.core.errors import EmberdError, StateUnusable
 from emberd.core.lifecycle import Effect, Event, Lifecycle, State
+from emberd.core.status import EngineStatus, Status
 from emberd.services.engine_output import EngineOutput
 from emberd.services.engine_run import EngineRun, plan_digest
 from emberd.services.gate import SERVING, EngineNow, Gate
@@ -118,40 +119,37 @@ class Supervisor:
         self._inbox.put_nowait(asked)
         await asked
 
-    def status(self) -> dict[str, Any]:
-        """Return the present as plain values, for people and for JSON."""
+    def status(self) -> Status:
+        """Return the present, as far as it is the engine's; the daemon adds the rest."""
         now_s = time.monotonic()
-        life, record, progress = self._life, self._record, self._output.progress
-        return {
-            "state": life.state.value,
-            "state_for_s": round(now_s - life.since_s, 3),
-            "reason": life.reason,
-            "crashes_in_a_row": life.crashes,
-            "next_start_in_s": round(life.deadline_s - now_s, 3)
-            if life.state is State.BACKOFF and life.deadline_s
-            else None,
-            "starts": self._run.starts,
-            "last_exit": self._run.last_exit or None,
-            "requests_in_flight": self.gate.in_flight,
-            "requests_held": self.gate.held,
-            "loading": {"phase": progress.phase, "detail": progress.detail}
-            if progress and life.state is State.LOADING
-            else None,
-            "engine": None
+        life, record = self._life, self._record
+        deadline_s = life.deadline_s if life.state is State.BACKOFF else None
+        return Status(
+            state=life.state.value,
+            state_for_s=round(now_s - life.since_s, 3),
+            reason=life.reason,
+            crashes_in_a_row=life.crashes,
+            next_start_in_s=None if deadline_s is None else round(deadline_s - now_s, 3),
+            starts=self._run.starts,
+            last_exit=self._run.last_exit or None,
+            requests_in_flight=self.gate.in_flight,
+            requests_held=self.gate.held,
+            loading=self._output.progress if life.state is State.LOADING else None,
+            engine=None
             if record is None
-            else {
-                "kind": record.engine,
-                "pid": record.pid,
-                "port": record.port,
-                "adopted": self.gate.is_adopted,
-                "started_at": record.started_at,
-                "command": list(record.command),
-            },
-            "lock": self._meter.status() if life.state in SERVING else None,
-            "metal_heartbeat": self._meter.heartbeat(self._settings.engine.metal_keep_alive_s),
-            "notices": [{"code": notice.code, "message": notice.message} for notice in self._run.notices],
-            "output_file": str(self._paths.output),
-        }
+            else EngineStatus(
+                kind=record.engine,
+                pid=record.pid,
+                port=record.port,
+                adopted=self.gate.is_adopted,
+                started_at=record.started_at,
+                command=record.command,
+            ),
+            lock=self._meter.verdict if life.state in SERVING else None,
+            metal_heartbeat=self._meter.heartbeat(self._settings.engine.metal_keep_alive_s),
+            notices=self._run.notices,
+            output_file=str(self._paths.output),
+        )
 
     # --- the owner task -------------------------------------------------------------------------------------
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from emberd.core.status import SwapStatus
 from emberd.core.swap_account import SwapReading, SwapWrites, attribute, share_of_endurance
 
 if TYPE_CHECKING:
@@ -55,16 +56,16 @@ class SwapMeter:
         await self._accounts.add(writes)
         return writes
 
-    async def status(self, endurance_tb: float) -> dict[str, Any] | None:
+    async def status(self, endurance_tb: float) -> SwapStatus | None:
         """Return today's account and its share of the rated endurance, None where the system tells nothing."""
         if self._observer.recent().system.swapped_out_bytes is None:
             return None
         today = await self._accounts.today(SwapWrites)
-        return {
-            "written_today_bytes": today.total,
-            "engine_idle_bytes": today.engine_idle,
-            "engine_busy_bytes": today.engine_busy,
-            "other_bytes": today.other_idle + today.other_busy,
-            "unknown_bytes": today.unknown_idle + today.unknown_busy,
-            "share_of_endurance": share_of_endurance(today.total, endurance_tb),
-        }
+        return SwapStatus(
+            written_today_bytes=today.total,
+            engine_idle_bytes=today.engine_idle,
+            engine_busy_bytes=today.engine_busy,
+            other_bytes=today.other_idle + today.other_busy,
+            unknown_bytes=today.unknown_idle + today.unknown_busy,
+            share_of_endurance=share_of_endurance(today.total, endurance_tb),
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.reply import counts_of, sent_back, text_of
@@ -22,6 +22,7 @@ from emberd.core.reuse import (
     judge_replay,
     to_replay,
 )
+from emberd.core.status import ReuseStatus
 from emberd.core.turn import UNTOLD, Turn, is_of_same_conversation
 from emberd.core.warmth import Cache
 
@@ -251,18 +252,18 @@ class Turns:
         self._is_known = True
         return verdict
 
-    def status(self, engine_key: str | None) -> dict[str, Any]:
-        """Return what this engine told of the last turn and of replays, as plain values."""
+    def status(self, engine_key: str | None) -> ReuseStatus:
+        """Return what this engine told of the last turn and of replays."""
         ledger = self.ledger(engine_key)
-        return {
-            "last_turn": asdict(self.counts),
-            "last_replay": asdict(self.last_replay),
-            "replays": ledger.replays,
-            "misses": ledger.misses,
-            "wasted_tokens": ledger.wasted_tokens,
-            "lost_turns": ledger.lost_turns,
-            "barred": sorted(ledger.barred),
-        }
+        return ReuseStatus(
+            last_turn=self.counts,
+            last_replay=self.last_replay,
+            replays=ledger.replays,
+            misses=ledger.misses,
+            wasted_tokens=ledger.wasted_tokens,
+            lost_turns=ledger.lost_turns,
+            barred=tuple(sorted(ledger.barred)),
+        )
 
     # --- remembering ----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from emberd.core.gguf import split_names
 from emberd.core.lock_limits import judge_limits
+from emberd.core.status import ProgressStatus
 from emberd.core.warmth_cost import WarmthCost
 from emberd.services.accounts import cpu_s
 
@@ -65,11 +66,9 @@ class Weights:
         """Whether they are touched between two passes, too."""
 
     @property
-    def progress(self) -> dict[str, int] | None:
+    def progress(self) -> ProgressStatus | None:
         """How far a pass over the weights is, None while there is none."""
-        if self._progress is None:
-            return None
-        return dict(zip(("done_bytes", "total_bytes"), self._progress, strict=True))
+        return None if self._progress is None else ProgressStatus(*self._progress)
 
     def cpu_s(self) -> float:
         """Return the processor time of the toucher so far, in seconds."""
