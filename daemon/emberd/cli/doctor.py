@@ -20,7 +20,7 @@ from emberd.host import ThisHost, config_file
 from emberd.host.instance import holder_of
 from emberd.host.own_health import examine_access
 from emberd.host.paths import state_paths
-from emberd.host.service_files import installed_program
+from emberd.service.files import installed_program
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

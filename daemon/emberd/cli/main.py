@@ -12,28 +12,29 @@ from emberd import __version__
 from emberd.core.errors import EmberdError
 
 _VERBS = {
-    "run": "Run the daemon in the foreground.",
-    "status": "Show the engine's state.",
-    "doctor": "Tell what is wrong and what helps.",
-    "install": "Run emberd at every login, by launchd or systemd.",
-    "uninstall": "Undo install.",
-    "start": "Start the installed service.",
-    "stop": "Stop the daemon and its engine.",
-    "restart": "Restart the engine and wait until it is ready.",
-    "upgrade": "Go over to the installed version; refuse nobody, load nothing again.",
-    "reload": "Read the settings again.",
-    "warm": "Warm the model now.",
-    "pause": "Warm nothing for a while.",
-    "resume": "Keep warm again.",
-    "cool": "Let go of the model's memory for a while.",
-    "forget": "Forget the last prompt and reply.",
-    "logs": "Show what emberd has logged.",
-    "residency": "Show how much of a model is in memory.",
-    "touch": "Bring a model into memory.",
-    "demo": "Show the main job on a small model.",
-    "config": "Make, show and check the settings file.",
-    "completion": "Print shell completion.",
+    "run": ("run.command", "Run the daemon in the foreground."),
+    "status": ("status.command", "Show the engine's state."),
+    "doctor": ("doctor.command", "Tell what is wrong and what helps."),
+    "install": ("install.install", "Run emberd at every login, by launchd or systemd."),
+    "uninstall": ("install.uninstall", "Undo install."),
+    "start": ("running.start", "Start the installed service."),
+    "stop": ("running.stop", "Stop the daemon and its engine."),
+    "restart": ("running.restart", "Restart the engine and wait until it is ready."),
+    "upgrade": ("install.upgrade", "Go over to the installed version; refuse nobody, load nothing again."),
+    "reload": ("ask.reload", "Read the settings again."),
+    "warm": ("ask.warm", "Warm the model now."),
+    "pause": ("ask.pause", "Warm nothing for a while."),
+    "resume": ("ask.resume", "Keep warm again."),
+    "cool": ("ask.cool", "Let go of the model's memory for a while."),
+    "forget": ("ask.forget", "Forget the last prompt and reply."),
+    "logs": ("logs.command", "Show what emberd has logged."),
+    "residency": ("residency.command", "Show how much of a model is in memory."),
+    "touch": ("touch.command", "Bring a model into memory."),
+    "demo": ("demo.command", "Show the main job on a small model."),
+    "config": ("config.command", "Make, show and check the settings file."),
+    "completion": ("completion.command", "Print shell completion."),
 }
+"""What each verb is called, where its command stands in this folder, and its line in the help."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
 
@@ -47,12 +48,13 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  # same
         if cmd_name not in _VERBS:
             return None
-        command: click.Command = importlib.import_module(f"emberd.cli.{cmd_name}").command
+        module, name = _VERBS[cmd_name][0].split(".")
+        command: click.Command = getattr(importlib.import_module(f"emberd.cli.{module}"), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  # same
         with formatter.section("Commands"):
-            formatter.write_dl(list(_VERBS.items()))
+            formatter.write_dl([(verb, help_line) for verb, (_, help_line) in _VERBS.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

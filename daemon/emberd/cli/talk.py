@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from emberd.host.paths import state_paths
 from emberd.services.control import ASK_LIMIT_S, ask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from emberd.core.status import ResidencyStatus, Status
     from emberd.host.config_file import Loaded
@@ -75,6 +76,21 @@ def show(content: dict[str, Any], is_json: bool, to_text: Callable[[dict[str, An
         click.echo(json.dumps(content, indent=2))
     else:
         to_text(content)
+
+
+@contextlib.contextmanager
+def byte_progress(*, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on standard error, and give a function that is told bytes done and bytes to do."""
+    if not is_shown:
+        yield lambda *_: None
+        return
+    from rich.console import Console  # noqa: PLC0415  # heavy, and not needed without a terminal
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn  # noqa: PLC0415
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def duration(seconds: float) -> str:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emberd.cli.progress import byte_progress
 from emberd.cli.residency import model_files, toucher_on
-from emberd.cli.talk import as_json, gib, show
+from emberd.cli.talk import as_json, byte_progress, gib, show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

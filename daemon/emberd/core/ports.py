@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from signal import Signals
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from emberd.core.replay import Replay
     from emberd.core.residency import Paging
     from emberd.core.reuse import CacheRoom
-    from emberd.core.service import ServiceStatus, WantedService
     from emberd.core.turn import PromptCounts, Turn
     from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness
     from emberd.core.wishes import OwnerWishes
@@ -299,69 +298,4 @@ class Host(Protocol):
 
     def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:
         """Return the TCP ports that these processes listen on, None if it cannot be told."""
-        ...
-
-
-class ServiceManager(Protocol):
-    """launchd or systemd, as the user's own: what starts emberd at login and holds its socket.
-
-    Every method runs the manager's own program, each run with a time limit, and raises ServiceManagerFailed if the
-    manager cannot be reached or refuses. `tell` is given a line for a person where something takes time.
-    """
-
-    @property
-    def name(self) -> str:
-        """launchd or systemd."""
-        ...
-
-    def files(self, wanted: WantedService) -> Mapping[Path, str]:
-        """Return what `install` would write, by path.
-
-        Raises:
-            ConfigError: the manager would refuse it.
-        """
-        ...
-
-    def log_path(self, label: str) -> Path:
-        """Return the file for what emberd prints before its log is set up."""
-        ...
-
-    def last_words(self, label: str) -> str:
-        """Return the last error that an emberd of this label printed when it could not start, empty if unknown."""
-        ...
-
-    def program(self, label: str) -> tuple[str, ...]:
-        """Return the command line of the installed service, empty if there is none or it cannot be read."""
-        ...
-
-    def labels(self, config: Path) -> tuple[str, ...]:
-        """Return the labels of the installed services that run on this settings file."""
-        ...
-
-    def installed_login(self, label: str) -> bool | None:
-        """Tell whether the installed service starts at login, None if none is installed."""
-        ...
-
-    def status(self, label: str, wanted: WantedService | None = None) -> ServiceStatus:
-        """Look at the files and ask the manager; without `wanted` nothing counts as stale."""
-        ...
-
-    def install(self, wanted: WantedService, tell: Callable[[str], None]) -> bool:
-        """Write, load and start; False if nothing had to be done. Repairs an install that was interrupted."""
-        ...
-
-    def write(self, wanted: WantedService) -> bool:
-        """Write the files only, for the next start; False if they are up to date. Disturbs nothing that runs."""
-        ...
-
-    def start(self, label: str, stop_limit_s: int, tell: Callable[[str], None]) -> bool:
-        """Load and start what is installed; False if it runs already."""
-        ...
-
-    def stop(self, label: str, stop_limit_s: int, tell: Callable[[str], None]) -> bool:
-        """Stop it and its socket until the next login or start; False if it was stopped."""
-        ...
-
-    def uninstall(self, label: str, stop_limit_s: int, tell: Callable[[str], None]) -> bool:
-        """Stop it and remove its files; False if there was nothing."""
         ...

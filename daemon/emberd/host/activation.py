@@ -12,11 +12,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.errors import ConfigError
-from emberd.core.launch_agent import SOCKET_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+SOCKET_NAME = "Listeners"
+"""Name of the sockets in launchd's job."""
 _FIRST = 3
 """sd_listen_fds(3): SD_LISTEN_FDS_START."""
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")

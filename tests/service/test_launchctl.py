@@ -1,24 +1,10 @@
-"""Labels, exit codes of launchctl, and what it prints."""
+"""Exit codes of launchctl, and what it prints."""
 
 from __future__ import annotations
 
 import pytest
 
-from emberd.core.errors import ConfigError
-from emberd.core.service import (
-    Outcome,
-    ServiceStatus,
-    full_label,
-    is_disabled,
-    is_headless,
-    is_throttled,
-    judge,
-    last_error,
-    read_print,
-    stop_limit_s,
-    unit_name,
-)
-from emberd.core.settings import LifecycleSettings
+from emberd.service.launchctl import Outcome, is_disabled, is_headless, is_throttled, judge, read_print
 
 PRINTED = """gui/501/io.github.emberd = {
 \tactive count = 1
@@ -52,31 +38,6 @@ PRINTED = """gui/501/io.github.emberd = {
 \t}
 }
 """
-
-
-@pytest.mark.parametrize(
-    ("name", "label", "unit"),
-    [
-        ("io.github.emberd", "io.github.emberd", "emberd"),
-        ("small", "io.github.emberd.small", "emberd-small"),
-        ("org.example.llm", "org.example.llm", "org.example.llm"),
-    ],
-)
-def test_a_name_without_a_dot_is_an_instance(name: str, label: str, unit: str):
-    assert full_label(name) == label
-    assert unit_name(label) == unit
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "../x", "a b", ".hidden", "x" * 200, "a\n", "%h"])
-def test_a_name_that_could_not_name_a_file_is_refused(name: str):
-    with pytest.raises(ConfigError):
-        full_label(name)
-
-
-def test_the_stop_limit_is_above_the_drain_and_the_engines_end():
-    timing = LifecycleSettings()
-    assert stop_limit_s(timing) == 65
-    assert stop_limit_s(timing) > timing.drain_timeout_s + timing.stop_timeout_s
 
 
 @pytest.mark.parametrize(
@@ -139,16 +100,3 @@ def test_the_users_domain_is_chosen_where_there_is_no_login_at_the_screen(
 ):
     chosen = is_headless(has_ssh=ssh, owns_console=console, is_sudo=sudo, has_other_uid=other)
     assert chosen is headless
-
-
-def test_the_last_error_for_a_person_is_found_among_the_logs_lines():
-    assert last_error('{"event": "x"}\nemberd: one\nTry.\nemberd: two\nTry.\n') == "two"
-    assert last_error('{"event": "emberd: no"}\n') == ""
-
-
-def test_a_service_is_stale_only_if_it_is_installed():
-    facts = {"manager": "launchd", "label": "x", "files": (), "is_loaded": False, "is_running": False}
-    assert ServiceStatus(**facts, is_installed=True, stale=("Label",)).is_stale
-    assert ServiceStatus(**facts, is_installed=True, problems=("mode",)).is_stale
-    assert not ServiceStatus(**facts, is_installed=False, stale=("Label",)).is_stale
-    assert not ServiceStatus(**facts, is_installed=True).is_stale

@@ -1,22 +1,26 @@
 """The property list of emberd's launchd job: filled in from the template, checked, compared with the installed one.
 
-Keys and types are those of launchd.plist(5).
+Pure. Keys and types are those of launchd.plist(5).
 """
 
 from __future__ import annotations
 
 import ipaddress
+import plistlib
 from typing import TYPE_CHECKING, Any
+from xml.parsers.expat import ExpatError
 
-from emberd.core.service import LABEL_VARIABLE
+from emberd.host.activation import SOCKET_NAME
+from emberd.service.wanted import LABEL_VARIABLE, Installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from emberd.core.service import WantedService
+    from emberd.service.wanted import WantedService
 
-SOCKET_NAME = "Listeners"
-"""Name of the sockets in the job; host/activation.py asks launchd for it."""
+_HEAD = (
+    "<!-- Written by `emberd install`: change the settings and run it again. `emberd uninstall` removes it. -->\n"
+)
 _LIMITS = {
     "Core",
     "CPU",
@@ -96,7 +100,7 @@ def _family(host: str) -> str | None:
 
 def problems(job: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what launchd would refuse or misread in a job, in words; empty if nothing."""
-    checks = (_types, _program, _values, _tables, _sockets)
+    checks = (_types, _values, _tables, _sockets)
     return tuple(problem for check in checks for problem in check(job))
 
 
@@ -104,23 +108,18 @@ def _types(job: Mapping[str, Any]) -> Iterator[str]:
     for key, value in job.items():
         if key not in _TYPES:
             yield f"{key} is not a key of emberd's job"
-        elif not _is_of(value, _TYPES[key]):
-            yield f"{key} is {_name(value)}, not {' or '.join(each.__name__ for each in _TYPES[key])}"
+        elif not _is_of(value, *_TYPES[key]):
+            yield f"{key} is {type(value).__name__}, not {' or '.join(each.__name__ for each in _TYPES[key])}"
 
 
-def _program(job: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("Label", "ProgramArguments"):
-        if not job.get(key):
-            yield f"{key} is missing"
+def _values(job: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{key} is missing" for key in ("Label", "ProgramArguments") if not job.get(key))
     words = job.get("ProgramArguments")
     if isinstance(words, list) and words:
         if not all(isinstance(word, str) for word in words):
             yield "ProgramArguments holds something else than strings"
         elif not words[0].startswith("/"):
             yield "ProgramArguments does not begin with an absolute path"
-
-
-def _values(job: Mapping[str, Any]) -> Iterator[str]:
     if job.get("ExitTimeOut") == 0:
         yield "ExitTimeOut is 0: the computer could wait for emberd for ever when it shuts down"
     if job.get("ProcessType") not in {None, *_PROCESS_TYPES}:
@@ -140,10 +139,10 @@ def _tables(job: Mapping[str, Any]) -> Iterator[str]:
             yield f"EnvironmentVariables.{name} is not a string"
     for table in ("SoftResourceLimits", "HardResourceLimits"):
         for name, value in _entries(job, table):
-            if name not in _LIMITS or not _is_of(value, (int,)):
+            if name not in _LIMITS or not _is_of(value, int):
                 yield f"{table}.{name} is no limit in whole numbers"
     for name, value in _entries(job, "KeepAlive"):
-        if not _is_of(value, (_KEEP_ALIVE.get(name, type(None)),)):
+        if not _is_of(value, _KEEP_ALIVE.get(name)):
             yield f"KeepAlive.{name} is not known, or not of its type"
 
 
@@ -154,7 +153,7 @@ def _sockets(job: Mapping[str, Any]) -> Iterator[str]:
                 yield f"Sockets.{name} is no dictionary"
                 continue
             for key, entry in socket.items():
-                if not _is_of(entry, (_SOCKET_KEYS.get(key, type(None)),)):
+                if not _is_of(entry, _SOCKET_KEYS.get(key)):
                     yield f"Sockets.{name}.{key} is not known, or not of its type"
 
 
@@ -163,13 +162,9 @@ def _entries(job: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
     return list(value.items()) if isinstance(value, dict) else []
 
 
-def _is_of(value: object, types: tuple[type, ...]) -> bool:
-    """Tell whether a value has one of the types; a boolean is no number here, and None of no type."""
-    return value is not None and type(value) in types
-
-
-def _name(value: object) -> str:
-    return type(value).__name__
+def _is_of(value: object, *types: type | None) -> bool:
+    # By the very type: a boolean is no number here. None stands for no type, and is no value's.
+    return type(value) in types
 
 
 def differences(installed: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
@@ -178,5 +173,28 @@ def differences(installed: Mapping[str, Any], wanted: Mapping[str, Any]) -> tupl
 
 
 def starts_at_login(job: Mapping[str, Any]) -> bool:
-    """Tell whether launchd starts the job when it is loaded."""
+    """Return True if launchd starts the job when it is loaded."""
     return bool(job.get("RunAtLoad")) or bool(job.get("KeepAlive"))
+
+
+def installed(job: Mapping[str, Any], label: str) -> Installed:
+    """Return what a job says that is installed under this label."""
+    variables, program = job.get("EnvironmentVariables"), job.get("ProgramArguments")
+    is_ours = isinstance(variables, dict) and LABEL_VARIABLE in variables
+    words = tuple(map(str, program)) if isinstance(program, list) else ()
+    return Installed(label if is_ours else None, words, starts_at_login(job))
+
+
+def write(job: Mapping[str, Any]) -> str:
+    """Return the text of a property list."""
+    head, opening, rest = plistlib.dumps(job, sort_keys=False).decode().partition('<plist version="1.0">')
+    return head + _HEAD + opening + rest
+
+
+def read(content: bytes) -> dict[str, Any] | None:
+    """Return the job of a property list, None if it is no property list."""
+    try:
+        job = plistlib.loads(content)
+    except (ValueError, ExpatError, plistlib.InvalidFileException):
+        return None
+    return job if isinstance(job, dict) else None

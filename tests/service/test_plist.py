@@ -12,9 +12,9 @@ from xml.dom import minidom
 
 import pytest
 
-from emberd.core.launch_agent import differences, fill, problems, starts_at_login
-from emberd.core.service import WantedService, stop_limit_s
 from emberd.core.settings import Settings
+from emberd.service.plist import differences, fill, problems, starts_at_login
+from emberd.service.wanted import WantedService, stop_limit_s
 
 ROOT = Path(__file__).parent.parent.parent
 TEMPLATE = ROOT / "launchd" / "io.github.emberd.plist"

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberd.core.service import WantedService, stop_limit_s
 from emberd.core.settings import Settings
-from emberd.core.systemd_unit import (
+from emberd.service.unit import (
     assignments,
     differences,
     fill_service,
@@ -25,6 +24,7 @@ from emberd.core.systemd_unit import (
     variable,
     words,
 )
+from emberd.service.wanted import WantedService, stop_limit_s
 
 ROOT = Path(__file__).parent.parent.parent
 SERVICE = (ROOT / "systemd" / "emberd.service").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What launchd and systemd have in common for their clients: templates, files, running their programs."""
+"""What launchd and systemd need alike: templates, files, running their programs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import plistlib
 import shutil
 import stat
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.parsers.expat import ExpatError
 
-from emberd.core import systemd_unit
 from emberd.core.errors import ServiceManagerFailed, StateUnusable
 from emberd.host.files import remove_leftovers, write_atomically
 from emberd.host.posix import ask_program
+from emberd.service import unit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,20 +24,6 @@ FILE_MODE = 0o644
 """launchd refuses files that others may write; both managers' files hold no secret."""
 RUN_LIMIT_S = 30.0
 _PACKAGE = Path(__file__).parent.parent
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a program answered."""
-
-    exit_code: int
-    out: str
-    err: str
-
-    @property
-    def words(self) -> str:
-        """All that it printed, in one line."""
-        return " ".join(f"{self.err} {self.out}".split())
 
 
 def template(folder: str, name: str) -> str:
@@ -54,8 +39,8 @@ def template(folder: str, name: str) -> str:
     raise ServiceManagerFailed(f"{folder}/{name} is not in this installation of emberd", "Install emberd again.")
 
 
-def run(program: str, *words: str, limit_s: float = RUN_LIMIT_S) -> Answer:
-    """Run a service manager's program, looked for on PATH.
+def run(program: str, *words: str, limit_s: float = RUN_LIMIT_S) -> subprocess.CompletedProcess[str]:
+    """Run a service manager's program, looked for on PATH, and return what it printed.
 
     Raises:
         ServiceManagerFailed: it is not there, or did not end in time.
@@ -66,14 +51,18 @@ def run(program: str, *words: str, limit_s: float = RUN_LIMIT_S) -> Answer:
             f"{program} was not found on PATH", "Without launchd or systemd, run emberd by hand: emberd run."
         )
     try:
-        ran = ask_program((path, *words), limit_s)
+        return ask_program((path, *words), limit_s)
     except subprocess.TimeoutExpired as error:
         raise ServiceManagerFailed(
             f"{program} {' '.join(words)} has not ended within {limit_s:.0f} s", "Try again."
         ) from error
     except OSError as error:
         raise ServiceManagerFailed(f"cannot run {path}: {error.strerror}", f"Mend {program}.") from error
-    return Answer(ran.returncode, ran.stdout, ran.stderr)
+
+
+def said(ran: subprocess.CompletedProcess[str]) -> str:
+    """Return all that a program printed, in one line."""
+    return " ".join(f"{ran.stderr} {ran.stdout}".split())
 
 
 def write_files(texts: Mapping[Path, str]) -> None:
@@ -117,17 +106,17 @@ def remove_files(paths: Sequence[Path]) -> bool:
 def file_problems(path: Path) -> tuple[str, ...]:
     """Return what is wrong with a file's owner and mode, in words; empty if it is right or not there."""
     try:
-        facts = path.stat()
+        found = path.stat()
     except FileNotFoundError:
         return ()
     except OSError as error:
         return (f"{path} cannot be looked at: {error.strerror}",)
-    found = []
-    if facts.st_uid != os.geteuid():
-        found.append(f"{path} belongs to user {facts.st_uid}, not to {os.geteuid()}")
-    if (mode := stat.S_IMODE(facts.st_mode)) != FILE_MODE:
-        found.append(f"{path} has mode {mode:04o}, not {FILE_MODE:04o}")
-    return tuple(found)
+    wrong = []
+    if found.st_uid != os.geteuid():
+        wrong.append(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}")
+    if (mode := stat.S_IMODE(found.st_mode)) != FILE_MODE:
+        wrong.append(f"{path} has mode {mode:04o}, not {FILE_MODE:04o}")
+    return tuple(wrong)
 
 
 def installed_program(paths: Sequence[Path]) -> Path | None:
@@ -136,11 +125,11 @@ def installed_program(paths: Sequence[Path]) -> Path | None:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, ExpatError):
             if path.suffix == ".plist":
                 return Path(plistlib.loads(path.read_bytes())["ProgramArguments"][0])
-            values = systemd_unit.assignments(path.read_text(encoding="utf-8"))
-            return Path(systemd_unit.words(values["Service.ExecStart"][0])[0])
+            values = unit.assignments(path.read_text(encoding="utf-8"))
+            return Path(unit.words(values["Service.ExecStart"][0])[0])
     return None
 
 
 def has_leftovers(path: Path) -> bool:
-    """Tell whether an interrupted write has left a temporary file."""
+    """Return True if an interrupted write has left a temporary file."""
     return any(path.parent.glob(f".{path.name}.*.tmp"))

@@ -1,7 +1,7 @@
 """The systemd units of emberd: filled in from the templates, compared with the installed ones.
 
-The syntax is that of systemd.syntax(7); words in command lines and variables are quoted as systemd.service(5) and
-systemd.exec(5) say.
+Pure. The syntax is that of systemd.syntax(7); words in command lines and variables are quoted as systemd.service(5)
+and systemd.exec(5) say.
 """
 
 from __future__ import annotations
@@ -9,15 +9,22 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from emberd.core.service import DEFAULT_LABEL, LABEL_VARIABLE, unit_name
+from emberd.service.wanted import DEFAULT_LABEL, LABEL_VARIABLE, Installed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from emberd.core.service import WantedService
+    from emberd.service.wanted import WantedService
 
 _ASSIGNMENT = re.compile(r"^([A-Z]\w*)=(.*)$")
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+
+
+def unit_name(label: str) -> str:
+    """Return the unit of a label, without its type: emberd, emberd-small, or a foreign label as it is."""
+    if label == DEFAULT_LABEL:
+        return "emberd"
+    return label if not label.startswith(f"{DEFAULT_LABEL}.") else f"emberd-{label[len(DEFAULT_LABEL) + 1 :]}"
 
 
 def fill_service(template: str, wanted: WantedService) -> str:
@@ -43,7 +50,7 @@ def fill_service(template: str, wanted: WantedService) -> str:
 
 
 def starts_at_login(text: str) -> bool:
-    """Tell whether a service unit is made to start at login."""
+    """Return True if a service unit is made to start at login."""
     return "Install.WantedBy" in assignments(text)
 
 
@@ -111,6 +118,13 @@ def variable(values: Mapping[str, tuple[str, ...]], name: str) -> str | None:
             if word.startswith(f"{name}="):
                 return word[len(name) + 1 :]
     return None
+
+
+def installed(text: str) -> Installed:
+    """Return what a service unit says that is installed."""
+    values = assignments(text)
+    program = words(values.get("Service.ExecStart", ("",))[-1])
+    return Installed(variable(values, LABEL_VARIABLE), tuple(program), starts_at_login(text))
 
 
 def read_show(text: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from emberd.core.errors import ServiceManagerFailed, StateUnusable
-from emberd.host.service_files import file_problems, remove_files, run, template, write_files
+from emberd.service.files import file_problems, remove_files, run, template, write_files
 
 ROOT = Path(__file__).parent.parent.parent
 TEMPLATES = ("launchd/io.github.emberd.plist", "systemd/emberd.service", "systemd/emberd.socket")
@@ -28,7 +28,7 @@ def test_the_wheel_has_the_templates_and_finds_them_without_the_checkout(tmp_pat
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "from emberd.host.service_files import template; print(template(*{!r}.split('/')), end='')"
+    code = "from emberd.service.files import template; print(template(*{!r}.split('/')), end='')"
     for name in TEMPLATES:
         said = subprocess.run(
             [sys.executable, "-c", code.format(name)],

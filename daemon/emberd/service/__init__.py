@@ -1,0 +1,1 @@
+"""emberd as a service of launchd or systemd: what is wanted, the files, the managers' programs."""
