@@ -452,6 +452,14 @@ class _Daemon:
         await self._endpoint.stop(_LAST_ANSWERS_S)
 
 
+async def examine_waiting(settings: Settings, error: EmberdError) -> dict[str, Any]:
+    """Return what `emberd doctor` sees while emberd cannot start for this error."""
+    from emberd.core.health_facts import ServiceHealth  # noqa: PLC0415  # asked for once in a while
+    from emberd.services.doctor import examine  # noqa: PLC0415  # same
+
+    return await examine(ThisHost(), settings, None, ServiceHealth(waits_because=error.message))
+
+
 def _rules(settings: Settings, key: str) -> AccessRules:
     return AccessRules(settings.endpoint.names, settings.endpoint.origins, key)
 

@@ -26,4 +26,4 @@ def command(config: str | None) -> int:
     """
     from emberd import app  # noqa: PLC0415  # the daemon's modules are for the daemon only
 
-    return guard.run(config, app.run)
+    return guard.run(config, app.run, app.examine_waiting)

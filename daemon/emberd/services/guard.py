@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
     from emberd.core.settings import Settings
     from emberd.host.config_file import Loaded
+    from emberd.services.standby import Examine
 
     Start = Callable[[Settings, Path, Claims, Starts], int]
 
 
-def run(option: str | None, start: Start) -> int:
+def run(option: str | None, start: Start, examine: Examine) -> int:
     """Run the daemon and return its exit code; under a service manager a burst of failures ends in waiting.
 
     Args:
         option: the settings file as it was named.
         start: runs the daemon.
+        examine: what `emberd doctor` sees while it waits.
 
     Raises:
         EmberdError: it cannot start, and it is not yet, or nobody's, time to wait.
@@ -41,12 +43,12 @@ def run(option: str | None, start: Start) -> int:
             settings, path = config_file.load(option)
             claims.take_given(ThisHost())
             return start(settings, path, claims, Starts(None, None))
-        return _run_managed(option, start, claims)
+        return _run_managed(option, start, examine, claims)
     finally:
         claims.close()
 
 
-def _run_managed(option: str | None, start: Start, claims: Claims) -> int:
+def _run_managed(option: str | None, start: Start, examine: Examine, claims: Claims) -> int:
     loaded = config_file.load_what_is_right(option)
     host = ThisHost()
     starts = _starts(loaded, host)
@@ -56,7 +58,7 @@ def _run_managed(option: str | None, start: Start, claims: Claims) -> int:
             f"emberd ended {LIMIT} times within {WINDOW_S / 60:.0f} minutes of its start, without saying why",
             "Look at its log and for crash reports; `emberd restart` tries at once.",
         )
-        return _wait(error, wait_s, loaded, option, claims, starts)
+        return _wait(error, wait_s, loaded, option, examine, claims, starts)
     starts.begin()
     try:
         claims.take_given(host)
@@ -71,7 +73,7 @@ def _run_managed(option: str | None, start: Start, claims: Claims) -> int:
         wait_s = starts.wait_s()
         if wait_s is None:
             raise
-        return _wait(error, wait_s, loaded, option, claims, starts)
+        return _wait(error, wait_s, loaded, option, examine, claims, starts)
     starts.ended()
     return code
 
@@ -92,7 +94,13 @@ def _bug(caught: Exception) -> EmberdError:
 
 
 def _wait(
-    error: EmberdError, wait_s: float, loaded: Loaded, option: str | None, claims: Claims, starts: Starts
+    error: EmberdError,
+    wait_s: float,
+    loaded: Loaded,
+    option: str | None,
+    examine: Examine,
+    claims: Claims,
+    starts: Starts,
 ) -> int:
     """Wait in emberd's place; returns only if somebody stops it, and else becomes a new emberd.
 
@@ -103,7 +111,7 @@ def _wait(
 
     starts.waits()
     failures = tuple(run.reason or "ended without a word" for run in starts.runs or ())
-    standby = Standby(Why(error, wait_s, failures), loaded, option, claims)
+    standby = Standby(Why(error, wait_s, failures), loaded, option, examine, claims)
     outcome = asyncio.run(standby.run())
     if outcome is Outcome.STOPPED:
         starts.ended()

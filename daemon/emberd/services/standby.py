@@ -25,14 +25,18 @@ from emberd.host.paths import prepare, state_paths
 from emberd.services.lean import import_lean
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from starlette.types import Receive, Scope, Send
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.settings import Settings
     from emberd.host.claims import Claims
     from emberd.host.config_file import Loaded
     from emberd.services.control import ControlServer
+
+    Examine = Callable[[Settings, EmberdError], Awaitable[dict[str, Any]]]
 
 NAME = "STANDBY"
 """Where clients and `emberd status` find the engine's state."""
@@ -81,13 +85,15 @@ class Standby:
         why: the reason.
         loaded: what is known of the settings.
         option: the settings file as it was named, to read it again.
+        examine: what `emberd doctor` sees of the settings and the reason.
         claims: the lock and the sockets, as far as they are held; more is taken if it can be had.
     """
 
-    def __init__(self, why: Why, loaded: Loaded, option: str | None, claims: Claims) -> None:
+    def __init__(self, why: Why, loaded: Loaded, option: str | None, examine: Examine, claims: Claims) -> None:
         self._why = why
         self._loaded = loaded
         self._option = option
+        self._examine = examine
         self._claims = claims
         self._began_s = time.monotonic()
         self.successor: list[str] = []
@@ -267,11 +273,7 @@ class Standby:
             return self._status()
 
         async def doctor() -> dict[str, Any]:
-            from emberd.core.health_facts import ServiceHealth  # noqa: PLC0415  # asked for once in a while
-            from emberd.services.doctor import examine  # noqa: PLC0415  # same
-
-            waits = ServiceHealth(waits_because=self._why.error.message)
-            return await examine(ThisHost(), self._loaded.settings, None, waits)
+            return await self._examine(self._loaded.settings, self._why.error)
 
         async def stop() -> dict[str, Any]:
             self._end(Outcome.STOPPED)
