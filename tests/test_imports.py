@@ -17,8 +17,9 @@ MAY_IMPORT = {
     "host": {"core", "host"},
     "engine": {"core", "host", "engine"},
     "services": {"core", "host", "engine", "services"},
-    "cli": {"core", "host", "engine", "services", "cli", "app"},
-    "app": {"core", "host", "engine", "services"},
+    "doctor": {"core", "host", "engine", "services", "doctor"},
+    "cli": {"core", "host", "engine", "services", "doctor", "cli", "app"},
+    "app": {"core", "host", "engine", "services", "doctor"},
 }
 IMPURE = {
     "asyncio",
@@ -68,8 +69,12 @@ def test_imports_point_inward(path: Path):
     assert rooms <= MAY_IMPORT[own], f"{path} imports from {rooms - MAY_IMPORT[own]}"
 
 
-@pytest.mark.parametrize("path", sorted((SOURCE / "core").glob("*.py")), ids=lambda path: path.name)
-def test_the_core_is_pure(path: Path):
+JUDGES = ("condition", "facts", "rules_*", "catalogue")
+PURE = sorted([*SOURCE.glob("core/*.py"), *(path for name in JUDGES for path in SOURCE.glob(f"doctor/{name}.py"))])
+
+
+@pytest.mark.parametrize("path", PURE, ids=lambda path: path.name)
+def test_the_core_and_the_doctors_judgement_are_pure(path: Path):
     tops = {name.split(".")[0] for name in imported(path, at_run_time_only=True)}
     assert not tops & (IMPURE | THIRD_PARTY)
 

@@ -424,7 +424,7 @@ class _Daemon:
         }
 
     async def _doctor(self) -> dict[str, Any]:
-        from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
+        from emberd.doctor.examine import examine  # noqa: PLC0415  # asked for once in a while
 
         return await examine(self._host, self._settings, await self._status())
 
@@ -454,8 +454,8 @@ class _Daemon:
 
 async def examine_waiting(settings: Settings, error: EmberdError) -> dict[str, Any]:
     """Return what `emberd doctor` sees while emberd cannot start for this error."""
-    from emberd.core.health_facts import ServiceHealth  # noqa: PLC0415  # asked for once in a while
-    from emberd.services.doctor import examine  # noqa: PLC0415  # same
+    from emberd.doctor.examine import examine  # noqa: PLC0415  # asked for once in a while
+    from emberd.doctor.facts import ServiceHealth  # noqa: PLC0415  # same
 
     return await examine(ThisHost(), settings, None, ServiceHealth(waits_because=error.message))
 
