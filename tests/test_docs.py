@@ -41,15 +41,22 @@ EVENTS = (
 )
 
 
-def test_the_table_of_settings_is_up_to_date():
+@pytest.mark.parametrize("script", ["settings-doc", "doctor-doc"])
+def test_what_is_written_from_declarations_is_up_to_date(script: str):
     checked = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "settings-doc", "--check"],
+        [sys.executable, ROOT / "scripts" / script, "--check"],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     assert checked.returncode == 0, checked.stderr
+
+
+def test_each_section_of_the_doctor_tells_what_is_seen_and_what_helps():
+    """Its code, title and place come from the declaration."""
+    for section in re.split(r"^### ", (DOCS / "doctor.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        assert re.search(r"^Seen: .*^Remedy: ", section, re.MULTILINE | re.DOTALL), section
 
 
 def test_the_example_file_is_the_defaults_and_is_read_back_as_them():

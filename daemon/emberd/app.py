@@ -24,6 +24,7 @@ from emberd.host.start_history import StartHistory
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
+    from emberd.core.settings import Settings
     from emberd.core.status import Status
     from emberd.host.config_file import Loaded
     from emberd.host.paths import StatePaths
@@ -105,7 +106,7 @@ def _stand_by(
 
     async def stand_by() -> Why:
         async with Daemon(loaded.settings, loaded.path, instance, ThisHost()) as daemon:
-            return await Standby(daemon, error, wait_s, history.failures, loaded, option).run()
+            return await Standby(daemon, error, wait_s, history.failures, loaded, option, _examine_waiting).run()
 
     history.waits()
     why = asyncio.run(stand_by())
@@ -114,6 +115,14 @@ def _stand_by(
     elif why is Why.ASKED:
         history.asked()
     return why
+
+
+async def _examine_waiting(settings: Settings, error: EmberdError) -> dict[str, Any]:
+    """Return what `emberd doctor` sees while emberd cannot start for this error."""
+    from emberd.doctor.examine import examine  # noqa: PLC0415  # asked for once in a while
+    from emberd.doctor.facts import ServiceHealth  # noqa: PLC0415  # same
+
+    return await examine(ThisHost(), settings, None, ServiceHealth(waits_because=error.message))
 
 
 def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -> Why:
@@ -320,7 +329,7 @@ class _Serving:
         )
 
     async def _doctor(self) -> dict[str, Any]:
-        from emberd.services.doctor import examine  # noqa: PLC0415  # asked for once in a while
+        from emberd.doctor.examine import examine  # noqa: PLC0415  # asked for once in a while
 
         return await examine(self._daemon.host, self._settings.now, await self._status())
 

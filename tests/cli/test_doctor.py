@@ -1,4 +1,4 @@
-"""emberd doctor as a person runs it, where what it tells is really so; core/test_health.py has every condition."""
+"""emberd doctor as a person runs it, where what it tells is really so; doctor/test_conditions.py has all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from emberd.cli.doctor import FOUND
-from emberd.core.health_catalogue import CATALOGUE
+from emberd.doctor.catalogue import CATALOGUE
 from service_home import LaunchdHome
 from synthetic_gguf import write_gguf
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emberd.core.settings import EngineSettings, ModelSettings, Settings, StateSettings
+from emberd.doctor.examine import examine
 from emberd.host.darwin import DarwinHost
 from emberd.host.darwin_calls import DarwinCalls
-from emberd.services.doctor import examine
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:

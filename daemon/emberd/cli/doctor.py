@@ -13,12 +13,12 @@ from emberd import __version__
 from emberd.cli import service
 from emberd.cli.talk import as_json, ask_daemon, show
 from emberd.core.errors import ConfigError, EmberdError, NotRunning
-from emberd.core.health import Condition, Severity, visible
-from emberd.core.health_catalogue import CATALOGUE, diagnose
-from emberd.core.health_facts import Facts, ServiceHealth
+from emberd.doctor.catalogue import CATALOGUE, diagnose, visible
+from emberd.doctor.condition import Condition, Severity
+from emberd.doctor.facts import Facts, ServiceHealth, digest
+from emberd.doctor.look import examine_access
 from emberd.host import ThisHost, config_file
 from emberd.host.instance import holder_of
-from emberd.host.own_health import examine_access
 from emberd.host.paths import state_paths
 from emberd.service.files import installed_program
 
@@ -54,7 +54,7 @@ def command(
     looks for itself. Exit codes: 0 nothing to mend, or notes only; 6 something is.
     """
     found, unknown, asked = _examine(config, label, manager_name)
-    shown = found if shows_all else visible(found, CATALOGUE)
+    shown = found if shows_all else visible(found)
     content = {
         "asked": asked,
         "conditions": [_plain(each) for each in shown],
@@ -89,15 +89,13 @@ def _examine(
             holder = holder_of(state_paths(settings).lock)
             known, status = replace(known, silence=error.message, daemon_pid=holder), None
     else:
-        from emberd.services.doctor import digest  # noqa: PLC0415  # brings the engines' adapters along
-
         is_same = status["version"] == __version__
         known = replace(known, are_settings_newer=is_same and answer["settings"] != digest(settings))
         found = [Condition(**each) for each in answer["conditions"]]
         codes = {each.code for each in found}
         found += [each for each in diagnose(Facts(ThisHost.name, service=known)) if each.code not in codes]
         return found, [*unknown, *answer["unknown"]], "the daemon"
-    from emberd.services.doctor import examine  # noqa: PLC0415  # same
+    from emberd.doctor.examine import examine  # noqa: PLC0415  # brings the engines' adapters along
 
     answer = asyncio.run(examine(ThisHost(), settings, status, known))
     return [Condition(**each) for each in answer["conditions"]], [*unknown, *answer["unknown"]], "this program"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from signal import Signals
 
     from emberd.core.generation import Generation
-    from emberd.core.health_facts import HostHealth
+    from emberd.core.host_health import HostHealth
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
     from emberd.core.replay import Replay

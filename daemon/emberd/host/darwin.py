@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from emberd.core.health_facts import HostHealth
+    from emberd.core.host_health import HostHealth
     from emberd.core.ports import SystemLog
     from emberd.host.darwin_calls import RusageInfoV4, VmStatistics64, XswUsage
 

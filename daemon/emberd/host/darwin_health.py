@@ -6,7 +6,7 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
-from emberd.core.health_facts import HostHealth
+from emberd.core.host_health import HostHealth
 from emberd.host.posix import ask_program
 
 if TYPE_CHECKING:

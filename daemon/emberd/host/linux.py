@@ -20,7 +20,7 @@ from emberd.host.posix import PosixHost, ReadableWatch
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from emberd.core.health_facts import HostHealth
+    from emberd.core.host_health import HostHealth
     from emberd.core.memory import EngineMemory, GpuLimits, SystemMemory
     from emberd.core.ports import SystemLog
 

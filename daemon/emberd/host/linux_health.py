@@ -7,7 +7,7 @@ import pwd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emberd.core.health_facts import HostHealth
+from emberd.core.host_health import HostHealth
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,13 +22,17 @@ from emberd.services.daemon import NEED_ENGINE
 from emberd.services.messages import Body, Client, ClientGone, ClientSilent
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from starlette.types import Receive, Scope, Send
 
+    from emberd.core.settings import Settings
     from emberd.host.config_file import Loaded
     from emberd.services.control import Verb
     from emberd.services.daemon import Daemon
+
+    Examine = Callable[[Settings, EmberdError], Awaitable[dict[str, Any]]]
 
 NAME = "STANDBY"
 """Where clients and `emberd status` find the engine's state."""
@@ -55,6 +59,7 @@ class Standby:
         failures: what each of the last starts said, the oldest first.
         loaded: what is known of the settings.
         option: the settings file as it was named.
+        examine: what `emberd doctor` sees of the settings and the reason.
     """
 
     daemon: Daemon
@@ -63,6 +68,7 @@ class Standby:
     failures: tuple[str, ...]
     loaded: Loaded
     option: str | None
+    examine: Examine
 
     async def run(self) -> Why:
         """Answer everybody, until there is a reason to end or to try again."""
@@ -191,17 +197,10 @@ class Standby:
         return {
             **dict.fromkeys(NEED_ENGINE, refuse),
             "status": self._status,
-            "doctor": self._doctor,
+            "doctor": lambda: self.examine(self.loaded.settings, self.error),
             "restart": lambda: try_again(starts=-1, standby=True),
             "reload": reload,
         }
-
-    async def _doctor(self) -> dict[str, Any]:
-        from emberd.core.health_facts import ServiceHealth  # noqa: PLC0415  # asked for once in a while
-        from emberd.services.doctor import examine  # noqa: PLC0415  # same
-
-        waits = ServiceHealth(waits_because=self.error.message)
-        return await examine(self.daemon.host, self.loaded.settings, None, waits)
 
     def _status(self) -> dict[str, Any]:
         status = Status(

@@ -17,17 +17,22 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emberd.cli.doctor import FOUND
-from emberd.core.health_facts import EngineProblem, ModelProblem, Volume
 from emberd.core.settings import ModelSettings, Settings, StateSettings
+from emberd.doctor.examine import examine
+from emberd.doctor.facts import EngineProblem, ModelProblem, Volume
+from emberd.doctor.look import other_servers, psutil_failure, try_port
+from emberd.doctor.look_engine import (
+    examine_model,
+    is_protected,
+    is_synced,
+    look_at_program,
+    machines_of,
+    volume_of,
+)
 from emberd.host import ThisHost
 from emberd.host.darwin_health import read_health as read_darwin
 from emberd.host.linux import LinuxHost
 from emberd.host.linux_health import read_health as read_linux
-from emberd.host.model_health import examine_model, is_protected, is_synced, volume_of
-from emberd.host.neighbours import other_servers, try_port
-from emberd.host.own_health import psutil_failure
-from emberd.host.program_health import look_at_program, machines_of
-from emberd.services.doctor import examine
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
@@ -323,7 +328,7 @@ def test_a_model_that_is_never_read_to_its_end_is_silent_and_the_others_are_look
     """A pipe that nobody writes to hangs at its opening, as a lost network volume does."""
     pipe = tmp_path / "model.gguf"
     os.mkfifo(pipe)
-    monkeypatch.setattr("emberd.services.doctor.LIMIT_S", 0.3)
+    monkeypatch.setattr("emberd.doctor.examine.LIMIT_S", 0.3)
     settings = Settings(model=ModelSettings(str(pipe)), state=StateSettings(str(tmp_path / "state")))
     content = asyncio.run(examine(ThisHost(), settings, None))
     found = {each["code"]: each for each in content["conditions"]}

@@ -1,0 +1,32 @@
+"""All conditions, and the one judgement of all facts. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from emberd.doctor import rules_daemon, rules_engine, rules_memory
+from emberd.doctor.condition import Condition, Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from emberd.doctor.facts import Facts
+
+CATALOGUE = {**rules_daemon.KINDS, **rules_engine.KINDS, **rules_memory.KINDS}
+_RANKS = {code: (list(Severity).index(kind.severity), n) for n, (code, kind) in enumerate(CATALOGUE.items())}
+
+
+def diagnose(facts: Facts) -> list[Condition]:
+    """Return all conditions, the worst first, then in the catalogue's order; none is hidden."""
+    return _sorted(Condition(code, *seen) for code, kind in CATALOGUE.items() for seen in kind.rule(facts))
+
+
+def visible(found: Iterable[Condition]) -> list[Condition]:
+    """Return what to show, the worst first: a symptom is left out beside its cause."""
+    conditions = list(found)
+    codes = {each.code for each in conditions}
+    return _sorted(each for each in conditions if not codes.intersection(CATALOGUE[each.code].hidden_by))
+
+
+def _sorted(found: Iterable[Condition]) -> list[Condition]:
+    return sorted(found, key=lambda each: _RANKS[each.code])
