@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from emberd.core.keep_alive import KeepAliveState, KeepAliveVerdict
+from emberd.core.load_facts import KeepAliveState, KeepAliveVerdict
 from emberd.core.lock import LockState, LockVerdict
 from emberd.core.lock_limits import LockReason
 from emberd.core.memory import GpuLimits, Power, PowerSource, Pressure

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emberd.core.keep_alive import KeepAliveState
+from emberd.core.load_facts import KeepAliveState
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, SystemMemory
 from emberd.core.settings import EngineSettings, ModelSettings, Settings
