@@ -217,8 +217,12 @@ class _Serving:
 
     # --- start ----------------------------------------------------------------------------------------------
 
-    async def _start_engine(self) -> EmberdError:
-        """Adopt or start the engine; return only if it can never start, with the error that says why."""
+    async def _start_engine(self) -> None:
+        """Adopt or start the engine; does not return.
+
+        Raises:
+            EmberdError: it can never start.
+        """
         if await self._supervisor.adopt():
             try:
                 await self._supervisor.restart_if_changed()
@@ -229,20 +233,20 @@ class _Serving:
             self._supervisor.post(lifecycle.Start())
         await self._supervisor.gate.wait_for(State.LOADING, State.READY, State.FAILED)
         cause = self._supervisor.launch_error
-        while cause is None or self._supervisor.state is not State.FAILED:
-            await asyncio.Event().wait()  # it has started: from here on the supervisor's states tell all
-        return cause
+        if cause is not None and self._supervisor.state is State.FAILED:
+            raise cause
+        await asyncio.Event().wait()  # it has started: from here on the supervisor's states tell all
 
     async def _wait_for_end(self, *services: asyncio.Task[None]) -> Exception | None:
         """Start the engine, and return when it is time to end, with the error if there is one."""
         starting = asyncio.create_task(self._start_engine(), name="start")
-        tasks: tuple[asyncio.Task[Any], ...] = (starting, *services)
+        tasks = (starting, *services)
         done, _ = await asyncio.wait({self._daemon.ending, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         starting.cancel()
         await asyncio.wait({starting})
         for task in tasks:
             if task in done:
-                error = task.exception() or task.result()
+                error = task.exception()
                 return error if isinstance(error, Exception) else EngineFailed(f"{task.get_name()} ended by itself")
         return None
 

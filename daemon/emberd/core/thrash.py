@@ -137,9 +137,9 @@ def step(
 ) -> ThrashGuard:
     """Return the guard after a reading.
 
-    Where the machine comes first, what it takes is its own as well: bringing back 0.7 GiB cost twice the swap
-    writes of an engine that nobody keeps warm, before the budget had been noticed. A lock is let go by the budget
-    only.
+    With `machine-first`, emberd yields as soon as memory of the idle engine is taken, without waiting for the
+    budget: to bring 0.7 GiB back doubled the swap writes before the budget was exceeded. A lock is let go only when
+    the budget is exceeded.
 
     Args:
         guard: before.
@@ -162,7 +162,12 @@ def step(
     elif frees is None or (_is_in_vain(guard) and priority != "machine-first"):
         # A lock that cannot be ended has come since, or it swaps as before.
         return ThrashGuard(
-            HoldLevel.ALL, seen.now_s, guard.calm_s, None, (), guard.rate_before, guard.rate_after, True
+            HoldLevel.ALL,
+            seen.now_s,
+            guard.calm_s,
+            rate_before=guard.rate_before,
+            rate_after=guard.rate_after,
+            is_helpless=True,
         )
     if is_over or yields or seen.pressure is Pressure.CRITICAL:
         return replace(guard, quiet_since_s=None)

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool")
 """Verbs that an emberd without an engine refuses."""
-_VERBS = ("status", "doctor", "stop", "restart", "replace", *NEED_ENGINE, "reload")
 _OWN_FILES = 64
 """Open files besides connections: about 20 when idle."""
 
@@ -85,13 +84,13 @@ class Daemon:
         }
 
     async def open_control(self, path: Path, answers: Mapping[str, Verb]) -> None:
-        """Serve every verb; `answers` has those that differ between serving and standing by.
+        """Serve the verbs: `stop` and `replace`, and `answers`, which differ between serving and standing by.
 
         Raises:
             OSError: the socket cannot be made.
         """
-        answers = {"stop": self._stop, "replace": self._replace, **answers}
-        control = ControlServer(path, {name: answers[name] for name in _VERBS}, logs.logger("control"))
+        verbs: dict[str, Verb] = {"stop": self._stop, "replace": self._replace, **answers}
+        control = ControlServer(path, verbs, logs.logger("control"))
         await control.start()
         self._control = control
 

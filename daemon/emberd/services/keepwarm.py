@@ -259,7 +259,8 @@ class KeepWarm:
     async def _act(self, decision: Decision, seen: Snapshot) -> Decision:
         """Have the steps done; return what follows from what they found."""
         warming, losses = self._warming, self._watch.losses
-        began_s, cpu_s, warming.replays.has_primed = time.monotonic(), warming.cpu_s(), False
+        began_s, cpu_s = time.monotonic(), warming.cpu_s()
+        warming.replays.has_primed = False
         is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)
         done, found = await self._do(decision, seen.taken, is_warming=is_warming)
         now = self._observer.look()
