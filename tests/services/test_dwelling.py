@@ -1011,3 +1011,31 @@ async def test_beside_a_lock_that_stays_the_cache_is_kept_and_it_is_said_that_no
     assert (status.hold, status.is_helpless) == ("all", True)
     told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "thrash_guard"]
     assert [(each["hold"], each["is_helpless"]) for each in told] == [("all", True)]
+
+
+async def test_each_replay_has_a_key_of_its_own_and_is_aborted_by_that(rig: Rig):
+    """KoboldCPP keeps the key of an abort that came too late, and does nothing for the next request with it."""
+    rig.hears(Turn("/api/v1/generate", {"prompt": "Once"}, " upon a time"))
+    sent, aborted, is_sending = list[str](), list[str](), asyncio.Event()
+
+    async def send(_: int, request: Replay, __: float) -> Mapping[str, Any]:
+        sent.append(request.body["genkey"])
+        is_sending.set()
+        if len(sent) > 1:
+            await asyncio.Event().wait()
+        return {}
+
+    async def abort(_: int, key: str, __: float) -> bool:
+        aborted.append(key)
+        return True
+
+    rig.engine.engine.send, rig.engine.engine.abort = send, abort
+    assert "replay" in (await rig.service.warm())["steps"]
+    is_sending.clear()
+    async with asyncio.timeout(LIMIT_S):
+        warming = asyncio.create_task(rig.service.warm())
+        await is_sending.wait()
+        async with rig.places.taken(places.Patience(LIMIT_S), is_work=True, goes_first=False):
+            await warming
+    assert len(set(sent)) == 2
+    assert aborted == [sent[1]]

@@ -79,7 +79,7 @@ _BUDGET_NAMES = {Dialect.CHAT: "max_tokens", Dialect.MESSAGES: "max_tokens", Dia
 _TELLING = frozenset({"stream", "stream_options", "logprobs", "top_logprobs", "n_probs", "n", "best_of", "n_cmpl"})
 """Fields that change how a reply is told, and how many there are."""
 GENKEY = "emberd-replay"
-"""The replay's own key, so that it can be aborted without touching a user's generation (never an empty one)."""
+"""A replay's own key begins so: it can be aborted without touching a user's generation (never an empty one)."""
 
 
 def make_replays(turn: Turn, engine: str, *, continues_turn: bool, is_thorough: bool = False) -> list[Replay]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.replay import GENKEY, is_replayable, make_replays, tiny
@@ -58,6 +60,7 @@ class Replays:
         self._forecaster = forecaster
         self._spending = spending
         self._replayed_s = 0.0
+        self._numbers = itertools.count(1)
         self._said_barred: frozenset[str] = frozenset()
         self.turns = turns
         self.has_primed = False
@@ -158,13 +161,17 @@ class Replays:
         port, engine = self._gate.port, self._gate.engine
         if port is None or not self._use.is_free:
             return None  # since the pass began
+        # KoboldCPP remembers the key of an abort that came too late, and does nothing for the next request with it.
+        key = f"{GENKEY}-{next(self._numbers)}"
+        if "genkey" in request.body:
+            request = replace(request, body={**request.body, "genkey": key})
         began_s = time.monotonic()
         self._gate.forget_counts()
         sending, coming = asyncio.create_task(engine.send(port, request, _REPLAY_LIMIT_S)), self._use.interruption()
         try:
             await asyncio.wait({sending, coming}, return_when=asyncio.FIRST_COMPLETED)
             if not sending.done():
-                await engine.abort(port, GENKEY, ASK_S)
+                await engine.abort(port, key, ASK_S)
                 return None
         finally:
             for task in (sending, coming):
