@@ -357,14 +357,14 @@ def test_a_daemon_that_does_not_answer_is_told_with_its_pid_and_doctor_looks_for
     assert not {"NOT_RUNNING", "PORT_TAKEN", "ENGINE_ORPHANED"} & set(found)
 
 
-class DaemonOfBefore:
-    """Stands in for a daemon from before this verb: answers `status` and refuses the rest, on a real socket."""
+class OtherDaemon:
+    """Stands in for a daemon of another version: answers these verbs and refuses the rest, on a real socket."""
 
-    def __init__(self, path: Path, status: dict[str, Any]) -> None:
+    def __init__(self, path: Path, **answers: dict[str, Any]) -> None:
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(str(path))
         self._server.listen()
-        self._status = status
+        self._answers = answers
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -375,9 +375,7 @@ class DaemonOfBefore:
                 return
             with connection, connection.makefile("rwb") as stream:
                 asked = json.loads(stream.readline())["verb"]
-                answer = (
-                    self._status if asked == "status" else {"error": "not a verb of this emberd; it knows status"}
-                )
+                answer = self._answers.get(asked, {"error": "not a verb of this emberd; it knows status"})
                 stream.write(json.dumps(answer).encode() + b"\n")
 
     def close(self) -> None:
@@ -387,7 +385,7 @@ class DaemonOfBefore:
 
 def test_a_daemon_from_before_this_verb_is_old_and_not_silent(daemon: Daemon):
     daemon.state.directory.mkdir(mode=0o700)
-    before = DaemonOfBefore(daemon.state.control, {"version": "0.0.9", "pid": os.getpid(), "state": "READY"})
+    before = OtherDaemon(daemon.state.control, status={"version": "0.0.9", "pid": os.getpid(), "state": "READY"})
     try:
         content = content_of(daemon.verb("doctor", "--json"))
     finally:
@@ -396,6 +394,20 @@ def test_a_daemon_from_before_this_verb_is_old_and_not_silent(daemon: Daemon):
     assert content["asked"] == "this program"
     assert "0.0.9" in found["DAEMON_OLD"]["evidence"]
     assert not {"DAEMON_SILENT", "NOT_RUNNING"} & set(found)
+
+
+def test_a_condition_that_only_the_daemons_version_knows_is_told_as_it_is(daemon: Daemon):
+    daemon.state.directory.mkdir(mode=0o700)
+    condition = {"code": "OF_TOMORROW", "evidence": "seen", "remedy": ""}
+    told = {"conditions": [condition], "unknown": [], "settings": ""}
+    status = {"version": "9.0.0", "pid": os.getpid(), "state": "READY"}
+    other = OtherDaemon(daemon.state.control, status=status, doctor=told)
+    try:
+        content = content_of(daemon.verb("doctor", "--json"))
+    finally:
+        other.close()
+    assert content["asked"] == "the daemon"
+    assert "OF_TOMORROW: seen" in content["unknown"]
 
 
 # --- the service --------------------------------------------------------------------------------------------------

@@ -91,7 +91,10 @@ def _examine(
     else:
         is_same = status["version"] == __version__
         known = replace(known, are_settings_newer=is_same and answer["settings"] != digest(settings))
-        found = [Condition(**each) for each in answer["conditions"]]
+        told = [Condition(**each) for each in answer["conditions"]]
+        found = [each for each in told if each.code in CATALOGUE]
+        # A daemon of another version may know conditions that this program does not.
+        unknown = [*unknown, *(f"{each.code}: {each.evidence}" for each in told if each not in found)]
         codes = {each.code for each in found}
         found += [each for each in diagnose(Facts(ThisHost.name, service=known)) if each.code not in codes]
         return found, [*unknown, *answer["unknown"]], "the daemon"
