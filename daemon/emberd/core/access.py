@@ -81,7 +81,7 @@ def judge(method: str, path: str, headers: Sequence[tuple[bytes, bytes]], rules:
 
 
 def is_own_host(host: str, names: Sequence[str]) -> bool:
-    """Tell whether a Host header names this computer.
+    """Return True if a Host header names this computer.
 
     An IP address always does: a page can only be bound to a name that its owner controls.
     """
@@ -94,7 +94,7 @@ def is_own_host(host: str, names: Sequence[str]) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address to listen on reaches this computer only."""
+    """Return True if an address to listen on reaches this computer only."""
     if host.lower() == "localhost":
         return True
     try:
@@ -106,7 +106,7 @@ def is_loopback(host: str) -> bool:
 def _is_own_page(
     method: str, path: str, headers: Sequence[tuple[bytes, bytes]], host: str, allowed: Sequence[str]
 ) -> bool:
-    """Tell whether a request comes from no page, a page of this computer, or one that is allowed.
+    """Return True if a request comes from no page, a page of this computer, or one that is allowed.
 
     Browsers send Origin with everything that can change something, and Sec-Fetch-Site with all the rest (Fetch
     Metadata); programs send neither.

@@ -172,7 +172,7 @@ def dialect_of(path: str) -> Dialect | None:
 
 
 def changes_cache(method: str, path: str) -> bool:
-    """Tell whether a request replaces what is in the engine's KV cache: it makes text, or brings a state back."""
+    """Return True if a request replaces what is in the engine's KV cache: it makes text, or brings a state back."""
     path = path.rstrip("/")
     if path.endswith("/noscript"):
         return True  # a GET there can generate
@@ -181,7 +181,7 @@ def changes_cache(method: str, path: str) -> bool:
 
 
 def is_ollama(path: str) -> bool:
-    """Tell whether a path is one of Ollama's, whose clients read errors from a text."""
+    """Return True if a path is one of Ollama's, whose clients read errors from a text."""
     return path.rstrip("/") in _OLLAMA_PATHS
 
 

@@ -271,7 +271,7 @@ class KvEstimate:
 
 
 def keeps_state(metadata: Mapping[str, object]) -> bool:
-    """Tell whether a model keeps a state instead of, or besides, a KV cache (recurrent and hybrid models).
+    """Return True if a model keeps a state instead of, or besides, a KV cache (recurrent and hybrid models).
 
     Such a state cannot be cut back to where two prompts part.
 

@@ -139,7 +139,7 @@ def lesser_of_process_limits(limits: LockLimits) -> LockReason:
 def judge_limits(
     needed: int, limits: LockLimits, wired_bytes: int | None = None
 ) -> tuple[bool | None, LockReason | None]:
-    """Tell whether the limits allow `needed` bytes to be locked, and which one does not.
+    """Return whether the limits allow `needed` bytes to be locked, and which one does not.
 
     macOS compares the process with the lesser of RLIMIT_MEMLOCK and vm.user_wire_limit, and the wired memory of the
     whole system, the kernel's and the GPU's included, with vm.global_user_wire_limit (xnu, add_wire_counts in

@@ -55,7 +55,7 @@ class Engine(Protocol):
         ...
 
     def is_work(self, method: str, path: str) -> bool:
-        """Tell whether a request waits for the model, unlike a question that is answered at once."""
+        """Return True if a request waits for the model, unlike a question that is answered at once."""
         ...
 
     @property
@@ -104,11 +104,11 @@ class Engine(Protocol):
         ...
 
     async def took_whole(self, port: int, turn: Turn, timeout_s: float) -> bool | None:
-        """Tell whether a turn's prompt is in the cache as a whole; None if not known. Never raises; bounded."""
+        """Return True if a turn's prompt is in the cache as a whole; None if not known. Never raises; bounded."""
         ...
 
     async def continues_turns(self, port: int, timeout_s: float) -> bool:
-        """Tell whether the assistant's last message of a chat is continued. Never raises; bounded."""
+        """Return True if the assistant's last message of a chat is continued. Never raises; bounded."""
         ...
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
@@ -124,7 +124,7 @@ class Engine(Protocol):
         ...
 
     async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
-        """Tell whether the engine can take up such a reply behind its first words. Never raises; bounded."""
+        """Return True if the engine can take up such a reply behind its first words. Never raises; bounded."""
         ...
 
     def read_progress(self, line: str) -> LoadProgress | None:
@@ -132,11 +132,11 @@ class Engine(Protocol):
         ...
 
     def is_private(self, line: str) -> bool:
-        """Tell whether a log line can hold a prompt, a reply or a password."""
+        """Return True if a log line can hold a prompt, a reply or a password."""
         ...
 
     def is_fatal(self, line: str) -> bool:
-        """Tell whether the line says that the engine will never be ready although it stays alive."""
+        """Return True if the line says that the engine will never be ready although it stays alive."""
         ...
 
 
@@ -289,11 +289,11 @@ class Host(Protocol):
         ...
 
     def stderr_is_journal(self) -> bool:
-        """Tell whether standard error leads into the journal of systemd."""
+        """Return True if standard error leads into the journal of systemd."""
         ...
 
     def stderr_is_launchds(self) -> bool:
-        """Tell whether launchd keeps what standard error gets, in a file that nobody rotates."""
+        """Return True if launchd keeps what standard error gets, in a file that nobody rotates."""
         ...
 
     def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:

@@ -157,7 +157,7 @@ def _next_messages(said: Sequence[Mapping[str, Any]], words: str) -> list[dict[s
 
 
 def is_replayable(turn: Turn, engine: str, *, keeps_state: bool) -> bool:
-    """Tell whether there is a request that keeps the cache of a turn.
+    """Return True if there is a request that keeps the cache of a turn.
 
     KoboldCPP counts the last token that it has made as a part of the cache, and for a model that keeps a state it
     begins anew where a prompt does not contain all of that (gpttype_adapter.cpp, 1.104): a replay's one token would
@@ -174,7 +174,7 @@ def is_replayable(turn: Turn, engine: str, *, keeps_state: bool) -> bool:
 
 
 def fits(turn: Turn, prompt_tokens: int, context_tokens: int, default_tokens: int, *, keeps_a_fifth: bool) -> bool:
-    """Tell whether KoboldCPP took a turn's prompt as a whole.
+    """Return True if KoboldCPP took a turn's prompt as a whole.
 
     It cuts from the beginning what prompt and greatest reply have too much (gpttype_adapter.cpp, 1.104: prompt +
     n_predict - n_ctx tokens). A replay, with another greatest reply, would begin at another word, and the whole

@@ -176,7 +176,7 @@ def _relative_entropy(seen: float, true: float) -> float:
 
 
 def is_copied(weights_bytes: int | None, memory: EngineMemory, *, is_mapped: bool | None) -> bool:
-    """Tell whether the engine computes with a copy of the weights in anonymous memory.
+    """Return True if the engine computes with a copy of the weights in anonymous memory.
 
     Args:
         weights_bytes: size of the weights, None if unknown.

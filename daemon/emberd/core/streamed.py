@@ -84,7 +84,7 @@ class StreamedReply:
             self._note(_data_of(event))
 
     def begin_again(self, used_tokens: int) -> None:
-        """Hear that another stream takes up where this one was cut; an event that had begun is forgotten.
+        """Another stream takes up where this one was cut; an event that had begun is forgotten.
 
         Args:
             used_tokens: tokens of the text so far, to be added to the counts that the second stream tells.
@@ -180,7 +180,7 @@ class StreamedReply:
         return self._as_openai(content)
 
     def _ends_stop(self, before: int) -> bool:
-        """Tell whether a stop sequence that began before the cut ends with what came behind: no engine can know.
+        """Return True if a stop sequence that began before the cut ends with what came behind: no engine can know.
 
         Args:
             before: length of the text without the last event's.

@@ -101,7 +101,7 @@ def prompt_text(turn: Turn) -> str:
 
 
 def is_of_same_conversation(new: Turn, old: Turn) -> bool:
-    """Tell whether an engine with several slots gives a request the slot of an earlier one.
+    """Return True if an engine with several slots gives a request the slot of an earlier one.
 
     llama.cpp's server takes the slot whose contents begin as the prompt does, if that is more than a tenth of it
     (tools/server, `--slot-prompt-similarity`), else the one that was used least recently.

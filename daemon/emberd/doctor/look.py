@@ -191,8 +191,8 @@ def try_port(host: str, port: int) -> tuple[Program | None, str]:
     Nothing connects to it: a connection would start an emberd whose socket a service manager holds.
 
     Returns:
-        Who listens there already, and why the address cannot be used; None and empty if emberd could start.
-        A program of another user has no name (the system does not tell it).
+        The program that listens there already, and why the address cannot be used; None and empty if emberd could
+        start. A program of another user has no name (the system does not tell it).
     """
     try:
         bind(host, port).close()

@@ -115,7 +115,7 @@ class KoboldCpp:
     """It works on one. Six more may wait in its queue, further ones get 503; `--multiuser` varies that."""
 
     def is_work(self, method: str, path: str) -> bool:
-        """Tell whether a request goes through the lock: every POST does that is not known to be light."""
+        """Return True if a request goes through the lock: every POST does that is not known to be light."""
         return method == "POST" and not path.rstrip("/").endswith(_LIGHT_POSTS) and "/api/extra/data/" not in path
 
     @property
@@ -247,19 +247,19 @@ class KoboldCpp:
         return None if counted is None else fits(turn, counted, told, default, keeps_a_fifth=keeps_a_fifth)
 
     async def continues_turns(self, port: int, timeout_s: float) -> bool:
-        """Tell whether `continue_assistant_turn` is known (1.104; not in 1.76)."""
+        """Return True if `continue_assistant_turn` is known (1.104; not in 1.76)."""
         version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
         return read_version(version) >= CONTINUES_TURNS
 
     async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
-        """Tell whether a reply can be taken up; a chat needs an open turn."""
+        """Return True if a reply can be taken up; a chat needs an open turn."""
         return generation.dialect is not Dialect.CHAT or await self.continues_turns(port, timeout_s)
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
         """POST it.
 
-        Who gives up waiting leaves the answer to be taken all the same: where KoboldCPP cannot send one, the next
-        request waits another 0.25 s (1.104, `time.sleep` in do_POST with the model's lock held).
+        A caller that gives up waiting leaves the answer to be taken all the same: where KoboldCPP cannot send
+        one, the next request waits another 0.25 s (1.104, `time.sleep` in do_POST with the model's lock held).
         """
         asked = self._http.post(port, request.path, request.body, timeout_s, self.password)
         asking = asyncio.create_task(asked)

@@ -179,7 +179,7 @@ class EngineProcess(ProcessTree):
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process lives; one that has ended and was not yet waited for does not."""
+    """Return True if a process lives; one that has ended and was not yet waited for does not."""
     try:
         status: str = psutil.Process(pid).status()
     except psutil.Error:

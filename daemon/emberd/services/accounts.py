@@ -30,7 +30,6 @@ class Accounts:
 
     Args:
         path: the SQLite file.
-        log: events go here.
     """
 
     def __init__(self, path: Path, log: FilteringBoundLogger) -> None:

@@ -25,7 +25,7 @@ _LARGEST_HEAD_BYTES = 128 * 1024
 _CANCEL_LIMIT_S = 1.0
 _SHUTDOWN_POLL_S = 0.01
 _FIRST_WORDS_S = 0.05
-"""Who was let in last may have a request on its way; closed without it, that connection would be a lost request."""
+"""The connection that was let in last may have a request on its way, which would be lost if it were closed."""
 UNREAD_S = 30.0
 """A connection that is to be closed is ended when its client has read nothing for so long."""
 _TRUNCATED = "ASGI callable returned without completing response."

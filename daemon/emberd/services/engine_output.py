@@ -35,7 +35,6 @@ class EngineOutput:
         settings: of the log.
         engine: understands the lines.
         host: this computer.
-        log: events go here.
         meter: takes what lines tell about memory.
         cannot_serve: told, with the last words, when the engine says that it will never serve.
     """

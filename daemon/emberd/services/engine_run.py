@@ -53,7 +53,6 @@ class EngineRun:
         settings: tells emberd's settings.
         host: this computer.
         paths: where state is kept.
-        log: events go here.
         gate: told what the engine is.
         meter: judges its lock.
         output: follows what it prints.

@@ -225,7 +225,7 @@ class Exchange:
         await client.end()
 
     def _was_refused(self) -> bool:
-        """Tell whether the engine answered without having begun to work: the client's mistake, or it is busy."""
+        """Return True if the engine answered without having begun to work: the client's mistake, or it is busy."""
         status = self._status
         if status is None:
             return False
@@ -335,6 +335,6 @@ def _is_stream(head: ReplyHead) -> bool:
 
 
 def _tells_its_length(head: ReplyHead) -> bool:
-    """Tell whether a cut reply shows by itself; KoboldCPP's streams and errors end by closing, as a death does."""
+    """Return True if a cut shows by itself; KoboldCPP's streams and errors end by closing, as a death does."""
     framed = head.get(b"content-length") or head.get(b"transfer-encoding")
     return framed is not None or head.status in {204, 304}

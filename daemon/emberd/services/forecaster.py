@@ -27,7 +27,6 @@ class Forecaster:
     """Remembers what this engine took on this computer, for as long as emberd runs.
 
     Args:
-        log: events go here.
         observer: reads the engine's memory.
         turns: knows when a user's reply began.
         residency: tells how much of the weights is in memory; None without an engine.
@@ -89,12 +88,12 @@ class Forecaster:
             await self.look()
 
     def note_replay(self, seconds: float) -> float | None:
-        """Hear how long a replay took; return that divided by a hot one, None for the first."""
+        """Learn how long a replay took; return that divided by a hot one, None for the first."""
         hot_s = self._experience.hot_replay_s
         self._experience = replace(self._experience, hot_replay_s=min(hot_s or seconds, seconds))
         return seconds / hot_s if hot_s else None
 
     def note_reading(self, cold_bytes: int | None, seconds: float) -> None:
-        """Hear how long bringing pages back took."""
+        """Learn how long bringing pages back took."""
         if cold_bytes and cold_bytes >= _LEAST_READ_BYTES and seconds > 0:
             self._experience = replace(self._experience, read_bytes_per_s=cold_bytes / seconds)

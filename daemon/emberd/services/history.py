@@ -95,7 +95,6 @@ class History:
 
     Args:
         path: the SQLite file; its folder must exist.
-        log: events go here.
         page_limit: bound on the size of the file, in SQLite's pages.
     """
 

@@ -36,7 +36,6 @@ class KeepWarm:
     """The keep-warm service.
 
     Args:
-        log: events go here.
         settings: tells the settings of warmth.
         gate: the way to the engine.
         observer: reads memory.

@@ -158,7 +158,7 @@ class Body:
         return self._first if self._is_complete else None
 
     def let_go(self) -> None:
-        """Hear that the engine has answered: it wants no more of the body, whatever the client still sends."""
+        """The engine has answered: it wants no more of the body, whatever the client still sends."""
         self._is_free.set()
 
     async def stream(self) -> AsyncIterator[bytes]:

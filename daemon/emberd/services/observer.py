@@ -32,7 +32,6 @@ class Observer:
 
     Args:
         host: this computer.
-        log: events go here.
         sample: tells what the engine is.
     """
 

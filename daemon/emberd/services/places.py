@@ -42,7 +42,7 @@ class Patience:
 
 
 class Line:
-    """Who comes first is served first, except for who was served already and lost it.
+    """First come, first served; a request whose engine died goes to the front.
 
     Args:
         limit: how many are served at once.

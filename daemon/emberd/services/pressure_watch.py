@@ -44,7 +44,6 @@ class PressureWatch:
 
     Args:
         host: this computer.
-        log: events go here.
         settings: tells the settings of warmth.
         gate: the way to the engine.
         observer: reads memory.

@@ -34,7 +34,6 @@ class Probing:
 
     Args:
         settings: tells the settings of the lifecycle.
-        log: events go here.
         gate: the way to the engine.
         run: its process.
         output: what it prints.

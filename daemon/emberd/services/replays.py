@@ -35,7 +35,6 @@ class Replays:
     """Generations of one token; a user who comes ends them.
 
     Args:
-        log: events go here.
         gate: the way to the engine.
         turns: knows what the engine's cache holds.
         use: tells when a user comes.

@@ -28,7 +28,6 @@ class ResidencyMeter:
 
     Args:
         paging: what this system's calls can do.
-        log: events go here.
         observer: reads the engine's memory.
     """
 

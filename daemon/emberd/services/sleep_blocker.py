@@ -34,7 +34,6 @@ class SleepBlocker:
 
     Args:
         host: this computer.
-        log: events go here.
         settings: tells the settings.
         gate: tells whether the engine is ready, and when that changes.
     """

@@ -60,7 +60,6 @@ class Supervisor:
         engine: the adapter.
         host: this computer.
         paths: where state is kept.
-        log: events go here.
     """
 
     def __init__(
@@ -338,7 +337,7 @@ class Supervisor:
             self.post(lifecycle.Restart("settings changed since this engine was started"))
 
     def _would_lock(self, settings: Settings) -> bool:
-        """Tell whether the engine would be asked to lock; under `auto` the answer of its start stands."""
+        """Return True if the engine would be asked to lock; under `auto` the answer of its start stands."""
         if settings.engine.lock == "auto" and self._record is not None:
             return self._record.will_lock
         return settings.engine.lock != "never"

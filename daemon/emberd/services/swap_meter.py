@@ -24,7 +24,6 @@ class SwapMeter:
     Args:
         observer: reads the counters.
         accounts: kept across restarts.
-        log: events go here.
     """
 
     def __init__(self, observer: Observer, accounts: Accounts, log: FilteringBoundLogger) -> None:

@@ -37,7 +37,6 @@ class Touching:
     user who came while one was made, and nobody touched, waited 14 times as long (845 major faults).
 
     Args:
-        log: events go here.
         weights: are touched.
         spending: adds up what it costs.
         watch: tells whether memory is taken.

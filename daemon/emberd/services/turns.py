@@ -339,7 +339,7 @@ class Knocks:
         self._last_s = now_s
 
     def is_back_at(self, now_s: float) -> bool:
-        """Tell whether a knock at that monotonic time would be somebody who comes back."""
+        """Return True if a knock at that monotonic time would be somebody who comes back."""
         return self._last_s is None or now_s - self._last_s >= _AWAY_S
 
     async def wait(self) -> None:

@@ -27,7 +27,6 @@ class Warming:
     """The means of keeping warm, and what they share.
 
     Attributes:
-        log: events go here.
         gate: the way to the engine.
         use: tells who is at work.
         weights: touches and locks them.

@@ -34,7 +34,6 @@ class Weights:
 
     Args:
         host: this computer.
-        log: events go here.
         gate: the way to the engine.
         toucher: touches and locks the model's pages.
         use: tells when a user comes.
