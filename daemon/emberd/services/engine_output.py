@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from emberd.services.lock_meter import LockMeter
 
 _REST_S = 0.02
-"""Pause between two reads: an engine that prints much wakes emberd fifty times a second, not ten thousand.
-"""
+"""Pause between two reads: an engine that prints much wakes emberd fifty times a second, not ten thousand."""
 _POLL_S = 1.0
 _TAIL_IN_MESSAGE = 8
 
