@@ -72,35 +72,35 @@ class Verdict(Enum):
     """The engine does not tell."""
 
 
-def judge_replay(held: Conversation, counts: PromptCounts, *, may_be_gone: bool) -> Verdict:
+def judge_replay(conversation: Conversation, counts: PromptCounts, *, may_be_gone: bool) -> Verdict:
     """Judge what a replay found; it may be gone from a new engine, or one that has loaded its model again.
 
     The first replay of a turn may process as many tokens more as the reply has: what an engine generates can be
     other tokens than those that it makes of the same text, and thoughts are left out of a chat's history. A text
     has no more tokens than bytes.
     """
-    turn = held.turn
-    if may_be_gone or (turn.was_cut and not held.is_replayed):
+    turn = conversation.turn
+    if may_be_gone or (turn.was_cut and not conversation.is_replayed):
         return Verdict.PRIMED
     if counts.processed is None:
         return Verdict.UNKNOWN
     told = turn.counts.generated
     of_reply = len(turn.reply.encode("utf-8", "surrogatepass")) if told is None else told
-    most = MOST_PROCESSED_TOKENS + (0 if held.is_replayed else of_reply)
+    most = MOST_PROCESSED_TOKENS + (0 if conversation.is_replayed else of_reply)
     return Verdict.HIT if counts.processed <= most else Verdict.MISS
 
 
-def found_what_was_kept(held: Conversation, new: Turn) -> bool | None:
+def found_what_was_kept(conversation: Conversation, new: Turn) -> bool | None:
     """Return whether a user's next turn found the prompt of the last one; None if it goes on elsewhere."""
-    kept, new_prompt = held.turn.counts.prompt, new.counts.prompt
-    if kept is None or held.turn.was_cut or new_prompt is None or not new.continues(held.turn):
+    kept, new_prompt = conversation.turn.counts.prompt, new.counts.prompt
+    if kept is None or conversation.turn.was_cut or new_prompt is None or not new.continues(conversation.turn):
         return None
     if new_prompt < kept:
         return None  # the engine has cut it
     return (new.counts.reused or 0) >= LEAST_FOUND_SHARE * kept
 
 
-def to_replay(held: Sequence[Conversation], room: CacheRoom) -> list[Conversation]:
+def to_replay(conversations: Sequence[Conversation], room: CacheRoom) -> list[Conversation]:
     """Return the conversations that a pass replays, in the order in which they are sent.
 
     The latest comes first, so that a user who interrupts the pass finds it, and once more behind the others: an
@@ -108,14 +108,14 @@ def to_replay(held: Sequence[Conversation], room: CacheRoom) -> list[Conversatio
     surely left; what each takes must be known.
 
     Args:
-        held: the most recent last.
+        conversations: the most recent last.
         room: of the engine's cache.
     """
-    if not held or held[-1].is_gone:
+    if not conversations or conversations[-1].is_gone:
         return []
-    latest, others = held[-1], list[Conversation]()
+    latest, others = conversations[-1], list[Conversation]()
     left = None if room.cells is None or latest.tokens is None else room.cells - latest.tokens
-    for each in reversed(held[:-1][-(room.conversations - 1) :] if room.conversations > 1 else []):
+    for each in reversed(conversations[:-1][-(room.conversations - 1) :] if room.conversations > 1 else []):
         if each.is_gone or each.tokens is None or left is None:
             continue
         if room.is_shared and each.tokens > left:
