@@ -210,7 +210,8 @@ def journal_name(name: str) -> str:
 def journal_datagram(fields: Iterable[tuple[str, str]]) -> bytes:
     r"""Return the native protocol's form of an entry.
 
-    It is `NAME=value\n`; for a value with a line end `NAME\n`, its length as 64 bits, little endian, the value, `\n`.
+    It is `NAME=value\n`; for a value with a line end `NAME\n`, its length as 64 bits, little endian, the
+    value, `\n`.
     """
     parts = []
     for name, text in fields:
