@@ -95,7 +95,7 @@ def _watch(config: str | None, progress: Callable[[int, int], None], is_over: th
         try:
             seen = ask_daemon(config, "progress")
         except EmberdError:
-            return  # a person who asks to warm is told why
+            return  # the verb itself reports why
         if seen["total_bytes"]:
             progress(seen["done_bytes"], seen["total_bytes"])
 

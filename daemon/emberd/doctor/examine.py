@@ -135,7 +135,7 @@ class Examination:
         def run() -> None:
             try:
                 answer.set_result(question())
-            except Exception as error:  # noqa: BLE001  # told to who asks
+            except Exception as error:  # noqa: BLE001  # told to the caller
                 answer.set_exception(error)
 
         threading.Thread(target=run, name=f"doctor: {what}", daemon=True).start()
