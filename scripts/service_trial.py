@@ -559,7 +559,7 @@ class Trial:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process is there; one that has ended and waits to be collected is not."""
+    """Return True if a process is there; one that has ended and waits to be collected is not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

@@ -189,7 +189,7 @@ class Daemon:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process lives; a zombie does not."""
+    """Return True if a process lives; a zombie does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

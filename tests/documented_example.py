@@ -120,7 +120,7 @@ def commands(block: Block) -> list[tuple[str, str]]:
 
 
 def is_as_shown(shown: str, printed: str) -> bool:
-    """Tell whether what was printed is what the page shows, by the rules above."""
+    """Return True if what was printed is what the page shows, by the rules above."""
     if shown.strip().isdecimal():
         return shown.strip() == printed.strip()
     pattern = ".*".join(_number_pattern(" ".join(part.split())) for part in shown.split("..."))

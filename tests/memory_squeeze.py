@@ -28,7 +28,7 @@ _SHRINK_LIMIT_S = 30.0
 
 
 def can_squeeze_here() -> bool:
-    """Tell whether swap files and memory cgroups can be made here."""
+    """Return True if swap files and memory cgroups can be made here."""
     has_controller = IS_V2 or (_V1 / "memory.limit_in_bytes").exists()
     return os.geteuid() == 0 and has_controller and None not in TOOLS.values()
 

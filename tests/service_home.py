@@ -182,5 +182,5 @@ class SystemdHome(Home):
 
 
 def can_run_systemd() -> bool:
-    """Tell whether a user manager can be tried here: as root, with unshare(1)."""
+    """Return True if a user manager can be tried here: as root, with unshare(1)."""
     return os.geteuid() == 0 and SYSTEMD.exists() and bool(UNSHARE and SYSTEMCTL)

@@ -1,4 +1,4 @@
-"""Puts an emberd together: counts its start, and has it serve an engine or stand by until it can."""
+"""Composes an emberd: counts its start, and makes it serve an engine, or stand by until it can."""
 
 from __future__ import annotations
 
@@ -33,16 +33,13 @@ if TYPE_CHECKING:
     from emberd.services.daemon import Daemon
 
 _LAST_ANSWERS_S = 2.0
-"""After the engine is gone, what is still open are refusals on their way out."""
+"""After the engine is gone, only refusals are still on their way out."""
 _BESIDES_S = 15.0
-"""What a stop takes besides its drain and the engine's end: a kill, the last answers, the accounts."""
+"""Time that a stop takes besides its drain and the engine's end: for a kill, the last replies, the accounts."""
 
 
 def run(option: str | None) -> int:
-    """Run emberd in the foreground until it is told to stop; returns the exit code.
-
-    Args:
-        option: the settings file as it was named.
+    """Run emberd in the foreground until it is told to stop; return the exit code.
 
     Raises:
         EmberdError: it cannot start, and is not to stand by. Nothing was left behind.
@@ -83,7 +80,7 @@ def _start(option: str | None, instance: Instance) -> Why:
 
 
 def _history(loaded: Loaded) -> StartHistory:
-    """Return what is known of earlier starts: nothing if the state directory is not known, or is the problem."""
+    """Return the start history, an empty one if the state directory is unknown, or is the problem."""
     paths = state_paths(loaded.settings)
     try:
         prepare(paths)
@@ -100,7 +97,7 @@ def _bug(caught: Exception) -> EmberdError:
 def _stand_by(
     error: EmberdError, wait_s: float, loaded: Loaded, option: str | None, instance: Instance, history: StartHistory
 ) -> Why:
-    """Answer in emberd's place until it is stopped or is to be tried again."""
+    """Stand by until stopped, or until it is time to try again."""
     from emberd.services.daemon import Daemon  # noqa: PLC0415  # imports structlog
     from emberd.services.standby import Standby  # noqa: PLC0415  # rarely needed
 
@@ -118,7 +115,7 @@ def _stand_by(
 
 
 async def _examine_waiting(settings: Settings, error: EmberdError) -> dict[str, Any]:
-    """Return what `emberd doctor` sees while emberd cannot start for this error."""
+    """Return what `emberd doctor` sees while this error keeps emberd from starting."""
     from emberd.doctor.examine import examine  # noqa: PLC0415  # asked for once in a while
     from emberd.doctor.facts import ServiceHealth  # noqa: PLC0415  # same
 
@@ -126,10 +123,10 @@ async def _examine_waiting(settings: Settings, error: EmberdError) -> dict[str, 
 
 
 def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -> Why:
-    """Take what one emberd of this place needs, and serve.
+    """Take the lock and the sockets of the instance, and serve.
 
     Raises:
-        EmberdError: it cannot start; `instance` holds what could be had.
+        EmberdError: it cannot start; `instance` holds what it could take.
     """
     host, settings, path = ThisHost(), loaded.settings, loaded.path
     instance.take_given(host)
@@ -140,7 +137,7 @@ def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -
     prepare(paths)
     instance.take_lock(paths.lock)
     instance.listen(settings.endpoint.host, settings.endpoint.port)
-    # From here on clients wait in the backlog; what is slow to import comes after.
+    # From here on clients wait in the backlog; slow imports come later.
     from emberd.services.build import SettingsInForce, build  # noqa: PLC0415
     from emberd.services.daemon import Daemon  # noqa: PLC0415
 
@@ -154,7 +151,7 @@ def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -
 
 
 class _Serving:
-    """An emberd with an engine; `tell_ready` is called when that is ready for the first time."""
+    """An emberd with an engine; `tell_ready` is called when the engine is ready for the first time."""
 
     def __init__(
         self,
@@ -251,7 +248,7 @@ class _Serving:
         return None
 
     def _work(self) -> Iterator[Coroutine[Any, Any, None]]:
-        """Yield what goes on until the end, beside the supervisor and the endpoint."""
+        """Yield the work that goes on until the end, beside the supervisor and the endpoint."""
         notifier, gate = self._daemon.notifier, self._supervisor.gate
 
         async def tell_accepting() -> None:
@@ -271,7 +268,7 @@ class _Serving:
         yield notifier.feed_watchdog(self._supervisor.prove_alive)
 
     def _line(self) -> str:
-        """Say in one line how the engine is; of the reason the first line, without the engine's output."""
+        """Return the engine's state and the first line of the reason, without the engine's output."""
         status = self._supervisor.status()
         reason = status.reason.partition("\n")[0]
         return f"engine {status.state}" + (f": {reason}" if reason else f", {self._daemon.instance.url}")
@@ -312,7 +309,7 @@ class _Serving:
         return to_plain(await self.status())
 
     async def status(self) -> Status:
-        """Return what the daemon knows of itself, its engine and this computer now."""
+        """Return what the daemon knows now of itself, its engine and this computer."""
         from emberd.services import logs  # noqa: PLC0415
 
         services, settings = self._services, self._settings.now
@@ -349,7 +346,7 @@ class _Serving:
     async def _shut_down(self, *, is_failed: bool) -> None:
         """Drain and stop the engine under its own bounds, then the endpoint.
 
-        After a failure the sockets stay open: emberd may be about to say on them what is wrong.
+        After a failure the sockets stay open: emberd may stand by on them.
         """
         timing = self._settings.now.lifecycle
         if not is_failed:

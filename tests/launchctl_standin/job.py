@@ -44,14 +44,14 @@ def keeps_alive(job: Mapping[str, Any]) -> Any:
 
 
 def runs_at_load(job: Mapping[str, Any]) -> bool:
-    """Tell whether loading starts the job; any use of KeepAlive implies it."""
+    """Return True if loading starts the job; any use of KeepAlive implies it."""
     keep_alive = keeps_alive(job)
     waits = isinstance(keep_alive, dict) and keep_alive.get("AfterInitialDemand") is True
     return not waits and (bool(keep_alive) or job.get("RunAtLoad") is True)
 
 
 def wants_restart(job: Mapping[str, Any], status: int, is_loaded: Callable[[str], bool]) -> bool:
-    """Tell whether a job that ended with this wait status is started again: the conditions are OR-ed.
+    """Return True if a job that ended with this wait status is started again: the conditions are OR-ed.
 
     PathState and OtherJobEnabled are looked at when the job ends, not watched.
     """

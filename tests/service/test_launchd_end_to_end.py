@@ -71,7 +71,7 @@ class Load:
 
 
 def refuses(service: Service) -> bool:
-    """Tell whether nobody listens."""
+    """Return True if nobody listens."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", service.port)) != 0
 

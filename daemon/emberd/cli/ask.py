@@ -21,7 +21,7 @@ _PROGRESS_EVERY_S = 0.2
 def _verb(
     limit_s: float = ASK_LIMIT_S, *, takes_duration: bool = False
 ) -> Callable[[Callable[[dict[str, Any]], str]], click.Command]:
-    """Make a verb of a function that says the daemon's answer to a person; its docstring is the help."""
+    """Make a verb of a function that puts the daemon's answer into words; its docstring is the help."""
 
     def make(say: Callable[[dict[str, Any]], str]) -> click.Command:
         def ask_and_show(config: str | None, *, is_json: bool, for_: str | None = None) -> None:
@@ -62,7 +62,7 @@ def resume(answer: dict[str, Any]) -> str:
 def cool(answer: dict[str, Any]) -> str:
     """Let go of the memory for DURATION (1h by default) or until the next request.
 
-    What emberd has locked itself is let go at once; a lock of the engine's own stays until it is restarted.
+    emberd's own lock is let go at once; the engine's lock stays until the engine is restarted.
     """
     return f"let go for {duration(answer['seconds'])}; `emberd resume` ends it"
 
@@ -77,7 +77,7 @@ def forget(answer: dict[str, Any]) -> str:
 @as_json
 @click.pass_obj
 def warm(config: str | None, *, is_json: bool) -> None:
-    """Warm weights and cache now; ends a pause or a cool spell. Ctrl-C leaves emberd at it."""
+    """Warm weights and cache now; ends a pause or a cool spell. After Ctrl-C emberd goes on warming."""
     is_over = threading.Event()
     with byte_progress(is_shown=not is_json and sys.stderr.isatty()) as progress:
         watching = threading.Thread(target=_watch, args=(config, progress, is_over), daemon=True)
@@ -95,7 +95,7 @@ def _watch(config: str | None, progress: Callable[[int, int], None], is_over: th
         try:
             seen = ask_daemon(config, "progress")
         except EmberdError:
-            return  # the one who asks to warm tells why
+            return  # the verb itself reports why
         if seen["total_bytes"]:
             progress(seen["done_bytes"], seen["total_bytes"])
 

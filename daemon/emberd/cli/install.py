@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 def install(asked: Asked, *, is_print: bool, starts_at_login: bool | None) -> None:
     """Run emberd as a service: a LaunchAgent on macOS, a systemd user service on Linux.
 
-    launchd or systemd holds the endpoint's port from then on, starts emberd at every login and after a crash. Run
-    again, it changes nothing, or what the settings or a new version have changed, or mends an interrupted install.
+    From then on launchd or systemd holds the endpoint's port, and starts emberd at every login and after a crash.
+    Run again, this takes over changes of the settings or of the version, mends an interrupted install, or changes
+    nothing.
 
     A second emberd needs its own settings (endpoint.port, state.directory) and name:
     emberd --config small.toml install --label small
@@ -125,11 +126,11 @@ def _print_uninstalled(content: dict[str, Any]) -> None:
 @click.command("upgrade")
 @on_service()
 def upgrade(asked: Asked) -> None:
-    """Go over to this version of emberd, after e.g. `pip install --upgrade emberd`.
+    """Change to this version of emberd, for example after `pip install --upgrade emberd`.
 
-    The service's files are written anew if this version would write them otherwise. The running emberd ends its
-    requests and becomes the new one in the same process: new connections wait, none is refused, and the engine is
-    taken over without loading the model again.
+    If this version needs other service files, it writes them. The running emberd finishes its requests and
+    becomes the new one in the same process: new connections wait, none is refused, and the engine is taken over
+    without loading the model again.
     """
     check_user()
     manager, label = asked.manager, asked.label
@@ -154,15 +155,15 @@ def upgrade(asked: Asked) -> None:
     if before is not None:
         content["daemon"] = _replace(asked, wanted, settings.lifecycle.drain_timeout_s)
     elif is_written and manager.status(label).is_loaded:
-        manager.install(wanted, asked.tell)  # it reads its files anew; no emberd runs, nobody is disturbed
+        manager.install(wanted, asked.tell)  # it reads its files again; no emberd runs that this could disturb
     asked.show(content, _print_upgraded)
 
 
 def _replace(asked: Asked, wanted: WantedService, drain_timeout_s: float) -> dict[str, Any]:
-    """Have the running emberd become the wanted one.
+    """Make the running emberd become the wanted one.
 
     Raises:
-        EngineFailed: what came back is of another version, or nothing came back.
+        EngineFailed: another version came back, or none.
     """
     done = replace_daemon(asked.config, drain_timeout_s, wanted.program)
     after = asked.daemon_status()

@@ -1,4 +1,4 @@
-"""`emberd logs`: what emberd has logged, wherever this system keeps it."""
+"""`emberd logs`: what emberd has logged, from this system's log or the file."""
 
 from __future__ import annotations
 
@@ -127,10 +127,10 @@ def command(
 
 
 def _system_reader(settings: Settings, path: Path, wanted: Wanted, source: str) -> SystemReader | None:
-    """Return who reads the system's log, None if the file is to be read.
+    """Return the reader of the system's log, None if the file is to be read.
 
     Raises:
-        EmberdError: the system's log is asked for, and there is no program for it.
+        EmberdError: the system's log is asked for, but no program reads it.
     """
     program = None if source == "file" else ThisHost().log_program()
     if program is None:
@@ -151,7 +151,7 @@ def _system_reader(settings: Settings, path: Path, wanted: Wanted, source: str) 
 
 
 def _is_newer(reader: SystemReader, path: Path, wanted: Wanted) -> bool:
-    """Return True if the last emberd wrote to the system's log: its newest entry is then as new as the file."""
+    """Return True if the last emberd wrote to the system's log: its newest entry is as new as the file."""
     newest = reader.newest(Wanted(instance=wanted.instance, user_id=wanted.user_id))
     if newest is None or newest.time is None:
         return False
@@ -164,7 +164,7 @@ def _is_newer(reader: SystemReader, path: Path, wanted: Wanted) -> bool:
 
 
 def _places_of_running(settings: Settings) -> list[str] | None:
-    """Ask the running daemon where it logs; None if none runs."""
+    """Return the sinks of the running daemon, None if none runs."""
     try:
         places = ask(state_paths(settings).control, "status").get("log")
     except EmberdError:
@@ -191,7 +191,7 @@ def _show_json(entry: Entry) -> None:
 
 
 def _show(entry: Entry) -> None:
-    """Print an entry as a line; colours only on a terminal, as click does it."""
+    """Print an entry as a line, in colours on a terminal."""
     pieces = []
     for kind, text in log_reading.words(entry):
         style = _COLOURS.get(entry.level if kind == "level" else kind, {})

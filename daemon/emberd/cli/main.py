@@ -20,7 +20,7 @@ _VERBS = {
     "start": ("running.start", "Start the installed service."),
     "stop": ("running.stop", "Stop the daemon and its engine."),
     "restart": ("running.restart", "Restart the engine and wait until it is ready."),
-    "upgrade": ("install.upgrade", "Go over to the installed version; refuse nobody, load nothing again."),
+    "upgrade": ("install.upgrade", "Change to the installed version; no client is refused, no model reloaded."),
     "reload": ("ask.reload", "Read the settings again."),
     "warm": ("ask.warm", "Warm the model now."),
     "pause": ("ask.pause", "Warm nothing for a while."),
@@ -34,13 +34,13 @@ _VERBS = {
     "config": ("config.command", "Make, show and check the settings file."),
     "completion": ("completion.command", "Print shell completion."),
 }
-"""What each verb is called, where its command stands in this folder, and its line in the help."""
+"""Name of each verb, place of its command in this folder, and its line in the help."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
 
 
 class _LazyGroup(click.Group):
-    """Knows its verbs by name and imports them on demand."""
+    """Knows its verbs by name, and imports them on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's interface
         return list(_VERBS)

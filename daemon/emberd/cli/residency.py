@@ -39,7 +39,7 @@ def command(
     is_sampled: bool,  # noqa: FBT001  # same
     is_json: bool,  # noqa: FBT001  # same
 ) -> None:
-    """Show how much of FILE is in memory; of the model in the settings if none is named.
+    """Show how much of FILE, or else of the model in the settings, is in memory.
 
     Works on any file, with or without a daemon. All parts of a split model count together.
     """
@@ -76,7 +76,7 @@ def model_files(config: str | None, file: str | None) -> list[Path]:
 
 @contextlib.asynccontextmanager
 async def toucher_on(paths: Sequence[Path]) -> Any:
-    """Give a toucher on these files, and end it; its troubles become errors for a person.
+    """Yield a toucher on these files, and end it; its failures become errors for a person.
 
     Raises:
         ModelError: a file cannot be read.
@@ -133,7 +133,7 @@ def _plain(seen: residency.Residency) -> dict[str, Any]:
     from emberd.services.residency_meter import describe  # noqa: PLC0415
 
     plain = to_plain(describe(seen))
-    del plain["age_s"]  # it was read just now
+    del plain["age_s"]  # it was just read
     return plain
 
 
@@ -154,7 +154,7 @@ def _part(part: residency.Part) -> dict[str, Any]:
 
 
 def _engine_words(config: str | None) -> dict[str, Any] | None:
-    """Return what the daemon knows of its engine's residency, None without a daemon."""
+    """Return the daemon's words on its engine's residency, None without a daemon."""
     with contextlib.suppress(EmberdError):
         found: dict[str, Any] | None = ask_daemon(config, "status").get("residency")
         return found

@@ -1,4 +1,4 @@
-"""`emberd start`, `stop` and `restart`: of an installed service, or of an emberd that was started by hand."""
+"""`emberd start`, `stop` and `restart`, for an installed service or an emberd that was started by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.command("start")
 @on_service()
 def start(asked: Asked) -> None:
-    """Start the installed service now; also after it was stopped, switched off or has given up."""
+    """Start the installed service now, even if it was stopped, was switched off or has given up."""
     check_user()
     settings, _ = config_file.load(asked.config)
     has_started = asked.manager.start(asked.label, stop_limit_s(settings.lifecycle), asked.tell)
@@ -65,8 +65,8 @@ def _print_started(content: dict[str, Any]) -> None:
 def stop(asked: Asked, *, is_until_asked: bool) -> None:
     """Stop the daemon and its engine; running requests may finish first (lifecycle.drain_timeout_s).
 
-    An installed service is unloaded, or the next connection would start it again. It comes back with the next
-    login, or with `emberd start`.
+    An installed service is unloaded, because the next connection would start it again. It comes back with the
+    next login, or with `emberd start`.
     """
     settings = load_of_daemon(asked.config).settings
     limit_s = stop_limit_s(settings.lifecycle)
@@ -87,7 +87,7 @@ def stop(asked: Asked, *, is_until_asked: bool) -> None:
 
 
 def _stop_service(asked: Asked, limit_s: int) -> dict[str, Any] | None:
-    """Unload the service; None if it is not loaded, or an emberd that was started by hand runs instead."""
+    """Unload the service; return None if it is not loaded, or an emberd that was started by hand runs instead."""
     found = asked.manager.status(asked.label)
     is_by_hand = asked.daemon_status() is not None and not found.is_running
     if not found.is_loaded:
@@ -97,7 +97,7 @@ def _stop_service(asked: Asked, limit_s: int) -> dict[str, Any] | None:
 
 
 def _stop_daemon(config: str | None, settings: Settings, limit_s: int) -> dict[str, Any]:
-    """End an emberd that was started by hand, or the engine that is all that is left of one."""
+    """End an emberd that was started by hand, or its leftover engine."""
     try:
         pid: int = ask_daemon(config, "stop")["pid"]
     except NotRunning:
@@ -116,7 +116,7 @@ def _stop_daemon(config: str | None, settings: Settings, limit_s: int) -> dict[s
 
 
 async def _ended(pid: int, limit_s: float) -> None:
-    """Return when the process has ended, whether or not its parent has taken note."""
+    """Return when the process has ended, zombie or not."""
     try:
         watch = ThisHost().watch_exit(pid)
     except ProcessLookupError:
@@ -167,10 +167,10 @@ def restart(config: str | None, *, is_json: bool, is_daemon: bool) -> None:
 
 
 def _await_new_start(config: str | None, began_s: float, limit_s: float) -> None:
-    """Wait until the emberd that follows one that waited, because it could not start, has started an engine.
+    """Wait until the emberd after one that stood by has started an engine.
 
     Raises:
-        EngineFailed: it waits again, or did not come back in time.
+        EngineFailed: it stands by again, or did not come back in time.
     """
     error = EmberdError("emberd did not come back", "See its log; then: emberd run.")
     seen_s = began_s
@@ -182,7 +182,7 @@ def _await_new_start(config: str | None, began_s: float, limit_s: float) -> None
             continue
         if status.state == "STANDBY" and status.uptime_s < time.monotonic() - began_s:
             raise EngineFailed(f"emberd still cannot start: {status.reason}", status.remedy or "")
-        if status.state in {"FAILED", "STOPPED"}:  # on its way to waiting again, as a rule
+        if status.state in {"FAILED", "STOPPED"}:  # usually on its way to stand by again
             error = EngineFailed(status.reason or "the engine is stopped", "Mend the cause, then `emberd restart`.")
             continue
         if status.state not in {"STANDBY", "STARTING"}:
@@ -192,7 +192,7 @@ def _await_new_start(config: str | None, began_s: float, limit_s: float) -> None
 
 
 def _wait_until_ready(config: str | None, starts: int, limit_s: float, *, is_quiet: bool) -> Status:
-    """Wait for an engine that was started after `starts` others, telling its states as they pass.
+    """Wait for an engine that was started after `starts` others, and print its states as they pass.
 
     Raises:
         EngineFailed: it failed, or was not ready within `limit_s`.

@@ -1,4 +1,4 @@
-"""What the verbs about the service share: which manager and label, what is wanted, waiting for the daemon."""
+"""What the verbs on the service share: manager and label, what is wanted, waiting for the daemon."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ ManagerName = Literal["auto", "launchd", "systemd"]
 ANSWER_LIMIT_S = 20.0
 """A new emberd answers within a second; a computer that swaps takes longer."""
 _SERVICE_ANSWER_LIMIT_S = 30.0
-"""The same, and what the manager needs to start it."""
+"""The same, with the manager's time to start it."""
 _UNDECIDED = {"STOPPED", "STARTING", "FAILED"}
 _DECIDED_LIMIT_S = 5.0
 _ASK_AGAIN_S = 0.2
 _PASSED_ON = ("XDG_STATE_HOME",)
-"""Variables that decide where emberd's files are: the daemon must see what its owner's shell sees."""
+"""Variables that decide where emberd's files are: the daemon must have those of its owner's shell."""
 
 with_label = click.option(
     "--label",
@@ -87,7 +87,7 @@ class Asked:
 
     @cached_property
     def label(self) -> str:
-        """The label that is meant; raises what `find_label` does."""
+        """The label; raises what `find_label` raises."""
         return find_label(self.manager, self.config, self.named_label)
 
     def wanted(self, *, starts_at_login: bool) -> tuple[WantedService, Settings]:
@@ -95,7 +95,7 @@ class Asked:
         return wanted_service(self.manager, self.config, self.label, starts_at_login=starts_at_login)
 
     def tell(self, line: str) -> None:
-        """Tell a person of progress; nothing where JSON is printed."""
+        """Tell a person of progress; print nothing if JSON is printed."""
         if not self.is_json:
             click.echo(line)
 
@@ -104,7 +104,7 @@ class Asked:
         talk.show(content, self.is_json, to_text)
 
     def daemon_status(self) -> Status | None:
-        """Return what the daemon of these settings says of itself, None if none answers."""
+        """Return the status of the daemon of these settings, None if none answers."""
         try:
             return talk.ask_status(self.config)
         except NotRunning:
@@ -114,7 +114,7 @@ class Asked:
         """Return the status of the daemon that the manager has started, as soon as it answers.
 
         Raises:
-            ServiceManagerFailed: it has ended or does not answer in time, with what it said if it did.
+            ServiceManagerFailed: it has ended, with its last words, or does not answer in time.
             EngineFailed: it runs, and has given up on the engine.
         """
         began_s = time.monotonic()
@@ -152,7 +152,7 @@ def find_manager(name: ManagerName) -> ServiceManager:
 
 
 def find_label(manager: ServiceManager, config: str | None, label: str | None) -> str:
-    """Return the label that is meant: the named one, else the one installed with these settings, else the default.
+    """Return the named label, else the one installed with these settings, else the default.
 
     Raises:
         ConfigError: the name cannot be a label, or several services are installed with these settings.
@@ -168,7 +168,7 @@ def find_label(manager: ServiceManager, config: str | None, label: str | None) -
 def wanted_service(
     manager: ServiceManager, config: str | None, label: str, *, starts_at_login: bool
 ) -> tuple[WantedService, Settings]:
-    """Return how this emberd is to be run on these settings, and the settings.
+    """Return the wanted service of this emberd with these settings, and the settings.
 
     Raises:
         ConfigError: the settings are wrong.
@@ -176,7 +176,7 @@ def wanted_service(
     settings, path = config_file.load(config)
     wanted = WantedService(
         label=label,
-        # Not resolved: the Python of a virtual environment is a link, and the environment is found by its path.
+        # Not resolved: a virtual environment's Python is a link, by whose path the environment is found.
         program=(str(Path(sys.executable).absolute()), "-P", "-m", "emberd", "--config", str(path), "run"),
         host=settings.endpoint.host,
         port=settings.endpoint.port,
@@ -189,7 +189,7 @@ def wanted_service(
 
 
 def statuses(config: str | None, limit_s: float) -> Iterator[Status | EmberdError]:
-    """Ask the daemon again and again within the limit, and give each status, or why there is none."""
+    """Ask the daemon again and again within the limit; yield each status, or why there is none."""
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
         try:
@@ -210,7 +210,7 @@ def end_leftover_engine(settings: Settings) -> int | None:
 
 
 def daemon_words(status: Status) -> str:
-    """Say in a line what the daemon and its engine are doing."""
+    """Return a line on what the daemon and its engine are doing."""
     text = f"emberd runs (pid {status.pid}) on {status.endpoint}, engine {status.state_words}"
     if status.state == "READY":
         return text

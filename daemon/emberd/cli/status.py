@@ -90,7 +90,7 @@ def _rows(status: Status) -> list[tuple[str, str, str]]:
 
 
 def _standby_rows(status: Status) -> list[tuple[str, str, str]]:
-    """Say why there is no engine: emberd itself cannot start, and waits."""
+    """Say why there is no engine: emberd stands by."""
     next_try = f"in {duration(status.next_start_in_s or 0)}, when a file changes, or: emberd restart"
     rows = [
         ("emberd", f"has waited for {duration(status.state_for_s)}: it cannot start", "red"),
@@ -131,7 +131,7 @@ def _warmth_words(warmth: WarmthStatus) -> str:
 
 
 def _reuse_rows(reuse: ReuseStatus) -> list[tuple[str, str, str]]:
-    """Say what the engine told of its prompt cache; nothing before it has told anything."""
+    """Return rows on the engine's counts of its prompt cache, none before there are any."""
     words = [
         f"{name} {counts.reused} tokens reused, {counts.processed} processed"
         for name, counts in (("last turn:", reuse.last_turn), ("last replay:", reuse.last_replay))

@@ -28,7 +28,7 @@ def ask_daemon(config: str | None, verb: str, timeout_s: float = ASK_LIMIT_S, **
 
     Raises:
         NotRunning: there is none.
-        ConfigError: there is none, and the settings are wrong; or they do not tell where it is.
+        ConfigError: there is none, and the settings are wrong; or they do not say where it is.
     """
     loaded = load_of_daemon(config)
     try:
@@ -47,10 +47,10 @@ def ask_status(config: str | None) -> Status:
 
 
 def load_of_daemon(config: str | None) -> Loaded:
-    """Return the settings to find the daemon by: it runs on, or waits, although they have become wrong.
+    """Return the settings by which to find the daemon: it may serve or stand by although they have become wrong.
 
     Raises:
-        ConfigError: they do not even tell where it is.
+        ConfigError: they do not even say where it is.
     """
     loaded = config_file.load_what_is_right(config)
     if loaded.error is not None and not loaded.tells_place:
@@ -62,7 +62,7 @@ def seconds_of(text: str) -> float:
     """Return the seconds of a duration such as 90s, 30m, 2h or 1d; a bare number is minutes.
 
     Raises:
-        click.BadParameter: it is none.
+        click.BadParameter: the text is no duration.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
     if not found:
@@ -80,7 +80,7 @@ def show(content: dict[str, Any], is_json: bool, to_text: Callable[[dict[str, An
 
 @contextlib.contextmanager
 def byte_progress(*, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on standard error, and give a function that is told bytes done and bytes to do."""
+    """Show a bar on standard error; yield a function that takes bytes done and bytes to do."""
     if not is_shown:
         yield lambda *_: None
         return
@@ -94,7 +94,7 @@ def byte_progress(*, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person says them: 4 s, 3 min, 2 h 5 min, 3 d 4 h."""
+    """Return seconds in words: 4 s, 3 min, 2 h 5 min, 3 d 4 h."""
     whole = int(seconds)
     if whole < 60:  # noqa: PLR2004  # seconds in a minute
         return f"{whole} s"
@@ -112,7 +112,7 @@ def gib(size_bytes: int) -> str:
 
 
 def residency_words(seen: ResidencyStatus) -> str:
-    """Say a residency in a line."""
+    """Return a line on a residency."""
     if seen.share is None:
         return f"UNKNOWN: {seen.message}"
     text = f"{seen.share:.1%}, {gib(seen.resident_bytes or 0)} of {gib(seen.total_bytes or 0)} GiB"

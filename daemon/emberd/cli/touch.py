@@ -25,9 +25,10 @@ _INTERRUPTED = 130
 @as_json
 @click.pass_context
 def command(context: click.Context, file: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
-    """Bring FILE into memory and mark its pages as used; the model in the settings if none is named.
+    """Bring FILE, or else the model in the settings, into memory and mark its pages as used.
 
-    All parts of a split model. Ctrl-C stops; what is in memory stays there as long as the system has room.
+    This takes all parts of a split model. After Ctrl-C, pages in memory stay there as long as the system has
+    room.
     """
     paths = model_files(context.obj, file)
     content = asyncio.run(_touch(paths, is_json=is_json))

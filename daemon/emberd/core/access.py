@@ -1,8 +1,8 @@
-"""Who may use the endpoint: the host that was asked for, the page that asks, the key. Pure.
+"""Who may use the endpoint, by the requested host, the asking page and the key. Pure.
 
 A browser lets any page send requests to 127.0.0.1, and KoboldCPP answers all of them with
-`access-control-allow-origin: *` (1.76 to 1.104): the page could read what the model says. And a page whose name is
-made to point to 127.0.0.1 after it was loaded (DNS rebinding) is of the same origin; its requests carry its name.
+`access-control-allow-origin: *` (1.76 to 1.104): the page could read the replies. And a page whose name is
+pointed to 127.0.0.1 after it was loaded (DNS rebinding) is of the same origin; its requests carry its name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _OWN_NAMES = ("localhost", "host.docker.internal")
-"""The second is how a container names the computer that it runs on (Docker's documentation)."""
+"""A container gives the second name to its computer (Docker's documentation)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class AccessRules:
     """Whom to let in.
 
     Attributes:
-        names: host names under which this computer may be asked, besides its loopback names and any IP address.
-        origins: pages that may ask, as `https://name[:port]`; `null` for files and `*` for every page.
+        names: host names that this computer has for clients, besides loopback names and any IP address.
+        origins: allowed pages, as `https://name[:port]`; `null` for files and `*` for every page.
         key: what clients must send as a bearer token, empty for no key.
     """
 
@@ -44,7 +44,7 @@ class Refusal:
     Attributes:
         status: HTTP status.
         code: stable name.
-        message: for a person; with the remedy.
+        message: for a person, with the remedy.
     """
 
     status: int
@@ -55,11 +55,7 @@ class Refusal:
 def judge(method: str, path: str, headers: Sequence[tuple[bytes, bytes]], rules: AccessRules) -> Refusal | None:
     """Return why a request is refused, None if it may pass.
 
-    Args:
-        method: HTTP method.
-        path: without the query.
-        headers: names in lower case.
-        rules: whom to let in.
+    `path` has no query; names of `headers` are in lower case.
     """
     host = _only(headers, b"host")
     if host is not None and not is_own_host(host, rules.names):
@@ -81,9 +77,9 @@ def judge(method: str, path: str, headers: Sequence[tuple[bytes, bytes]], rules:
 
 
 def is_own_host(host: str, names: Sequence[str]) -> bool:
-    """Tell whether a Host header names this computer.
+    """Return True if a Host header names this computer.
 
-    An IP address always does: a page can only be bound to a name that its owner controls.
+    An IP address always does, because a page can only be bound to a name that its owner controls.
     """
     name = _name_of(host)
     if name is None:
@@ -94,7 +90,7 @@ def is_own_host(host: str, names: Sequence[str]) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address to listen on reaches this computer only."""
+    """Return True if only this computer reaches an address to listen on."""
     if host.lower() == "localhost":
         return True
     try:
@@ -106,9 +102,9 @@ def is_loopback(host: str) -> bool:
 def _is_own_page(
     method: str, path: str, headers: Sequence[tuple[bytes, bytes]], host: str, allowed: Sequence[str]
 ) -> bool:
-    """Tell whether a request comes from no page, a page of this computer, or one that is allowed.
+    """Return True if a request comes from no page, from a page of this computer, or from an allowed one.
 
-    Browsers send Origin with everything that can change something, and Sec-Fetch-Site with all the rest (Fetch
+    Browsers send Origin with requests that can change something, and Sec-Fetch-Site with all others (Fetch
     Metadata); programs send neither.
     """
     origin = _only(headers, b"origin")
@@ -134,11 +130,11 @@ def _has_key(headers: Sequence[tuple[bytes, bytes]], key: str) -> bool:
     sent = _only(headers, b"authorization") or ""
     scheme, _, value = sent.partition(" ")
     given = value.strip() if scheme.lower() == "bearer" else ""
-    return hmac.compare_digest(given.encode("latin-1", "replace"), key.encode())  # the bytes as they were sent
+    return hmac.compare_digest(given.encode("latin-1", "replace"), key.encode())  # the bytes as sent
 
 
 def _only(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str | None:
-    """Return a header's value, None if it is not there; one that comes twice is nobody's."""
+    """Return a header's value, None if it is missing or comes twice."""
     values = [value for header, value in headers if header == name]
     if not values:
         return None
@@ -163,5 +159,5 @@ def _is_address(name: str) -> bool:
 
 
 def _shown(text: str) -> str:
-    """Return what a stranger sent, fit to be shown."""
+    """Return a client's text, made safe to show."""
     return "".join(character if character.isprintable() else "?" for character in text[:80])

@@ -22,11 +22,11 @@ from typing import ClassVar
 
 
 class EmberdError(Exception):
-    """Something a person can mend.
+    """An error that a person can mend.
 
     Args:
-        message: what is wrong, naming the thing (a key, a path, a port).
-        remedy: what to do about it; one sentence, or empty if there is nothing to do.
+        message: what is wrong, with the name of the thing (a key, a path, a port).
+        remedy: what to do about it; one sentence, or empty.
     """
 
     exit_code: ClassVar[int] = 1
@@ -95,12 +95,12 @@ class ConfigError(EmberdError):
 
 
 class NotReady(Exception):
-    """No engine will take this request in time; not a person's mistake, so not an EmberdError.
+    """No engine takes this request in time; not a person's mistake, so not an EmberdError.
 
     Attributes:
         state: name of the engine's state.
         message: why, for a person.
-        retry_after_s: when asking again makes sense, in whole seconds.
+        retry_after_s: when to ask again, in whole seconds.
     """
 
     def __init__(self, state: str, message: str, retry_after_s: int) -> None:

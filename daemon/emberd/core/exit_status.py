@@ -1,7 +1,7 @@
 """What the end of an engine process means.
 
 Exit codes of KoboldCPP say little: a broken GGUF is SIGSEGV, a crashed worker under `--admin` ends in 0
-(docs/engines.md). So a status is always read together with what emberd asked for and what was seen.
+(docs/engines.md). So a status is judged together with what emberd asked for and saw.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class EngineExit:
     Attributes:
         status: exit code, or the negative signal number; None when emberd was not its parent (adopted).
         lived_s: seconds from start to end.
-        asked_to_stop: emberd had signalled it.
-        said_anything: it had written at least one line.
+        asked_to_stop: emberd had signalled the process.
+        said_anything: it had printed at least one line.
         is_macos: it ran on macOS.
     """
 
@@ -37,8 +37,8 @@ class EngineExit:
 def explain(ended: EngineExit) -> str:
     """Return one sentence for a person: what the status is and what it usually means.
 
-    After our own signal any status is a normal end: KoboldCPP ends with -15, 0, -2 or -11 by what it was doing, and
-    on macOS Metal's teardown aborts (SIGABRT) while buffers are alive (llama.cpp issues 19206, 22593).
+    After emberd's signal any status is a normal end: KoboldCPP ends with -15, 0, -2 or -11, and on macOS Metal's
+    teardown aborts (SIGABRT) while buffers are alive (llama.cpp issues 19206, 22593).
     """
     status = ended.status
     if status is None:

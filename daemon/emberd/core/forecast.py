@@ -1,4 +1,4 @@
-"""How long the next first token will take: from what is missing now and from what was measured here. Pure."""
+"""How long the next first token will take, by what is missing now and what was measured here. Pure."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from enum import Enum
 from statistics import median
 
 _HOT_SHARE = 0.002
-"""The engine touches some pages never (header, rows of the vocabulary): so much may be missing of a hot model."""
+"""The engine never touches some pages (header, rows of the vocabulary), so this share may be missing of a hot
+model."""
 _WARM_SHARE = 0.25
 KEPT = 9
-"""Observations of each state that are kept."""
+"""How many observations of each state are kept."""
 _SOUND = 3
-"""So many observations of a state count for more than what is computed."""
+"""This many observations of a state count for more than a computed forecast."""
 
 
 class Temperature(Enum):
@@ -26,13 +27,13 @@ class Temperature(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What is known of the idle model. Unknown is None.
+    """The state of the idle model. Unknown is None.
 
     Attributes:
         weights_bytes: size of the weights.
         missing_bytes: of the weights, not in memory.
         swapped_bytes: of the engine, in swap.
-        knows_cache: the KV cache holds the last turn; None if that is not known.
+        knows_cache: the KV cache holds the last turn.
     """
 
     weights_bytes: int | None = None
@@ -56,10 +57,10 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """What was measured on this computer with this engine.
+    """Measurements on this computer with this engine.
 
     Attributes:
-        first_tokens_s: of users' streamed replies, by the state that they found, oldest first.
+        first_tokens_s: of users' streamed replies, by the state of the model, oldest first.
         hot_replay_s: the fastest replay.
         read_bytes_per_s: how fast the toucher brought missing pages back.
     """
@@ -82,7 +83,7 @@ class Experience:
 
 
 def temperature_of(seen: Condition) -> Temperature:
-    """Tell how much is missing."""
+    """Return how much is missing."""
     if seen.missing_bytes is None or not seen.weights_bytes:
         return Temperature.UNKNOWN
     share = (seen.missing_bytes + (seen.swapped_bytes or 0)) / seen.weights_bytes
@@ -92,10 +93,10 @@ def temperature_of(seen: Condition) -> Temperature:
 
 
 def forecast(seen: Condition, experience: Experience) -> Forecast:
-    """Tell how long the next first token will take.
+    """Return how long the next first token will take.
 
-    Enough observations of the same state are believed. Otherwise: a hot one, and the time that bringing back what
-    is missing takes at the speed that was measured. A prompt that is new to the cache takes longer by its length.
+    Enough observations of the same state decide. Otherwise it is a hot first token, and the time to bring back
+    what is missing at the measured speed. A prompt that is new to the cache takes longer by its length.
     """
     temperature = temperature_of(seen)
     observed = experience.of(temperature)

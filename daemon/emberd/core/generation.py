@@ -1,4 +1,4 @@
-"""Requests for generated text: which dialect, what was asked, and whether a cut reply could be continued. Pure."""
+"""Requests for generated text: dialect, content, and whether a cut reply could be continued. Pure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Dialect(Enum):
     RESPONSES = "responses"
     """OpenAI's Responses: `input` beside `instructions`, items of output, named events."""
     OLLAMA = "ollama"
-    """Ollama's: known by its paths, not taken apart."""
+    """Ollama's: recognised by its paths, not taken apart."""
 
 
 _ENDINGS: tuple[tuple[str, Dialect], ...] = (
@@ -53,7 +53,7 @@ _OTHER_GENERATIONS = (
     "/sdapi/v1/interrogate",
 )
 _OTHER_CHANGES = re.compile(r"/api/admin/(load|clear)_state$|^/slots/\d+$")
-"""A state of the cache is brought back or thrown away: KoboldCPP 1.104, llama.cpp's server (or only saved)."""
+"""Requests that restore or drop a state of the cache: KoboldCPP 1.104, llama.cpp's server (or only save it)."""
 _OLLAMA_PATHS = ("/api/generate", "/api/chat", "/api/tags", "/api/show", "/api/ps", "/api/embed", "/api/embeddings")
 _BUDGETS = {
     Dialect.KOBOLD: ("max_length",),
@@ -75,7 +75,7 @@ _STATEFUL = {
     "json_schema": "a grammar",
     "echo": "the prompt in the reply",
 }
-"""What a second generation cannot take up in the middle, in words for the client."""
+"""Features that a second generation cannot continue in the middle, in words for the client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Generation:
     """A request for text. Never printed: the body is private.
 
     Attributes:
-        dialect: how it is written.
+        dialect: the API it is written for.
         path: the request's path, without a query.
         is_streamed: the reply comes as events.
         body: the JSON object.
@@ -96,13 +96,13 @@ class Generation:
 
     @property
     def budget_name(self) -> str:
-        """Name of the field with the greatest length; the dialect's usual one if the request has none."""
+        """Name of the field that bounds the reply; the dialect's usual one if the request has none."""
         names = _BUDGETS[self.dialect]
         return next((name for name in names if self.body.get(name) is not None), names[0])
 
     @property
     def budget_tokens(self) -> int | None:
-        """Greatest length of the reply, None if the engine's default counts."""
+        """Greatest length of the reply in tokens, None if the engine's default applies."""
         return as_count(self.body.get(self.budget_name))
 
     @property
@@ -145,13 +145,7 @@ class Generation:
 
 
 def recognise(method: str, path: str, content: bytes) -> Generation | None:
-    """Return the request for text that this is; None for everything else, an unreadable body included.
-
-    Args:
-        method: HTTP method.
-        path: without the query.
-        content: the whole body.
-    """
+    """Return this request for text, None if it is none or has an unreadable body."""
     dialect = dialect_of(path)
     if method != "POST" or dialect is None or dialect is Dialect.OLLAMA:
         return None
@@ -166,13 +160,13 @@ def recognise(method: str, path: str, content: bytes) -> Generation | None:
 
 
 def dialect_of(path: str) -> Dialect | None:
-    """Return the dialect of a path that generates text, None for all others."""
+    """Return the dialect of a path that generates text, None for other paths."""
     path = path.rstrip("/")
     return next((dialect for ending, dialect in _ENDINGS if path.endswith(ending)), None)
 
 
 def changes_cache(method: str, path: str) -> bool:
-    """Tell whether a request replaces what is in the engine's KV cache: it makes text, or brings a state back."""
+    """Return True if a request replaces the engine's KV cache: it makes text, or restores a state."""
     path = path.rstrip("/")
     if path.endswith("/noscript"):
         return True  # a GET there can generate
@@ -181,12 +175,12 @@ def changes_cache(method: str, path: str) -> bool:
 
 
 def is_ollama(path: str) -> bool:
-    """Tell whether a path is one of Ollama's, whose clients read errors from a text."""
+    """Return True if a path is one of Ollama's, whose clients read errors as text."""
     return path.rstrip("/") in _OLLAMA_PATHS
 
 
 def as_count(value: Any) -> int | None:
-    """Return a number of tokens, also where a client writes `64.0` or `"64"`; None for all else, zero included."""
+    """Return a number of tokens, even if a client writes `64.0` or `"64"`; None for everything else and zero."""
     try:
         count = None if isinstance(value, bool) else int(value)
     except (TypeError, ValueError, OverflowError):
@@ -206,8 +200,8 @@ def continued(generation: Generation, text: str, used_tokens: int) -> dict[str, 
 
     Args:
         generation: the request, without an obstacle.
-        text: what the client was sent.
-        used_tokens: how many tokens that is.
+        text: the text that the client was sent.
+        used_tokens: tokens of this text.
     """
     body = dict(generation.body)
     if generation.dialect is Dialect.CHAT:
@@ -216,11 +210,11 @@ def continued(generation: Generation, text: str, used_tokens: int) -> dict[str, 
             messages[-1] = {**messages[-1], "content": messages[-1]["content"] + text}
         else:
             messages.append({"role": "assistant", "content": text})
-        # KoboldCPP's word (1.104); llama.cpp's server continues an assistant's last message by itself.
+        # KoboldCPP's field (1.104); llama.cpp's server continues an assistant's last message by itself.
         body |= {"messages": messages, "continue_assistant_turn": True}
     else:
         body["prompt"] += text
-    # All of them: some clients send two, and which one counts is the engine's choice.
+    # All of them, because some clients send two, and the engine chooses which one counts.
     for name in _BUDGETS[generation.dialect]:
         if asked := as_count(body.get(name)):
             body[name] = max(asked - used_tokens, 1)

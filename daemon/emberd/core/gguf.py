@@ -1,10 +1,9 @@
-"""The header of a GGUF file: where its tensors lie, and how much memory an engine takes besides the weights. Pure.
+"""The header of a GGUF file: where tensors lie, and how much memory an engine takes besides the weights. Pure.
 
 Layout: ggml-org/ggml, docs/gguf.md. Little-endian; magic, version, tensor count, metadata count, metadata, tensor
 table, padding to the alignment, tensor data. Versions 2 and 3 are read alike; version 1 had 32-bit counts.
 
-Neither the context (KV cache) nor the buffers of the computation are covered by mlock; both are allocated in full
-while the model loads.
+mlock covers neither the KV cache nor the compute buffers; both are allocated in full while the model loads.
 """
 
 from __future__ import annotations
@@ -73,10 +72,10 @@ _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 F16_BYTES = 2.0
 """llama.cpp's default for keys and values."""
 _CELLS_STEP = 256
-"""llama.cpp rounds the context up to it (llama_context in src/llama-context.cpp)."""
+"""llama.cpp rounds the context up to a multiple of this (llama_context in src/llama-context.cpp)."""
 _KOBOLDCPP_EXTRA_CELLS = 128
 """extra_context_handle_fragmentation of KoboldCPP's gpttype_adapter.cpp: 80 in 1.76, 128 in 1.104. llama.cpp's
-own server adds none; counted always, it keeps this an upper bound."""
+own server adds none; always counted, so that the estimate is an upper bound."""
 _RECURRENT_KEYS = (".ssm.", ".wkv.", ".shortconv.", ".kda.")
 """Metadata of models that keep a state instead of, or besides, a cache (src/llama-arch.cpp)."""
 _COMPUTE_MARGIN_BYTES = 64 * 1024**2
@@ -84,7 +83,7 @@ _COMPUTE_MARGIN_BYTES = 64 * 1024**2
 more. The rest depends on width and context."""
 _LOGIT_BYTES = 4
 _MOST_LAYERS = 4096
-"""Eight times what llama.cpp allows (LLAMA_MAX_LAYERS); a broken header must not cost memory."""
+"""Eight times llama.cpp's limit (LLAMA_MAX_LAYERS); a broken header must not cost memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ class GgufHeader:
         vocabulary_tokens: size of the vocabulary, None if the file holds none.
         tensors: name and offset of every tensor, in the order of the file; the offset counts from `data_offset`.
         data_offset: byte at which the tensors' data begins.
-        least_bytes: a whole file is at least so large; a tensor of unknown type counts as one byte.
+        least_bytes: the least size of a whole file; a tensor of unknown type counts as one byte.
     """
 
     metadata: Mapping[str, Any]
@@ -108,8 +107,8 @@ class GgufHeader:
     def spans(self, file_bytes: int) -> tuple[TensorSpan, ...]:
         """Return where each tensor lies in a file of this size, ordered by offset.
 
-        A tensor reaches to the next one, its padding included, so no table of block sizes is needed and a type of
-        numbers that is invented tomorrow is measured too.
+        A tensor reaches to the next one, its padding included, so no table of block sizes is needed, and future
+        types of numbers are measured too.
         """
         starts = sorted((self.data_offset + offset, name) for name, offset in self.tensors)
         ends = [start for start, _ in starts[1:]] + [file_bytes]
@@ -135,13 +134,13 @@ class TensorSpan:
 
 
 def layer_of(tensor: str) -> str:
-    """Return what a tensor belongs to: its block (`blk.0`, `v.blk.3`), else its first word (`token_embd`)."""
+    """Return the layer of a tensor: its block (`blk.0`, `v.blk.3`), or else its first word (`token_embd`)."""
     found = _BLOCK.match(tensor)
     return found[0] if found else tensor.split(".", 1)[0]
 
 
 def split_names(name: str) -> tuple[str, ...]:
-    """Return the names of all parts of a model, given that of its first; one name if it is not split."""
+    """Return the names of all parts of a model from that of its first; one name if it is not split."""
     found = _SPLIT.search(name)
     if found is None:
         return (name,)
@@ -153,7 +152,7 @@ def read_header(read: Callable[[int], bytes], name: str) -> GgufHeader:
     """Read a header.
 
     Args:
-        read: returns the next so many bytes of the file, fewer at its end.
+        read: returns the next bytes of the file, as many as asked for, fewer at its end.
         name: the file's name, for messages.
 
     Raises:
@@ -190,8 +189,8 @@ class _Reader:
             raise self._wrong(f"its alignment is {alignment!r}")
         begin = -(-self._offset // alignment) * alignment
         ends = [offset + size for _, offset, size in table]
-        places = tuple((name, offset) for name, offset, _ in table)
-        return GgufHeader(metadata, vocabulary, places, begin, begin + max(ends, default=0))
+        offsets = tuple((name, offset) for name, offset, _ in table)
+        return GgufHeader(metadata, vocabulary, offsets, begin, begin + max(ends, default=0))
 
     def _tensor(self) -> tuple[str, int, int]:
         """Read an entry of the table (name, number of dimensions, the dimensions, type, offset).
@@ -262,7 +261,7 @@ class KvEstimate:
     Attributes:
         size_bytes: an upper bound, None if unknown.
         is_exact: False where the engine may well take less.
-        message: why it is unknown or not exact, empty if neither.
+        message: why it is unknown or not exact, otherwise empty.
     """
 
     size_bytes: int | None
@@ -271,12 +270,9 @@ class KvEstimate:
 
 
 def keeps_state(metadata: Mapping[str, object]) -> bool:
-    """Tell whether a model keeps a state instead of, or besides, a KV cache (recurrent and hybrid models).
+    """Return True if a model keeps a state instead of, or besides, a KV cache (recurrent and hybrid models).
 
-    Such a state cannot be cut back to where two prompts part.
-
-    Args:
-        metadata: the header's key-value pairs.
+    Such a state cannot be cut back to where two prompts begin to differ.
     """
     architecture = str(metadata.get("general.architecture"))
     return architecture.startswith(("mamba", "rwkv")) or any(
@@ -295,12 +291,12 @@ def estimate_kv_cache(
 
     The rule is that of llama_kv_cache (src/llama-kv-cache.cpp): each layer holds a key and a value for each cell.
     Keys go by the layer's own heads; values are padded to the widest layer unless flash attention is on. For two
-    models KoboldCPP 1.104 printed the same size to the last digit. Layers with a sliding window may hold less,
-    which is not counted on.
+    models KoboldCPP 1.104 printed the same size to the last digit. Layers with a sliding window may hold less;
+    this is ignored.
 
     Args:
         metadata: the header's key-value pairs.
-        context_tokens: length of the context; for 0, the model's own is taken.
+        context_tokens: length of the context, 0 for the model's own.
         key_bytes: bytes of one number in a key; 1.0625 for q8_0, 0.5625 for q4_0.
         value_bytes: the same in a value.
     """
@@ -333,7 +329,7 @@ def _cells(tokens: int) -> int:
 
 
 class _Numbers:
-    """Reads whole numbers of one architecture; what is of another kind is as good as absent."""
+    """Reads whole numbers of one architecture; other values count as absent."""
 
     def __init__(self, metadata: Mapping[str, object], architecture: str) -> None:
         self._metadata = metadata
@@ -358,10 +354,10 @@ class _Numbers:
 
 
 def estimate_compute_buffer(vocabulary_tokens: int | None, batch_tokens: int = 512) -> int | None:
-    """Return the size of the buffers that the engine computes in, None if the vocabulary is not known.
+    """Return the size of the engine's compute buffers, None if the vocabulary is not known.
 
-    The logits of a batch (vocabulary x batch x 4 bytes) and a margin; an estimate, and no bound: without flash
-    attention the buffer also grows with heads and context.
+    They are the logits of a batch (vocabulary x batch x 4 bytes) and a margin. This is an estimate and no bound:
+    without flash attention the buffer also grows with heads and context.
     """
     if vocabulary_tokens is None or vocabulary_tokens <= 0:
         return None

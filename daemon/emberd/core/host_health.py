@@ -1,4 +1,4 @@
-"""What only this kind of system knows of itself and of a process. Unknown is None."""
+"""What only this system knows of itself and of a process. Unknown is None."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class HostHealth:
 
     Attributes:
         is_translated: this program runs under Rosetta.
-        is_throttled: the asked process gets little processor time and slow disk access.
-        cgroup_limit_bytes: what its group may hold at most.
-        lingers: the user's services go on without a session.
+        is_throttled: the process gets little processor time and slow disk access.
+        cgroup_limit_bytes: the most that its control group may hold.
+        lingers: the user's services run on without a session.
         logs_persist: the system's log survives a restart of the computer.
-        machine: the processor's word in uname(1), of the computer and not of a translated program.
-        swappiness: how readily the kernel swaps out memory rather than drop pages of files, from 0 to 200.
+        machine: the computer's processor in uname(1)'s words, even for a translated program.
+        swappiness: how readily the kernel swaps out memory instead of dropping pages of files, 0 to 200.
     """
 
     is_translated: bool | None = None

@@ -11,17 +11,13 @@ _SPAN = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)\s*-\s*([01]?\d|2[0-3]|24):([0-5]
 
 @dataclass(frozen=True, slots=True)
 class Hours:
-    """A span of every day, by the wall clock; one that ends before it begins goes past midnight."""
+    """A span of every day, by the wall clock; a span that ends before it begins goes past midnight."""
 
     begin: time
     end: time
 
     def left_s(self, now: datetime) -> float | None:
-        """Return the seconds until the span ends, None if it is not now.
-
-        Args:
-            now: local time.
-        """
+        """Return the seconds until the span ends, None if local time `now` is outside it."""
         for day in (now.date(), now.date() - timedelta(days=1)):
             begin = datetime.combine(day, self.begin, now.tzinfo)
             end = datetime.combine(day, self.end, now.tzinfo)
@@ -36,7 +32,7 @@ def read_hours(text: str) -> Hours:
     """Read a span.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no span.
     """
     found = _SPAN.fullmatch(text.strip())
     if found is None or (found[3] == "24" and found[4] != "00"):
@@ -48,6 +44,6 @@ def read_hours(text: str) -> Hours:
 
 
 def left_of(spans: tuple[str, ...], now: datetime) -> float | None:
-    """Return the seconds until the last of the spans that are now ends, None if none is."""
+    """Return the seconds until the last of the current spans ends, None if there is none."""
     left = [each for each in (read_hours(text).left_s(now) for text in spans) if each is not None]
     return max(left, default=None)

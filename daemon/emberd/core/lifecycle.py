@@ -1,7 +1,7 @@
-"""The engine's life: states with names, and one door between them.
+"""The engine's life: named states, and one function that leads from one to the next.
 
-`step` takes the present, one event and the time, and returns the future with the effects to carry out.
-It decides and does nothing else; services/supervisor.py acts. docs/lifecycle.md has the diagram.
+`step` takes the present, one event and the time, and returns the next state with the effects to carry out. It
+only decides; services/supervisor.py acts. docs/lifecycle.md has the diagram.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class State(Enum):
     STOPPING = "STOPPING"
     """The process tree has been signalled."""
     BACKOFF = "BACKOFF"
-    """It crashed; the next start waits for its time."""
+    """It crashed, and the next start has to wait."""
     FAILED = "FAILED"
-    """It crashed too often, or cannot start at all; a person must look."""
+    """It crashed too often, or cannot start at all; a person must act."""
 
 
 HAS_PROCESS = frozenset({State.LOADING, State.READY, State.DRAINING, State.STOPPING})
@@ -64,7 +64,7 @@ class Launched:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """An engine that an earlier emberd started was found running; it must still answer the readiness probe."""
+    """A running engine of an earlier emberd was taken over; it must still answer the readiness probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """The engine lives and will not serve: it hangs, or it said so itself."""
+    """The engine lives but will not serve: it hangs, or said so itself."""
 
     reason: str
 
@@ -133,18 +133,18 @@ Event = (
 
 
 class Effect(Enum):
-    """What the supervisor has to do after a step."""
+    """What the supervisor must do after a step."""
 
     LAUNCH = "launch"
-    """Sweep what an earlier engine left, compose the command line, start the process."""
+    """End leftovers of an earlier engine, compose the command line, start the process."""
     WATCH = "watch"
     """Probe readiness, then liveness; follow the log."""
     DRAIN = "drain"
-    """Say when no request is running any more."""
+    """Post Drained when no request is running any more."""
     TERMINATE = "terminate"
-    """Stop the whole process tree within the stop deadline, then say Gone."""
+    """Stop the whole process tree within the stop deadline, then post Gone."""
     SWEEP = "sweep"
-    """The main process is gone by itself and none is wanted: end what it left behind."""
+    """The main process ended by itself and none is wanted: end what it left behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +153,12 @@ class Lifecycle:
 
     Attributes:
         state: where the engine is.
-        is_wanted: whether it shall run; False leads to STOPPED.
-        crashes: crashes in a row, forgotten after a stable spell.
+        is_wanted: whether it is to run; False leads to STOPPED.
+        crashes: crashes in a row, forgotten after `stable_after_s` in READY.
         since_s: when this state began, monotonic seconds.
         deadline_s: when DeadlinePassed is due, None if nothing is.
-        reason: why it is in this state, one sentence for a person, or empty.
-        is_stuck: the stop under way is because of a hang, and counts as a crash.
+        reason: one sentence for a person on why it is in this state, or empty.
+        is_stuck: the stop under way is due to a hang, and counts as a crash.
     """
 
     state: State = State.STOPPED
@@ -178,7 +178,7 @@ def backoff_s(crashes: int, settings: LifecycleSettings, random_unit: float) -> 
 
     Args:
         crashes: crashes in a row, at least 1.
-        settings: bounds and jitter.
+        settings: of the lifecycle.
         random_unit: a random number in [0, 1); spreads the wait by the jitter, up and down.
     """
     if crashes <= 1:
@@ -191,7 +191,7 @@ def backoff_s(crashes: int, settings: LifecycleSettings, random_unit: float) -> 
 def step(  # noqa: C901, PLR0911, PLR0912  # the one door: a branch an arrow
     now: Lifecycle, event: Event, now_s: float, settings: LifecycleSettings, random_unit: float = 0.5
 ) -> tuple[Lifecycle, tuple[Effect, ...]]:
-    """Return the next state and what to do about it.
+    """Return the next state and the effects.
 
     An event that means nothing in this state (a late timer, an echo) changes nothing.
 
@@ -258,7 +258,7 @@ def _asked(
             draining = _enter(asked, State.DRAINING, now_s, reason)
             return replace(draining, deadline_s=now_s + settings.drain_timeout_s), (Effect.DRAIN,)
         case _:
-            # STARTING, DRAINING and STOPPING run to their end, then look at what is wanted.
+            # STARTING, DRAINING and STOPPING run to their end; only then `is_wanted` counts.
             return replace(asked, is_stuck=now.is_stuck and is_wanted), ()
 
 

@@ -1,4 +1,4 @@
-"""Is the engine alive, busy, or hung? A pure judgement over successive probes."""
+"""Is the engine alive, busy or hung? A pure judgement of successive probes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ if TYPE_CHECKING:
     from emberd.core.types import Activity
 
 _WORKING_CPU_SHARE = 0.01
-"""Less than 1 % of a core is what an engine uses while it waits; a generation uses far more, also on a GPU."""
+"""A waiting engine uses less than 1 % of a core; a generation uses far more, even on a GPU."""
 _IDLE_STRETCH = 3
-"""An idle engine that answered is asked less often: each question wakes two processes."""
+"""An idle engine that answered is probed less often, because each probe wakes two processes."""
 
 
 class Verdict(Enum):
-    """What the probes so far allow to say."""
+    """The judgement after the probes so far."""
 
     ALIVE = "alive"
     SILENT = "silent"
-    """No answer or no progress, but not for long enough to act."""
+    """No answer or no progress, but not yet for long enough."""
     HUNG = "hung"
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """What the judgement remembers between two probes. Times are monotonic seconds.
+    """The judgement's memory between two probes. Times are monotonic seconds.
 
     Attributes:
-        alive_at: last time the engine showed that it lives (an answer while idle, or work done).
-        output_at: last time a generation produced something, or none was running.
+        alive_at: when the engine last showed that it lives (an answer while idle, or work done).
+        output_at: when a generation last produced something, or none was running.
         probed_at: time of the last probe.
         cpu_seconds: CPU time at the last probe, None if unknown.
         generated_units: output counter at the last probe, None if unknown.
@@ -45,30 +45,24 @@ class Watch:
 
 
 def begin(now_s: float) -> Watch:
-    """Start watching an engine that has just shown itself ready."""
+    """Begin to watch an engine that is ready."""
     return Watch(alive_at=now_s, output_at=now_s, probed_at=now_s)
 
 
 def pause_s(verdict: Verdict, settings: LifecycleSettings, *, is_idle: bool) -> float:
-    """Return how long to wait until the next probe, in seconds.
-
-    Args:
-        verdict: the last probe's.
-        settings: the settings.
-        is_idle: no request is running.
-    """
+    """Return the seconds until the next probe; `is_idle` means that no request runs."""
     if verdict is not Verdict.ALIVE or not is_idle:
         return settings.probe_interval_s
-    # A request may come just after a probe: the next one must find it before its silence counts as a hang.
+    # A request may come just after a probe; the next probe must see it before its silence counts as a hang.
     return max(settings.probe_interval_s, min(_IDLE_STRETCH * settings.probe_interval_s, settings.hang_after_s / 2))
 
 
 def judge(watch: Watch, seen: Activity, now_s: float, settings: LifecycleSettings) -> tuple[Watch, Verdict]:
-    """Weigh one probe.
+    """Judge one probe.
 
-    A long prompt is silent for minutes and a generation holds the model, so silence alone is no hang:
-    an engine that uses the CPU is given `generation_silence_s`, one that does nothing `hang_after_s`.
-    A loop that eats the CPU without producing anything (KoboldCPP issue 1489) falls to the former.
+    The engine is silent for minutes on a long prompt, so silence alone is no hang: an engine that uses the CPU
+    gets `generation_silence_s`, one that does nothing `hang_after_s`. The former also ends a loop that uses the
+    CPU without producing anything (KoboldCPP issue 1489).
     """
     elapsed_s = max(now_s - watch.probed_at, 1e-9)
     has_worked = (

@@ -1,4 +1,4 @@
-"""What the engine's log tells about memory while a model is loaded, and about Metal's heartbeat."""
+"""What the engine's log tells about memory while a model loads, and about Metal's heartbeat."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MlockWarning:
 
     Attributes:
         asked_bytes: size of the piece that was refused, 0 if the engine has no mlock at all.
-        locked_bytes: what it had locked of the same buffer or file before; this stays locked.
+        locked_bytes: the part of the same buffer or file that it had locked before; this stays locked.
         text: the error as the system words it.
         is_supported: whether the engine can lock at all.
     """
@@ -55,14 +55,14 @@ class WeightsBuffer:
 
 @dataclass(frozen=True, slots=True)
 class LoadFacts:
-    """What the engine's log told about memory since its start; engine/llama_log.py gathers it.
+    """The engine's log on memory since its start; engine/llama_log.py reads it.
 
     Attributes:
-        model: the file that was read first, empty if the log names none.
+        model: the first file that was read, empty if the log names none.
         is_mapped: whether the weights are pages of the file, None if the log does not tell.
         warnings: locks that failed.
         buffers: where the weights lie; empty if the log does not tell.
-        keep_alive_s: Metal: for how long residency is requested again after the last use.
+        keep_alive_s: Metal: for how long after the last use residency is renewed.
         uses_residency_sets: Metal: whether the engine uses residency sets.
         working_set_bytes: Metal: what the system recommends as the greatest working set.
         is_cache_shared: the slots share the cells of one KV cache, None if the log does not tell.
@@ -78,7 +78,7 @@ class LoadFacts:
     is_cache_shared: bool | None = None
 
     def bytes_in(self, place: Place) -> int:
-        """Return how many bytes of weights the log places there."""
+        """Return how many bytes of weights lie there, by the log."""
         return sum(buffer.size_bytes for buffer in self.buffers if buffer.place is place)
 
 
@@ -88,9 +88,9 @@ class KeepAliveState(Enum):
     HELD = "HELD"
     """The engine says that it renews residency for as long as it was asked."""
     SHORT = "SHORT"
-    """It does for a shorter time: the variable did not reach it."""
+    """It renews for a shorter time: the variable did not reach it."""
     ABSENT = "ABSENT"
-    """Metal is in use and there is no heartbeat."""
+    """Metal is in use without a heartbeat."""
     UNKNOWN = "UNKNOWN"
     """The log says nothing about Metal."""
 
@@ -102,8 +102,8 @@ class KeepAliveVerdict:
     Attributes:
         state: the verdict.
         seconds: the time that the engine names, None if it names none.
-        message: a sentence about what is missing, empty if nothing.
-        remedy: what a person can do, empty if nothing.
+        message: a sentence about what is missing, or empty.
+        remedy: what a person can do, or empty.
     """
 
     state: KeepAliveState
@@ -113,15 +113,11 @@ class KeepAliveVerdict:
 
 
 def judge_keep_alive(load: LoadFacts, wanted_s: int) -> KeepAliveVerdict:
-    """Judge the heartbeat of an engine that has loaded.
+    """Judge the heartbeat of a loaded engine, which was given `wanted_s` in its environment.
 
     macOS 26 unwires a model about a second after its last use; llama.cpp renews the residency for `keep_alive`
-    seconds (PR 17766, ggml/src/ggml-metal/ggml-metal-device.m). HELD is the engine's word and no measurement: both
+    seconds (PR 17766, ggml/src/ggml-metal/ggml-metal-device.m). HELD is the engine's word and not measured: both
     lines are printed outside the compile-time check, so a build with an SDK older than macOS 15 prints them too.
-
-    Args:
-        load: what the log told.
-        wanted_s: the time that the engine was given in its environment.
     """
     if load.uses_residency_sets is False:
         return KeepAliveVerdict(

@@ -1,7 +1,7 @@
-"""Is the model locked in memory? A pure judgement over what the kernel and the engine say.
+"""Is the model locked in memory? A pure judgement of what the kernel and the engine say.
 
-A flag proves nothing: mlock that fails is one warning line among hundreds, and the engine goes on. What counts is
-how much the kernel holds for the engine, against how much there is to hold. docs/locking.md tells it to people.
+A flag proves nothing: an mlock that fails is one warning among hundreds of lines, and the engine goes on. The
+verdict compares how much the kernel holds locked with how much there is to lock (docs/locking.md).
 """
 
 from __future__ import annotations
@@ -18,50 +18,51 @@ if TYPE_CHECKING:
     from emberd.core.lock_limits import LockLimits, WireRefusals
 
 HELD_SHARE = 0.95
-"""Of what a lock can reach, so much must be locked, unless the engine itself says that it was refused.
+"""This share of what a lock can reach must be locked, unless the engine itself says that it was refused.
 
 The engine locks the mapping up to the end of the last tensor that stays mapped (llama.cpp, load_all_data in
-src/llama-model-loader.cpp). Tensors behind it were repacked into a copy for the CPU and are not needed in the file
-any more; that is less than a layer, of which a model has 18 or more. A 4-bit model of 270 M parameters: 100.0 % of
-the bytes of its tensors were locked with mmap, 94.6 % without (the rest repacked), with nothing refused.
+src/llama-model-loader.cpp). Tensors behind that one were repacked into a copy for the CPU, and are no longer
+needed in the file; they are less than a layer, of which a model has 18 or more. A 4-bit model of 270 M
+parameters: 100.0 % of the bytes of its tensors were locked with mmap, 94.6 % without (the rest repacked), with
+nothing refused.
 """
 REPACKED_SHARE = 0.25
-"""So much of mapped weights may be repacked into an unlocked copy before a lock of the file is no whole lock.
+"""This share of mapped weights may be repacked into an unlocked copy before a lock of the file is only partial.
 
-The engine computes with the copy, while the pages in the file are locked and idle. A little of it costs the next
-reply little. It can be the whole model: then the lock holds what nobody reads, and the weights go to swap
+The engine computes with the copy, while the file's pages are locked and idle. A small copy costs the next reply
+little. But the copy can be the whole model: then nobody reads what is locked, and the weights go to swap
 (KoboldCPP issue 2207).
 """
 PARTIAL_SHARE = 0.01
-"""Less than this is what other parts of a process lock for themselves, such as keys or a driver's buffers."""
+"""Other parts of a process lock less than this for themselves, such as keys or a driver's buffers."""
 _EPERM_TEXT = "operation not permitted"
 _EAGAIN_TEXT = "resource temporarily unavailable"
 
 
 class LockState(Enum):
-    """What the evidence allows to say."""
+    """The verdict."""
 
     HELD = "HELD"
     """Everything that a lock can reach is locked."""
     PARTIAL = "PARTIAL"
-    """A part is; the rest may leave memory."""
+    """A part is locked; the rest may leave memory."""
     ABSENT = "ABSENT"
-    """Nothing is, or nothing worth speaking of."""
+    """Nothing is locked, or a negligible part."""
     UNKNOWN = "UNKNOWN"
-    """The kernel did not say, or the size of the weights is not known."""
+    """The kernel did not say, or the size of the weights is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class LockEvidence:
-    """All that a verdict rests on. Unknown is None.
+    """The evidence for a verdict. Unknown is None.
 
     Attributes:
         limits: the limits in force for the engine.
-        weights_bytes: size of the tensors, of all parts of a split model, without the headers of the files: those
-            are unmapped after loading (7 MB of a model with 262,144 tokens).
-        locked_bytes: what the kernel holds for the engine's processes: `VmLck` of /proc/PID/status
-            (proc_pid_status(5)) or `ri_wired_size` of proc_pid_rusage (xnu, bsd/sys/resource.h).
-        is_asked: whether the engine was started with the wish to lock.
+        weights_bytes: size of the tensors in all parts, without the files' headers, which are unmapped after
+            loading (7 MB of a model with 262,144 tokens).
+        locked_bytes: locked for the engine's processes: `VmLck` of /proc/PID/status (proc_pid_status(5)) or
+            `ri_wired_size` of proc_pid_rusage (xnu, bsd/sys/resource.h).
+        is_asked: the engine was asked to lock.
         load: what the engine's log told.
         wired_bytes: macOS: wired memory of the whole system before the load.
         refusals: macOS: refusals between the start of the load and its end.
@@ -80,7 +81,7 @@ class LockEvidence:
 
 @dataclass(frozen=True, slots=True)
 class LockVerdict:
-    """What the evidence says.
+    """The verdict and its reasons.
 
     Attributes:
         state: the verdict.
@@ -89,7 +90,7 @@ class LockVerdict:
         reason: why it is not HELD; None if it is.
         message: the reason in a sentence, empty if HELD.
         remedy: what a person can do, empty if nothing.
-        notes: what else is worth knowing, also of a lock that is HELD.
+        notes: what else is worth knowing, even if HELD.
     """
 
     state: LockState
@@ -109,9 +110,9 @@ class LockVerdict:
 
 
 def judge_lock(seen: LockEvidence) -> LockVerdict:
-    """Weigh the evidence.
+    """Judge the evidence.
 
-    More locked bytes never make a verdict worse, and what is unknown never makes it HELD or ABSENT.
+    More locked bytes never make a verdict worse, and unknown values never make it HELD or ABSENT.
     """
     needed = needed_bytes(seen.weights_bytes, seen.load, is_mapped=seen.load.is_mapped)
     verdict = LockVerdict(LockState.UNKNOWN, seen.locked_bytes, needed, notes=_notes(seen.load))
@@ -130,9 +131,8 @@ def judge_lock(seen: LockEvidence) -> LockVerdict:
 def needed_bytes(weights_bytes: int | None, load: LoadFacts, *, is_mapped: bool | None) -> int | None:
     """Return how much of the weights a lock can and must reach, None if unknown.
 
-    A graphics card's own memory is out of reach and needs no lock. Repacked weights are a copy beside the mapped
-    file: that it is not locked makes the lock of the file no worse. Without the file they are the weights, and
-    count.
+    A graphics card's own memory is out of reach and needs no lock. Repacked weights beside a mapped file are a
+    copy, and do not count; without a mapped file they are the weights, and do.
     """
     if weights_bytes is None or weights_bytes <= 0:
         return None
@@ -177,7 +177,7 @@ def _refusal(seen: LockEvidence, needed: int, text: str) -> LockReason:
     by_limit = judge_limits(needed, seen.limits, seen.wired_bytes)[1]
     if seen.limits.system == "darwin":
         if _EAGAIN_TEXT in text:
-            # The per-process limit has room by the figures: then it was the other one.
+            # By the figures the per-process limit has room, so it was the other one.
             return _by_counter(seen) or by_limit or LockReason.GLOBAL_WIRE_LIMIT
         return by_limit or LockReason.NO_MEMORY
     if _EPERM_TEXT in text:
@@ -190,11 +190,11 @@ def _refusal(seen: LockEvidence, needed: int, text: str) -> LockReason:
 
 
 def _by_counter(seen: LockEvidence) -> LockReason | None:
-    """Return the limit whose counter of refusals rose during the load: the kernel's own word."""
+    """Return the limit whose counter of refusals in the kernel rose during the load."""
     if seen.refusals is None:
         return None
     if seen.refusals.over_user_limit:
-        # One counter for two limits: the kernel compares with the lesser of both (osfmk/vm/vm_map.c).
+        # One counter serves two limits: the kernel compares with the lesser of both (osfmk/vm/vm_map.c).
         return lesser_of_process_limits(seen.limits)
     return LockReason.GLOBAL_WIRE_LIMIT if seen.refusals.over_global_limit else None
 

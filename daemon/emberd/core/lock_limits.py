@@ -1,4 +1,4 @@
-"""What the system lets a process lock, which limit is in the way, and what a person can do about it."""
+"""How much the system lets a process lock, which limit is in the way, and what a person can do about it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class LockReason(Enum):
     GLOBAL_WIRE_LIMIT = "global_wire_limit"
     """macOS: vm.global_user_wire_limit, against all wired memory of the system."""
     NO_MEMORY = "no_memory"
-    """The kernel could not bring in the pages (mlock(2), EAGAIN or ENOMEM with no limit in the way)."""
+    """The kernel could not bring in the pages (mlock(2), EAGAIN or ENOMEM without a limit in the way)."""
     METAL_WITHOUT_MMAP = "metal_without_mmap"
-    """Weights in Metal buffers of their own, which the engine does not lock, without a word."""
+    """Weights in separate Metal buffers, which the engine silently does not lock."""
     NOT_MAPPED = "not_mapped"
     """Weights copied or repacked into memory that the engine does not lock."""
     REPACKED = "repacked"
@@ -40,13 +40,13 @@ class LockReason(Enum):
     ON_DEVICE = "on_device"
     """All weights are in the memory of a graphics card, where there is nothing to lock."""
     LOST = "lost"
-    """It was held, and is no longer."""
+    """The lock was HELD, and no longer is."""
     UNEXPLAINED = "unexplained"
     """The engine was asked and gave no reason."""
     NO_READING = "no_reading"
     """The kernel did not say how much is locked."""
     NO_WEIGHTS = "no_weights"
-    """It is not known how much there is to lock."""
+    """How much there is to lock is unknown."""
 
 
 _WIRE_PERCENTS = (70, 73, 76, 79, 82, 85, 88, 91, 94, 97)
@@ -61,10 +61,10 @@ _NOT_WIREABLE_MOST_BYTES = 32 * _GIB
 
 
 def default_user_wire_limit(ram_bytes: int, *, is_server_mode: bool = False) -> int:
-    """Return what macOS sets vm.user_wire_limit and vm.global_user_wire_limit to at boot.
+    """Return macOS' default for vm.user_wire_limit and vm.global_user_wire_limit.
 
     The rule of kmem_set_user_wire_limits (xnu, osfmk/vm/vm_kern.c), for kernels without jetsam, which macOS' are
-    (config/MASTER.arm64.MacOSX). To explain and to compare; the sysctl is what counts.
+    (config/MASTER.arm64.MacOSX). It serves to explain and to compare; the sysctl is what counts.
 
     Args:
         ram_bytes: memory that the kernel manages (hw.memsize; the kernel's own figure is slightly less).
@@ -99,7 +99,7 @@ class LockLimits:
 
 @dataclass(frozen=True, slots=True)
 class WireRefusals:
-    """macOS: how often a lock was refused, by whichever program.
+    """macOS: how often a lock of any program was refused.
 
     Attributes:
         over_user_limit: vm.add_wire_count_over_user_limit.
@@ -112,8 +112,8 @@ class WireRefusals:
     def since(self, before: WireRefusals) -> WireRefusals:
         """Return the refusals between two readings.
 
-        The kernel sets both counters to 0 once a day (report_mlock_failures in xnu's osfmk/vm/analytics.c), so one
-        that went down counts from 0.
+        The kernel sets both counters to 0 once a day (report_mlock_failures in xnu's osfmk/vm/analytics.c), so a
+        counter that went down counts from 0.
         """
         return WireRefusals(
             _grown(before.over_user_limit, self.over_user_limit),
@@ -131,7 +131,7 @@ def bounded(limit_bytes: int | None) -> int:
 
 
 def lesser_of_process_limits(limits: LockLimits) -> LockReason:
-    """Return which of macOS' two limits for one process is the one that counts."""
+    """Return the lesser of macOS' two limits for one process."""
     is_memlock = bounded(limits.memlock_bytes) < bounded(limits.user_wire_bytes)
     return LockReason.MEMLOCK_LIMIT if is_memlock else LockReason.USER_WIRE_LIMIT
 
@@ -139,7 +139,7 @@ def lesser_of_process_limits(limits: LockLimits) -> LockReason:
 def judge_limits(
     needed: int, limits: LockLimits, wired_bytes: int | None = None
 ) -> tuple[bool | None, LockReason | None]:
-    """Tell whether the limits allow `needed` bytes to be locked, and which one does not.
+    """Return whether the limits allow `needed` bytes to be locked, and which one forbids it.
 
     macOS compares the process with the lesser of RLIMIT_MEMLOCK and vm.user_wire_limit, and the wired memory of the
     whole system, the kernel's and the GPU's included, with vm.global_user_wire_limit (xnu, add_wire_counts in
@@ -151,7 +151,7 @@ def judge_limits(
         wired_bytes: macOS: wired memory of the system without them, None if unknown.
 
     Returns:
-        True, False, or None if it cannot be told; and the first limit that is in the way.
+        True, False, or None if unknown; and the first limit in the way.
     """
     if limits.system == "linux":
         return _judge_memlock(needed, limits)
@@ -222,13 +222,7 @@ _EXPLANATIONS = {
 
 
 def find_remedy(reason: LockReason, system: System, needed: int) -> str:
-    """Return what a person can do about it, empty if nothing needs doing.
-
-    Args:
-        reason: why the lock is not held.
-        system: the kernel.
-        needed: bytes that must be locked.
-    """
+    """Return what a person can do about it, or empty."""
     gib = -(-needed // _GIB) + 1
     match reason:
         case LockReason.MEMLOCK_LIMIT if system == "darwin":

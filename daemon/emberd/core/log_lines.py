@@ -1,4 +1,4 @@
-"""What one event of the log looks like in each place where logs are kept, how often it may come, and where it goes.
+"""What an event looks like in each sink of the log, how often it may come, and where it goes.
 
 An event is a mapping: `event` (a constant name of the code), `level`, `category`, `timestamp`, and its fields.
 Facts: os_log(3), os_log(5) and log(1) of macOS; syslog(3); sd_journal_print(3), systemd.journal-fields(7) and
@@ -38,15 +38,16 @@ CATEGORIES = (
     "library",
     "log",
 )
-"""Which service speaks; `engine` is what the engine prints, `library` what other people's modules say."""
+"""Which service logs; `engine` is the engine's output, `library` that of other people's modules."""
 LEVELS = ("debug", "info", "warning", "error", "critical")
-"""From the least important on."""
+"""The least important first."""
 LONGEST_LINE_BYTES = 1000
 """os_log cuts a message at 1,024 bytes, its own description of the arguments included (os_log(3))."""
 LONGEST_FIELD_BYTES = 16 * 1024
-"""Of one field in the journal: a traceback fits, and an event stays one datagram."""
+"""The longest field in the journal: a traceback fits, and an event stays one datagram."""
 USUAL_INSTANCE = "default"
-"""Of the emberd with the default state directory, in the journal: journalctl cannot ask for a missing field."""
+"""Name in the journal of the emberd with the default state directory: journalctl cannot ask for a missing
+field."""
 CUT_MARK = "…"
 WITHHELD = "(withheld)"
 PRIVATE_FIELDS = frozenset(
@@ -80,17 +81,18 @@ PRIVATE_FIELDS = frozenset(
         "turn",
     }
 )
-"""Names under which what a person said, or a secret, might be logged by mistake: their values are withheld."""
+"""Names of fields that might hold a prompt, a reply or a secret by mistake: their values are withheld."""
 _ROUTINE = frozenset({"engine_line", "engine_loading", "keepwarm", "keepwarm_dwelt"})
-"""Events of level info that come often and tell nothing later: macOS keeps them in memory only."""
+"""Events of level info that come often and are of no use later: macOS keeps them in memory only."""
 _HEAD = ("timestamp", "level", "category", "event", "instance")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _BARE = re.compile(r"[^\s\"={}\[\]\\]+")
 _FIELD_NAME = re.compile(r"[^A-Z0-9]+")
 _LONGEST_NAME = 64
-"""Of a field of the journal (systemd, src/libsystemd/sd-journal/journal-file.c: journal_field_valid)."""
+"""Longest name of a field of the journal (systemd, src/libsystemd/sd-journal/journal-file.c:
+journal_field_valid)."""
 BURST_S = 60.0
-"""A bucket holds what may come in so much time: an engine prints some hundred lines while it loads, then few."""
+"""A bucket holds as many events as may come in this time: an engine prints a hundred lines at first, then few."""
 
 
 class OsLogType(IntEnum):
@@ -122,21 +124,21 @@ class Priority(IntEnum):
 
 
 def os_log_type(level: str, event: str) -> OsLogType:
-    """Return the type under which macOS keeps an event: what tells of the engine's life later is persisted."""
+    """Return the type under which macOS keeps an event; events that matter later are persisted."""
     if level == "info" and event in _ROUTINE:
         return OsLogType.INFO
     return _OS_LOG_TYPES.get(level, OsLogType.ERROR)
 
 
 def priority(level: str) -> Priority:
-    """Return the syslog priority of a level; of an unknown one, that of an error."""
+    """Return the syslog priority of a level; that of an error for an unknown one."""
     return Priority[level.upper()] if level in LEVELS else Priority.ERROR
 
 
 def withhold(event: MutableMapping[str, Any]) -> None:
-    """Replace in place the values of fields whose names say that they are nobody's business.
+    """Replace in place the values of fields with private names.
 
-    emberd logs no such field; a test reads every call. This is for the one that will be written some day.
+    emberd logs no such field, and a test reads every call. This is for future mistakes.
     """
     for name in event:
         if name in PRIVATE_FIELDS:
@@ -146,8 +148,8 @@ def withhold(event: MutableMapping[str, Any]) -> None:
 def line(event: Mapping[str, Any], limit_bytes: int = LONGEST_LINE_BYTES) -> str:
     """Return an event as one line, `level name field=value ...`, without control characters, of at most that size.
 
-    The level is in the line: os_log has no warning. A field that is None is left out. `instance` comes first,
-    so that it is never cut off.
+    The level is in the line, because os_log has no warning. Fields that are None are left out. `instance` comes
+    first, so that it is never cut off.
     """
     words = [str(event.get("level", "info")), str(event["event"])]
     if event.get("instance"):
@@ -165,14 +167,14 @@ def syslog_line(event: Mapping[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a value as a word: bare if it is one, else as JSON."""
+    """Return a value as a bare word if it is one, otherwise as JSON."""
     if isinstance(value, str) and _BARE.fullmatch(value) and not _CONTROL.search(value):
         return value
     return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
 def cut(text: str, limit_bytes: int) -> str:
-    """Return `text` within so many bytes of UTF-8, cut between characters, with a mark if it was cut."""
+    """Return `text` in at most so many bytes of UTF-8, cut between characters, with a mark if it was cut."""
     encoded = text.encode("utf-8", "replace")
     if len(encoded) <= limit_bytes:
         return text
@@ -180,14 +182,14 @@ def cut(text: str, limit_bytes: int) -> str:
 
 
 def json_line(event: Mapping[str, Any]) -> str:
-    """Return an event as a line of JSON, what has no JSON form as its text."""
+    """Return an event as a line of JSON; values without a JSON form become text."""
     return json.dumps(event, default=str)
 
 
 def journal_fields(event: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield the fields of a journal entry: those that journalctl knows, then EMBERD_ and each field of the event.
+    """Yield the fields of a journal entry: journalctl's own, then the event's, each with EMBERD_ before it.
 
-    What begins with an underscore is journald's own and would be dropped.
+    Names that begin with an underscore are journald's own and would be dropped.
     """
     level = str(event.get("level", "info"))
     yield "MESSAGE", line(event, LONGEST_FIELD_BYTES)
@@ -208,7 +210,8 @@ def journal_name(name: str) -> str:
 def journal_datagram(fields: Iterable[tuple[str, str]]) -> bytes:
     r"""Return the native protocol's form of an entry.
 
-    `NAME=value\n`; a value with a line end as `NAME\n`, its length as 64 bits, little endian, the value, `\n`.
+    It is `NAME=value\n`; for a value with a line end `NAME\n`, its length as 64 bits, little endian, the
+    value, `\n`.
     """
     parts = []
     for name, text in fields:
@@ -245,14 +248,14 @@ class _Bucket:
 
 
 class RateLimit:
-    """Says of each event whether it may be logged: a token bucket for each name.
+    """Decides for each event whether it may be logged: a token bucket for each name.
 
-    A flood of one event must not bury the others, nor fill a disk, nor cost the daemon. What is left out is
-    counted, and told in one line as soon as the bucket has room for it.
+    A flood of one event must not bury the others, nor fill a disk, nor cost the daemon. Events that are left out
+    are counted, and reported in one line as soon as the bucket has room for it.
 
     Args:
-        per_minute: how many events of one name may come in a minute, 0 for any number.
-        exceptions: other numbers for some names.
+        per_minute: how many events of one name may be logged in a minute, 0 for any number.
+        exceptions: other limits for some names.
     """
 
     def __init__(self, per_minute: int, exceptions: Mapping[str, int] | None = None) -> None:
@@ -260,7 +263,7 @@ class RateLimit:
         self._exceptions = exceptions or {}
         self._buckets: dict[str, _Bucket] = {}
         self.has_suppressed = False
-        """Something is left to be told."""
+        """Whether something is left to report."""
 
     def allows(self, event: str, category: str, now_s: float) -> bool:
         """Return True if an event may be logged now, and count it."""
@@ -281,9 +284,9 @@ class RateLimit:
         return False
 
     def told(self, now_s: float, *, all_of_it: bool = False) -> list[Suppressed]:
-        """Return what was left out and can be told now, or all of it; from then on it may be logged again.
+        """Return what was left out and can be reported now, or all of it; from then on it may be logged again.
 
-        A name is told when its bucket is an eighth full: so a flood that goes on is told of now and then.
+        A name is reported when its bucket is an eighth full, so a lasting flood is reported now and then.
         """
         if not self.has_suppressed:
             return []
@@ -308,15 +311,15 @@ def choose_sinks(
 ) -> list[str]:
     """Return where the log goes: any of stderr, system, file, and one at least.
 
-    A terminal always gets it: whoever starts emberd there wants to see it.
+    A terminal always gets the log: a person who starts emberd there wants to see it.
 
     Args:
         asked: the setting log.sink.
         system: name of the host, `darwin` or `linux`.
         is_terminal: a person looks at standard error.
         is_journals: systemd has connected it to the journal ($JOURNAL_STREAM, systemd.exec(5)).
-        is_launchds: launchd writes it to StandardErrorPath, which nobody rotates.
-        has_system_log: there is one that takes lines.
+        is_launchds: launchd writes it to StandardErrorPath, which is not rotated.
+        has_system_log: there is a system log that takes lines.
     """
     if asked == "stderr":
         used = (True, False, False)
@@ -325,7 +328,7 @@ def choose_sinks(
     elif asked == "system":
         used = (is_terminal, has_system_log, not has_system_log)
     elif system == "darwin":
-        # A file, or a pipe, that launchd does not own was somebody's wish: `emberd run 2> log`.
+        # A person asked for a file or a pipe that is not launchd's: `emberd run 2> log`.
         used = (not is_launchds, has_system_log, True)
     elif is_journals and has_system_log:
         used = (False, True, False)  # standard error would be a second copy in the same journal

@@ -1,4 +1,4 @@
-"""Reading the log back: what a person asked for, how each system is asked, and what its answer means.
+"""Reads the log back: a person's wishes, how to ask each system, and what its answer means.
 
 Facts: log(1) of macOS (predicates, styles), journalctl(1), systemd.journal-fields(7).
 """
@@ -27,10 +27,10 @@ class Entry:
 
     Attributes:
         time: with its time zone; None if it was not written down.
-        event: empty for a line that is not in emberd's own form.
-        instance: which emberd, empty for the one with the default state directory.
-        fields: the others. From the journal and the unified log numbers and lists are read back from text.
-        text: what stands there, for a line of another form.
+        event: its name, empty for a line that is not in emberd's own form.
+        instance: which emberd, empty for that with the default state directory.
+        fields: the others; numbers and lists of the journal and the unified log are read back from text.
+        text: the line itself, if it has another form.
     """
 
     time: datetime | None
@@ -42,7 +42,7 @@ class Entry:
     text: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the entry in the form of the file log."""
+        """Return the entry as in the file log."""
         return {
             "timestamp": None if self.time is None else self.time.isoformat(),
             "level": self.level,
@@ -56,14 +56,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a person wants to see.
+    """The events that a person wants to see.
 
     Attributes:
         since: with time zone; None from the beginning.
         level: the least important one.
-        categories: any of these; empty for all. So are the events.
+        categories: any of these, empty for all; the same for events.
         instance: of this emberd; None for all.
-        user_id: of this user, where the log has those of others too.
+        user_id: of this user, if the log has other users' entries too.
     """
 
     since: datetime | None = None
@@ -74,7 +74,7 @@ class Wanted:
     user_id: int | None = None
 
     def takes(self, entry: Entry) -> bool:
-        """Return True if an entry is one of them; a system's own filter may be coarser."""
+        """Return True if an entry is wanted; a system's own filter may be coarser."""
         return (
             (self.since is None or entry.time is None or entry.time >= self.since)
             and LEVELS.index(entry.level) >= LEVELS.index(self.level)
@@ -87,7 +87,7 @@ class Wanted:
 def read_since(text: str, now: datetime) -> datetime:
     """Return the moment that a person names: 90s, 30m, 1h, 2d; today, yesterday; or a date or time in ISO 8601.
 
-    A time without a zone is meant in that of `now`, which has one.
+    A time without a zone is in that of `now`, which has one.
 
     Raises:
         ValueError: it is none.
@@ -120,7 +120,7 @@ def read_since(text: str, now: datetime) -> datetime:
 
 
 def from_json_line(text: str) -> Entry:
-    """Return the entry in a line of the file log; a line of another form is its own text."""
+    """Return the entry in a line of the file log; a line of another form becomes its text."""
     content = _object(text)
     if not isinstance(content.get("event"), str):
         return Entry(None, "info", "daemon", "", text=text)
@@ -141,7 +141,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _plain(text: str) -> Any:
-    """Return the value that a word was written from; what is no JSON is a word."""
+    """Return the value from which a word was written; text that is no JSON is a word."""
     try:
         return json.loads(text)
     except ValueError:
@@ -169,7 +169,7 @@ def predicate(wanted: Wanted) -> str:
     if wanted.categories:
         terms.append(_any_of([f"category == {_quoted(category)}" for category in wanted.categories]))
     if wanted.events:
-        # The line begins with the level; the word after it is the event.
+        # The line begins with the level, and then the event.
         terms.append(_any_of([f"eventMessage CONTAINS {_quoted(f' {event}')}" for event in wanted.events]))
     if LEVELS.index(wanted.level) >= LEVELS.index("error"):
         terms.append(_any_of(["messageType == error", "messageType == fault"]))
@@ -189,7 +189,7 @@ def _quoted(word: str) -> str:
 def log_show(wanted: Wanted, default_span: str) -> list[str]:
     """Return the arguments of `log show`. Without --info and --debug it leaves those out (log(1)).
 
-    It looks back for `default_span` if nobody says: the whole store takes minutes.
+    It looks back for `default_span` if `wanted` has no time: the whole store takes minutes.
     """
     since = wanted.since
     span = ["--last", default_span] if since is None else ["--start", since.strftime("%Y-%m-%d %H:%M:%S%z")]
@@ -204,13 +204,13 @@ def log_stream(wanted: Wanted) -> list[str]:
 
 
 def is_last_of_unified(text: str) -> bool:
-    """Return True for the record with which ndjson ends; without it the answer is not whole."""
+    """Return True for the last record of ndjson; without it the answer is incomplete."""
     content = _object(text)
     return "finished" in content and "eventMessage" not in content
 
 
 def from_unified(text: str) -> Entry | None:
-    """Return the entry in a line of ndjson, None for what is no log entry (the last record, headings)."""
+    """Return the entry in a line of ndjson, None for other lines (the last record, headings)."""
     content = _object(text)
     if not isinstance(content.get("eventMessage"), str):
         return None
@@ -237,11 +237,11 @@ def from_line(text: str, time: datetime | None, category: str) -> Entry:
 
 
 def journalctl(wanted: Wanted, *, lines: int | None, follow: bool) -> list[str]:
-    """Return the arguments of journalctl. Matches of one field are alternatives, of several are all needed.
+    """Return the arguments of journalctl. Matches of one field are alternatives; different fields must all match.
 
-    Not `--user`: it shows nothing where the journal is not split by user (volatile storage, system users). Without
-    it journalctl shows all that this user may read, and `_UID` leaves this user's. `--all`, or a field above 4,096
-    bytes is null.
+    `--user` would show nothing where the journal is not split by user (volatile storage, system users). Without
+    it journalctl shows all that this user may read, and `_UID` selects this user's. Without `--all` a field above
+    4,096 bytes is null.
     """
     words = ["--quiet", "--no-pager", "--output=json", "--all", f"--identifier={IDENTIFIER}"]
     if wanted.since is not None:
@@ -257,7 +257,7 @@ def journalctl(wanted: Wanted, *, lines: int | None, follow: bool) -> list[str]:
     events += [f"EMBERD_CATEGORY={category}" for category in wanted.categories]
     events += [f"EMBERD_EVENT={event}" for event in wanted.events]
     if events and not wanted.categories and not wanted.events:
-        # What emberd says before it has a log, or Python as it dies, comes through standard error.
+        # Early messages of emberd, and Python's last words, come through standard error.
         events += ["+", *mine, "_TRANSPORT=stdout"]
     return words + events
 
@@ -269,7 +269,8 @@ _JOURNAL_HEAD = {journal_name(name): name for name in ("level", "category", "eve
 def from_journal(text: str) -> Entry | None:
     """Return the entry in a line of journalctl's JSON, None if it is none.
 
-    Values are strings; a value that is not UTF-8 is a list of bytes, a field that occurs twice a list of values.
+    Values are strings. A value that is not UTF-8 is a list of bytes, and a field that occurs twice a list of
+    values.
     """
     content = _object(text)
     if "__REALTIME_TIMESTAMP" not in content:
@@ -300,7 +301,7 @@ def _journal_text(value: Any) -> str:
 
 
 def words(entry: Entry) -> Iterable[tuple[str, str]]:
-    """Yield an entry as pieces of one line, each with what it is: time, level, category, event, field, text."""
+    """Yield an entry as pieces of one line, each with its kind: time, level, category, event, field, text."""
     if entry.time is not None:
         yield "time", entry.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
     yield "level", f"{entry.level:<7}"
@@ -322,5 +323,5 @@ def words(entry: Entry) -> Iterable[tuple[str, str]]:
 
 
 def _printable(text: str) -> str:
-    """Return text that does nothing to a terminal: an engine may print escape sequences."""
+    """Return text that is safe on a terminal: an engine may print escape sequences."""
     return "".join(character if character.isprintable() else " " for character in text)

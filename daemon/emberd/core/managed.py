@@ -23,14 +23,10 @@ _APPLICATION = "application."
 def find_manager(environment: Mapping[str, str], pid: int, *, has_terminal: bool) -> Manager | None:
     """Return the service manager whose job this process is, None if a person started it.
 
-    launchd names the job in XPC_SERVICE_NAME. A shell in Terminal has the variable too, with "0" or the name of the
-    application. systemd gives its services INVOCATION_ID (systemd.exec(5)), and what they start inherits it: a
-    shell in a terminal that runs as a user service. Since version 248 SYSTEMD_EXEC_PID names the process it means.
-
-    Args:
-        environment: of this process.
-        pid: of this process.
-        has_terminal: whether standard error is a terminal, as it is for no job.
+    launchd names the job in XPC_SERVICE_NAME. A shell in Terminal has the variable too, with "0" or the name of
+    the application. systemd gives its services INVOCATION_ID (systemd.exec(5)), which their children inherit,
+    such as a shell in a terminal that is a user service. Since version 248 SYSTEMD_EXEC_PID names the intended
+    process. No job has a terminal as its standard error.
     """
     if has_terminal:
         return None

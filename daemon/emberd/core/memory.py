@@ -1,4 +1,4 @@
-"""What readings of memory and power mean, and what follows from them. Unknown is None, never zero. Pure."""
+"""What readings of memory and power mean. Unknown is None, never zero. Pure."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _WARN_AVAILABLE = 0.10
 _CRITICAL_AVAILABLE = 0.05
 """earlyoom kills it below this one (half of -m)."""
 STORM_BYTES_PER_S = 1024 * 1024
-"""A computer that writes so much to swap takes memory from idle programs; below it, it tidies up."""
+"""A computer that writes this much to swap takes memory from idle programs; below that it only tidies up."""
 STORM_LASTS_S = 10.0
-"""A storm goes on for so long after its last sign: a program that uses its memory once a second pauses, too."""
+"""A storm lasts this long after its last sign: a program that uses its memory once a second pauses, too."""
 _RATE_LEAST_S = 1.0
-"""Counters move in bursts: a shorter time makes no rate."""
+"""Counters move in bursts: a rate needs this much time."""
 LEAST_HELD_BYTES = 64 * 1024 * 1024
-"""Less than this is lost in what other programs lock and unlock meanwhile."""
+"""A smaller change is lost among other programs' locks."""
 _RELEASED_SHARE = 0.5
-"""Other programs move too; half of what the engine added, gone again, cannot be chance."""
+"""Other programs' memory changes too; if half of what the engine added is gone, that cannot be chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +34,17 @@ class EngineMemory:
     """Memory of the engine's processes, summed over those that could be read.
 
     Attributes:
-        resident_bytes: mapped and in memory (Linux VmRSS, macOS ri_resident_size). Pages that only a GPU uses are
-            not in it.
+        resident_bytes: mapped and in memory (Linux VmRSS, macOS ri_resident_size), without pages that only a GPU
+            uses.
         anonymous_bytes: the resident part without a file behind it (Linux RssAnon); macOS does not tell.
         file_bytes: the resident part that belongs to files (Linux RssFile); macOS does not tell.
-        locked_bytes: what mlock holds (Linux VmLck, macOS ri_wired_size).
-        swapped_bytes: what is in swap (Linux VmSwap); on macOS footprint less resident size, the part that is
-            compressed or in swap: an estimate.
-        is_swap_estimated: buffers of a GPU may be in it, and then it follows what other programs have compressed.
-        footprint_bytes: what can leave memory only through swap, whether it is there or not (Linux RssAnon and
-            VmSwap, macOS ri_phys_footprint).
+        locked_bytes: locked by mlock (Linux VmLck, macOS ri_wired_size).
+        swapped_bytes: in swap (Linux VmSwap); on macOS an estimate of what is compressed or in swap: footprint
+            less resident size.
+        is_swap_estimated: `swapped_bytes` may contain a GPU's buffers, and change when other programs are
+            compressed.
+        footprint_bytes: what can leave memory only through swap, in memory or not (Linux RssAnon and VmSwap,
+            macOS ri_phys_footprint).
         major_faults: page-ins from a disk since the processes began (Linux majflt, macOS ri_pageins).
         read_bytes: read from disks since the processes began.
     """
@@ -74,11 +75,11 @@ class SystemMemory:
 
     Attributes:
         total_bytes: RAM.
-        available_bytes: what programs can get without swapping.
-        wired_bytes: held in memory by locks and the kernel (Linux Mlocked, macOS wired).
+        available_bytes: memory that programs can get without swapping.
+        wired_bytes: kept in memory by locks and the kernel (Linux Mlocked, macOS wired).
         compressed_bytes: RAM that holds compressed pages (macOS compressor, Linux zswap).
         swap_total_bytes: size of the swap space.
-        swap_used_bytes: what is in it.
+        swap_used_bytes: used of it.
         swapped_in_bytes: read from swap since boot.
         swapped_out_bytes: written to swap since boot.
         pressure: the kernel's own level on macOS, judged from PSI and available memory on Linux.
@@ -101,11 +102,11 @@ class SystemMemory:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """Everything that was read at one moment; whoever decides, foretells or accounts for something shares it.
+    """Everything that was read at one moment; decision, forecast and accounts share it.
 
     Attributes:
         at_s: that moment, on the monotonic clock.
-        engine: what the engine was.
+        engine: the engine at that moment.
         memory: the memory of its processes.
         system: the computer's memory.
     """
@@ -141,11 +142,11 @@ class Power:
 
 @dataclass(frozen=True, slots=True)
 class GpuLimits:
-    """What macOS lets the GPU hold wired.
+    """How much macOS lets the GPU hold wired.
 
     Attributes:
         wired_limit_bytes: iogpu.wired_limit_mb in bytes; 0 is the system's default.
-        is_collector_off: iogpu.disable_wired_collector is 1: idle memory of the GPU stays wired.
+        is_collector_off: the GPU's idle memory stays wired (iogpu.disable_wired_collector is 1).
     """
 
     wired_limit_bytes: int | None = None
@@ -155,14 +156,14 @@ class GpuLimits:
 def judge_pressure(
     available_share: float | None, stall_some_share: float | None, stall_full_share: float | None
 ) -> Pressure:
-    """Return how short of memory a Linux computer is: the worse of what stalls and available memory say.
+    """Return how short of memory a Linux computer is: the worse of two levels, by stalls and by available memory.
 
-    macOS tells a level (kern.memorystatus_vm_pressure_level); Linux tells how long tasks waited (pressure
-    stall information, Documentation/accounting/psi.rst) and what is available (MemAvailable, proc_meminfo(5)).
-    Stalls alone are a warning: a container at its limit stalls for itself while the computer has memory to spare.
+    Linux tells how long tasks waited (pressure stall information, Documentation/accounting/psi.rst) and what is
+    available (MemAvailable, proc_meminfo(5)); macOS tells a level. Stalls alone are only a warning: a container
+    at its limit stalls while the computer has memory to spare.
 
     Args:
-        available_share: available memory divided by all of it, None if unknown.
+        available_share: available memory divided by all memory, None if unknown.
         stall_some_share: share of the last 10 s in which some task waited for memory, None without PSI.
         stall_full_share: the same for all tasks together.
     """
@@ -192,7 +193,7 @@ class SwapRates:
 
 
 def swap_rates(before: SystemMemory, after: SystemMemory, seconds: float) -> SwapRates:
-    """Return the swap traffic between two readings, unknown for less than a second.
+    """Return the swap traffic between two readings, unknown if they are less than a second apart.
 
     A counter that went backwards (a reboot between a saved reading and this one) is unknown.
     """
@@ -211,7 +212,7 @@ def _rate(before: int | None, after: int | None, seconds: float) -> float | None
 def is_sign_of_storm(before: SystemMemory | None, now: SystemMemory, seconds: float) -> bool:
     """Return True if a reading shows that memory is being taken: the computer swaps, or programs wait for memory.
 
-    The level of memory pressure is no sign: available memory can be low for weeks while nothing is taken.
+    The level of memory pressure is no sign, because available memory can be low for weeks while nothing is taken.
     """
     return (now.stall_some_share or 0.0) >= _WARN_STALL_SOME or is_swapping(before, now, seconds)
 
@@ -224,7 +225,7 @@ def is_swapping(before: SystemMemory | None, now: SystemMemory, seconds: float) 
 
 
 def is_released(before_load: int | None, loaded: int | None, now: int | None) -> bool | None:
-    """Return True if the memory that a dead engine had locked has come back, None if that cannot be told.
+    """Return True if the memory that a dead engine had locked has come back, None if unknown.
 
     Args:
         before_load: bytes wired by the whole system before the engine started.
@@ -242,12 +243,7 @@ def is_released(before_load: int | None, loaded: int | None, now: int | None) ->
 def must_stay_awake(power: Power, *, is_wanted: bool, is_ready: bool) -> bool:
     """Return True if the computer is to be kept from going to sleep by itself.
 
-    Only on mains that are known to be there, never in low power mode, and only while there is a model to be asked:
-    an engine that failed is not worth a night's energy.
-
-    Args:
-        power: of the computer.
-        is_wanted: the setting power.prevent_sleep.
-        is_ready: whether the engine is READY.
+    Only on known mains, never in low power mode, and only while there is a model to ask: a failed engine is not
+    worth a night's energy.
     """
     return is_wanted and is_ready and power.source is PowerSource.MAINS and power.is_low_power is not True

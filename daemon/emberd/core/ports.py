@@ -27,17 +27,17 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """The adapter's name, as in engine.kind."""
+        """Its name in engine.kind."""
         ...
 
     @property
     def most_connections(self) -> int:
-        """How many requests it can be given at once, with room left for emberd's own questions."""
+        """How many requests it can take at once, with room left for emberd's own questions."""
         ...
 
     @property
     def refusals(self) -> frozenset[int]:
-        """Statuses, besides 4xx and 503, that say that it has not begun to work on a request."""
+        """Statuses, besides 4xx and 503, which mean that it has not begun to work on a request."""
         ...
 
     def wishes(self) -> OwnerWishes:
@@ -51,21 +51,21 @@ class Engine(Protocol):
 
     @property
     def most_at_work(self) -> int:
-        """How many of the requests for which `is_work` holds it takes at once."""
+        """How many requests it takes at once of those for which `is_work` is true."""
         ...
 
     def is_work(self, method: str, path: str) -> bool:
-        """Tell whether a request waits for the model, unlike a question that is answered at once."""
+        """Return True if a request waits for the model, unlike a question that is answered at once."""
         ...
 
     @property
     def password(self) -> str:
-        """What the engine wants as a bearer token, empty for nothing. Never shown."""
+        """The bearer token that the engine wants, empty for none. Never shown."""
         ...
 
     @property
     def stop_signals(self) -> tuple[Signals, ...]:
-        """Signals in the order they are tried on a stop, SIGKILL excepted."""
+        """Signals in the order of a stop, without SIGKILL."""
         ...
 
     def model_path(self) -> Path | None:
@@ -73,7 +73,7 @@ class Engine(Protocol):
         ...
 
     async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
-        """Compose the command line for `port`, asking the engine to lock the model or not.
+        """Compose the command line.
 
         Raises:
             ConfigError: an argument that this build refuses.
@@ -87,15 +87,15 @@ class Engine(Protocol):
         ...
 
     async def probe_activity(self, port: int, timeout_s: float) -> Activity:
-        """Ask what the engine is doing, without touching the model. Never raises; bounded by `timeout_s`."""
+        """Ask what the engine is doing, without using the model. Never raises; bounded by `timeout_s`."""
         ...
 
     async def abort(self, port: int, key: str, timeout_s: float) -> bool:
-        """End the generation with this key, with an empty one whatever runs.
+        """End the generation with this key; with an empty key, whatever runs.
 
         Returns:
-            Whether the engine heard it; False, too, where it has no call for this: close the connection.
-            Never raises; bounded by `timeout_s`.
+            True if the engine heard it; False also if it has no call for this: close the connection. Never
+            raises; bounded by `timeout_s`.
         """
         ...
 
@@ -104,11 +104,11 @@ class Engine(Protocol):
         ...
 
     async def took_whole(self, port: int, turn: Turn, timeout_s: float) -> bool | None:
-        """Tell whether a turn's prompt is in the cache as a whole; None if not known. Never raises; bounded."""
+        """Return True if a turn's prompt is in the cache as a whole; None if not known. Never raises; bounded."""
         ...
 
     async def continues_turns(self, port: int, timeout_s: float) -> bool:
-        """Tell whether the assistant's last message of a chat is continued. Never raises; bounded."""
+        """Return True if the assistant's last message of a chat is continued. Never raises; bounded."""
         ...
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
@@ -116,15 +116,15 @@ class Engine(Protocol):
         ...
 
     def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:
-        """Return what a reply, or the end of a streamed one, tells of its tokens."""
+        """Return the counts that a reply, or the end of a streamed one, tells."""
         ...
 
     def counts_in_line(self, line: str) -> PromptCounts | None:
-        """Return what a line of the engine's log tells of the generation that ended, None for any other line."""
+        """Return the counts of the generation that ended from a line of the log, None for any other line."""
         ...
 
     async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
-        """Tell whether the engine can take up such a reply behind its first words. Never raises; bounded."""
+        """Return True if the engine can continue such a reply after its first words. Never raises; bounded."""
         ...
 
     def read_progress(self, line: str) -> LoadProgress | None:
@@ -132,23 +132,23 @@ class Engine(Protocol):
         ...
 
     def is_private(self, line: str) -> bool:
-        """Tell whether a log line can hold a prompt, a reply or a password."""
+        """Return True if a log line can hold a prompt, a reply or a password."""
         ...
 
     def is_fatal(self, line: str) -> bool:
-        """Tell whether the line says that the engine will never be ready although it stays alive."""
+        """Return True if the line says that the engine will never be ready although it stays alive."""
         ...
 
 
 class EventWatch(Protocol):
-    """Wakes when the kernel has news (a process ended, a file was written)."""
+    """Wakes when the kernel reports something (a process ended, a file was written)."""
 
     async def wait(self) -> None:
         """Return when there is news."""
         ...
 
     def close(self) -> None:
-        """Give up watching; idempotent."""
+        """Stop watching; idempotent."""
         ...
 
 
@@ -156,9 +156,9 @@ class SystemLog(Protocol):
     """The log that the system keeps."""
 
     lost: int
-    """Events that it did not take; None of them is worth waiting or failing for."""
+    """Events that it did not take: none is worth waiting or failing for."""
     error: str
-    """Why, of the last one."""
+    """Why it did not take the last of them."""
 
     @property
     def name(self) -> str:
@@ -166,11 +166,11 @@ class SystemLog(Protocol):
         ...
 
     def write(self, event: Mapping[str, Any]) -> bool:
-        """Write an event, without waiting; tells whether it was taken. Raises nothing."""
+        """Write an event without waiting; return True if it was taken. Never raises."""
         ...
 
     def close(self) -> None:
-        """Let go of it; idempotent."""
+        """Close it; idempotent."""
         ...
 
 
@@ -188,7 +188,7 @@ class Host(Protocol):
         ...
 
     def given_sockets(self) -> list[socket.socket]:
-        """Return the listening sockets that this process was given, none if it was given none.
+        """Return the listening sockets that this process was given, if any.
 
         Raises:
             ConfigError: something else was given.
@@ -196,15 +196,15 @@ class Host(Protocol):
         ...
 
     def forbid_core_dumps(self) -> None:
-        """Keep this process from being written to disk when it crashes."""
+        """Keep this process from writing a core dump when it crashes."""
         ...
 
     def recall_own_memory(self) -> None:
-        """Bring back what of this process is in swap, and mark its memory as used. Some milliseconds."""
+        """Bring this process back from swap, and mark its memory as used. Takes some milliseconds."""
         ...
 
     def watch_exit(self, pid: int) -> EventWatch:
-        """Watch for the end of `pid`, whoever its parent is.
+        """Watch for the end of `pid`, also if it is no child.
 
         Raises:
             ProcessLookupError: the process has ended already.
@@ -212,7 +212,7 @@ class Host(Protocol):
         ...
 
     def watch_file(self, path: Path) -> EventWatch:
-        """Watch a file for writes; `wait` returns at each news.
+        """Watch a file; `wait` returns at each write.
 
         Raises:
             OSError: the file is missing or cannot be watched.
@@ -220,7 +220,7 @@ class Host(Protocol):
         ...
 
     def watch_stalls(self, longest_s: int) -> EventWatch | None:
-        """Watch for programs that wait for memory; None where the system does not tell.
+        """Watch for programs that wait for memory; None if the system does not tell.
 
         `wait` also returns every `longest_s` seconds, and when the computer wakes from sleep.
         """
@@ -235,9 +235,9 @@ class Host(Protocol):
         ...
 
     def proportional_bytes(self, pids: Sequence[int]) -> int | None:
-        """Return what these processes take where shared pages are divided among their users (PSS).
+        """Return the memory of these processes, each shared page divided by the number of its users (PSS).
 
-        Walks page tables: tens of milliseconds for a large model. None if it cannot be told of any of them.
+        Walks page tables, which takes tens of milliseconds for a large model. None if unknown of all of them.
         """
         ...
 
@@ -246,7 +246,7 @@ class Host(Protocol):
         ...
 
     def power(self) -> Power:
-        """Read where power comes from. Can take some 10 ms: not for every tick."""
+        """Read where power comes from. Can take some 10 ms."""
         ...
 
     def sleep_blockers(self) -> Sequence[tuple[str, ...]]:
@@ -257,19 +257,19 @@ class Host(Protocol):
         ...
 
     def gpu_limits(self) -> GpuLimits | None:
-        """Return what the GPU may hold wired, None where the system has no such limits."""
+        """Return how much the GPU may hold wired, None if the system has no such limits."""
         ...
 
     def lock_limits(self, pid: int | None) -> LockLimits:
-        """Return what `pid` may lock; for None, what a child of this process may."""
+        """Return how much `pid` may lock; for None, how much a child of this process may."""
         ...
 
     def wire_refusals(self) -> WireRefusals | None:
-        """Return the kernel's counters of refused locks, None where there are none."""
+        """Return the kernel's counters of refused locks, None if there are none."""
         ...
 
     def health(self, pid: int) -> HostHealth:
-        """Return what only this kind of system knows of itself and of a process. Can take some 10 ms."""
+        """Return what only this system knows of itself and of a process. Can take some 10 ms."""
         ...
 
     def quarantine(self, path: Path) -> str | None:
@@ -277,25 +277,25 @@ class Host(Protocol):
         ...
 
     def engine_environment(self, metal_keep_alive_s: int) -> Mapping[str, str]:
-        """Return the variables that this system's engine builds want."""
+        """Return environment variables for this system's engine builds."""
         ...
 
     def system_log(self) -> SystemLog | None:
-        """Return the log that this system keeps, None if there is none."""
+        """Return the system's log, None if there is none."""
         ...
 
     def log_program(self) -> str | None:
-        """Return the program that reads that log back, None if it is missing."""
+        """Return the program that reads the system's log back, None if it is missing."""
         ...
 
     def stderr_is_journal(self) -> bool:
-        """Tell whether standard error leads into the journal of systemd."""
+        """Return True if standard error leads into the journal of systemd."""
         ...
 
     def stderr_is_launchds(self) -> bool:
-        """Tell whether launchd keeps what standard error gets, in a file that nobody rotates."""
+        """Return True if launchd writes standard error to a file, which is not rotated."""
         ...
 
     def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:
-        """Return the TCP ports that these processes listen on, None if it cannot be told."""
+        """Return the TCP ports that these processes listen on, None if unknown."""
         ...

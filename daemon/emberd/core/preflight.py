@@ -1,8 +1,8 @@
-"""Before the start: will the model lock and fit, and shall the engine be asked to lock it? Pure.
+"""Before the start: will the model lock and fit, and is the engine to be asked to lock it? Pure.
 
-A lock takes memory away from everything else on the computer, for as long as the engine lives. A model that is
-mapped and not locked is dropped under pressure and read again; a computer without memory for the rest thrashes, and
-its owner blames the computer. So `auto` locks where enough remains.
+A lock takes memory away from everything else for as long as the engine lives. A model that is mapped and not
+locked is dropped under pressure and read again; a computer without memory for the rest thrashes. So `auto` locks
+if enough memory remains.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _GIB = 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """What must remain for everything else: a share of RAM between two bounds.
+    """The memory that must remain for everything else: a share of RAM between two bounds.
 
     Attributes:
         share: of RAM.
-        least_bytes: never less, for a system and a browser need it on the smallest computer.
-        most_bytes: never more, for on a large one it would lie idle.
+        least_bytes: the least: a system and a browser need it on the smallest computer.
+        most_bytes: the most: more would lie idle on a large computer.
     """
 
     share: float
@@ -35,14 +35,14 @@ class Reserve:
     most_bytes: int
 
     def of(self, ram_bytes: int) -> int:
-        """Return the bytes to leave on a computer with so much RAM."""
+        """Return the bytes to leave on a computer with this RAM."""
         return min(max(int(ram_bytes * self.share), self.least_bytes), self.most_bytes)
 
 
 ONE_USER = Reserve(0.2, 2 * _GIB, 16 * _GIB)
-"""About what macOS itself keeps from being wired by default: 27 % of 8 GiB, 18 % of 64 GiB."""
+"""About as much as macOS by default keeps from being wired: 27 % of 8 GiB, 18 % of 64 GiB."""
 SEVERAL_USERS = Reserve(0.35, 4 * _GIB, 32 * _GIB)
-"""The others have programs too, and nobody asked them. 32 GiB is the most that macOS ever keeps back."""
+"""Other users have programs too. 32 GiB is the most that macOS ever keeps back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class PreflightFacts:
     """What is known before the start. Unknown is None.
 
     Attributes:
-        limits: what the engine will be allowed to lock.
+        limits: how much the engine may lock.
         weights_bytes: size of the tensors that will be in this computer's RAM.
         kv_bytes: size of the KV cache (core/gguf.py).
         compute_bytes: size of the compute buffers.
         ram_bytes: memory of the computer, or of the control group that emberd is confined to.
-        available_bytes: memory that could be used without swapping; pages of files count as available.
-        wired_bytes: memory that is locked by now, by the kernel, the GPU and other programs.
-        users: how many people have sessions on this computer, emberd's own included.
+        available_bytes: memory that can be used without swapping, pages of files included.
+        wired_bytes: memory that the kernel, the GPU and other programs have locked already.
+        users: how many people have sessions on this computer, emberd's owner included.
     """
 
     limits: LockLimits
@@ -72,18 +72,18 @@ class PreflightFacts:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What to do, and why.
+    """The decision, and its reasons.
 
     Attributes:
-        will_lock: the engine is to be asked to lock the model.
-        fits: weights, context and buffers have room without swapping; None if it cannot be told.
-        is_allowed: the limits let all of the weights be locked; None if it cannot be told.
-        limit: the limit that is in the way, None if none is known to be.
-        needed_bytes: what the engine will take in all, as far as it is known.
-        remains_bytes: what is left then for everything else, None if unknown.
-        reserve_bytes: what should be left, None if unknown.
+        will_lock: ask the engine to lock the model.
+        fits: weights, context and buffers have room without swapping; None if unknown.
+        is_allowed: the limits let all of the weights be locked; None if unknown.
+        limit: the limit in the way, None if none is known.
+        needed_bytes: all that the engine will take, as far as known.
+        remains_bytes: what then remains for everything else, None if unknown.
+        reserve_bytes: what should remain, None if unknown.
         reasons: findings for the owner, with stable codes.
-        remedy: what a person can do about the first of them, empty if there is nothing.
+        remedy: what a person can do about the first of them, or empty.
     """
 
     will_lock: bool
@@ -100,9 +100,9 @@ class Preflight:
 def preflight(facts: PreflightFacts, policy: LockPolicy) -> Preflight:
     """Decide about the lock.
 
-    `never` does not lock, `always` does and says what is wrong with it. `auto` locks unless the computer would
-    choke: the engine does not fit into what is available, or less than the reserve would remain of RAM. A limit in
-    the way is no reason not to ask: what can be locked is locked, and the engine goes on.
+    `never` does not lock; `always` does, and says what speaks against it. `auto` locks unless the computer would
+    choke: the engine does not fit into what is available, or less than the reserve would remain of RAM. A limit
+    in the way is no reason not to ask: the engine locks what it can, and goes on.
     """
     needed = sum(part or 0 for part in (facts.weights_bytes, facts.kv_bytes, facts.compute_bytes))
     fits = _fits(facts, needed)
@@ -150,7 +150,7 @@ def _fits(facts: PreflightFacts, needed: int) -> bool | None:
 def _remains(facts: PreflightFacts, needed: int) -> int | None:
     """Return what is left of RAM beside the engine and all that is wired.
 
-    With unknown parts it is more than will be left, so it can only speak against a lock.
+    With unknown parts the result is too high, so it can only speak against a lock.
     """
     if facts.ram_bytes is None or facts.weights_bytes is None:
         return None

@@ -1,13 +1,12 @@
 """The cheapest request that leaves the same KV cache: the last request and its reply, with one token. Pure.
 
-A chat is sent to llama.cpp's server as its client will send it next, with the smallest possible next message: the
-template writes the history as it will be written then, whatever it does with thoughts, calls of tools or an
-assistant's open turn (build 11434: 1 token processed by each replay, and by the next turn its own words only).
+A chat is sent to llama.cpp's server as its client will send it next, with the smallest possible next message. So
+the template writes the history as it will then, whatever it does with thoughts, tool calls or an assistant's open
+turn (build 11434: each replay processes 1 token, and the next turn only its own words).
 
-The cache keeps the common prefix of what it holds and of what it is asked, and drops the rest. So the prompt alone
+The cache keeps the common prefix of its contents and the new prompt, and drops the rest. So the prompt alone
 would cost the reply (63 tokens in place of 3 for the next turn, KoboldCPP 1.104), and no generation (`max_length`
-0) cuts the cache without using it. Sampling does not matter: with one token, whatever it is, the next turn's prompt
-replaces it.
+0) cuts the cache without using it. Sampling does not matter: the next turn's prompt replaces the one token.
 """
 
 from __future__ import annotations
@@ -61,36 +60,38 @@ _SAMPLING = frozenset(
         "max_context_length",
     }
 )
-"""Fields that change what is generated, or how it is told, and not what is in the cache before."""
+"""Fields that change only what is generated or how it is told, not what is in the cache before."""
 _KOBOLD = ("/api/v1/generate", "/api/latest/generate", "/api/extra/generate/stream")
 _COMPLETIONS = ("/v1/completions", "/v1/completion")
 _CHAT = ("/v1/chat/completions", "/chat/completions")
 _LLAMA = ("/completion", "/completions")
 _UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_prefix", "input_suffix"})
-"""With these the engine builds another prompt than the text that is seen here, or makes several generations."""
+"""With these fields the engine builds another prompt than the text in the request, or makes several
+generations."""
 _TAIL_BYTES = 12
-"""Some three tokens, and never more than 15: a token has a byte at least. Several use other parts of the buffers
-than one does; ten take longer: 0.38 s, and one 0.22, on a CPU (KoboldCPP, 2 GiB, two cores)."""
+"""Some three tokens, never more than 15, since a token has at least a byte. Several tokens use other parts of the
+buffers than one; ten take longer: 0.38 s against 0.22 for one, on a CPU (KoboldCPP, 2 GiB, two cores)."""
 _MESSAGE_TOKENS = 32
-"""What a template puts around a message, and some to spare."""
+"""More tokens than a template puts around a message."""
 _NEXT_WORDS, _MORE_NEXT_WORDS = ".", "And one word more, if you please."
 """The smallest next message, and one that takes several tokens to process."""
 _BUDGET_NAMES = {Dialect.CHAT: "max_tokens", Dialect.MESSAGES: "max_tokens", Dialect.RESPONSES: "max_output_tokens"}
 _TELLING = frozenset({"stream", "stream_options", "logprobs", "top_logprobs", "n_probs", "n", "best_of", "n_cmpl"})
-"""Fields that change how a reply is told, and how many there are."""
+"""Fields that change how a reply is told, and how many replies there are."""
 GENKEY = "emberd-replay"
 """A replay's own key begins so: it can be aborted without touching a user's generation (never an empty one)."""
 
 
 def make_replays(turn: Turn, engine: str, *, continues_turn: bool, is_thorough: bool = False) -> list[Replay]:
-    """Return the requests that keep the cache of a turn, in order; none if there is none that surely does.
+    """Return the requests that keep the cache of a turn, in order; none if no request surely does.
 
     Args:
         turn: the last turn of a user.
         engine: the adapter's name: koboldcpp, llama-server or embedded.
         continues_turn: the engine leaves the assistant's last message open: KoboldCPP from 1.104 on with
             `continue_assistant_turn`.
-        is_thorough: one more before, so that several tokens are processed: they use other parts of the buffers.
+        is_thorough: send one more before, so that several tokens are processed, which use other parts of the
+            buffers.
     """
     dialect, path = dialect_of(turn.path), turn.path.rstrip("/")
     if dialect in _BUDGET_NAMES and engine != "koboldcpp":
@@ -112,7 +113,7 @@ def make_replays(turn: Turn, engine: str, *, continues_turn: bool, is_thorough: 
 def _next_turn(turn: Turn, dialect: Dialect, words: str) -> Replay:
     """Return what the client will send next, with a budget of one token: request, reply, and the next words.
 
-    Without a reply that could be read it is the client's own request: the cache then lacks the reply's tokens.
+    Without a readable reply it is the client's own request: the cache then lacks the reply's tokens.
     """
     body = {name: value for name, value in turn.body.items() if name not in _TELLING}
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"):
@@ -127,17 +128,17 @@ def _next_turn(turn: Turn, dialect: Dialect, words: str) -> Replay:
 
 
 def _with_reply(history: list[Any], said: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Append a reply; where the history ends with the assistant's words, the reply goes on with them."""
+    """Append a reply; if the history ends with the assistant's words, the reply continues them."""
     last, reply = history[-1], said[0]
     if isinstance(last, dict) and last.get("role") == "assistant":
         if isinstance(last.get("content"), str) and isinstance(reply.get("content"), str):
             return [*history[:-1], {**reply, "content": last["content"] + reply["content"]}, *said[1:]]
-        return history[:-1]  # blocks that cannot be joined: what comes before them is kept
+        return history[:-1]  # blocks that cannot be joined: only what comes before them is kept
     return [*history, *said]
 
 
 def _next_messages(said: Sequence[Mapping[str, Any]], words: str) -> list[dict[str, Any]]:
-    """Return the smallest next message: answers to the calls of tools where there are any, for templates insist."""
+    """Return the smallest next message: answers to tool calls if there are any, since templates want them."""
     answers: list[dict[str, Any]] = []
     for each in said:
         if each.get("type") == "function_call":
@@ -157,16 +158,11 @@ def _next_messages(said: Sequence[Mapping[str, Any]], words: str) -> list[dict[s
 
 
 def is_replayable(turn: Turn, engine: str, *, keeps_state: bool) -> bool:
-    """Tell whether there is a request that keeps the cache of a turn.
+    """Return True if there is a request that keeps the cache of a turn.
 
-    KoboldCPP counts the last token that it has made as a part of the cache, and for a model that keeps a state it
-    begins anew where a prompt does not contain all of that (gpttype_adapter.cpp, 1.104): a replay's one token would
-    cost the user the conversation. llama.cpp's server goes on from its checkpoints of such a state.
-
-    Args:
-        turn: the last turn of a user.
-        engine: the adapter's name.
-        keeps_state: the model is a recurrent or hybrid one (`kv_cache.keeps_state`).
+    KoboldCPP counts the last generated token as a part of the cache, and for a model that keeps a state it begins
+    anew if a prompt does not contain all of the cache (gpttype_adapter.cpp, 1.104): a replay's one token would
+    cost the user the conversation. llama.cpp's server goes on from checkpoints of such a state.
     """
     if keeps_state and engine == "koboldcpp":
         return False
@@ -174,18 +170,19 @@ def is_replayable(turn: Turn, engine: str, *, keeps_state: bool) -> bool:
 
 
 def fits(turn: Turn, prompt_tokens: int, context_tokens: int, default_tokens: int, *, keeps_a_fifth: bool) -> bool:
-    """Tell whether KoboldCPP took a turn's prompt as a whole.
+    """Return True if KoboldCPP took a turn's prompt as a whole.
 
-    It cuts from the beginning what prompt and greatest reply have too much (gpttype_adapter.cpp, 1.104: prompt +
-    n_predict - n_ctx tokens). A replay, with another greatest reply, would begin at another word, and the whole
-    prompt would be processed again.
+    It cuts the excess of prompt and greatest reply from the prompt's beginning (gpttype_adapter.cpp, 1.104:
+    prompt + n_predict - n_ctx tokens). A replay, with another greatest reply, would begin at another word, and
+    the whole prompt would be processed again.
 
     Args:
         turn: request and reply.
-        prompt_tokens: `prompt_text` in tokens, or more than that.
+        prompt_tokens: tokens of `prompt_text`, or more.
         context_tokens: length of the engine's context.
         default_tokens: greatest reply where none is asked for (`--defaultgenamt`; at most half of the context).
-        keeps_a_fifth: of the context is never given to the reply (koboldcpp.py: min_remain_hardlimit; 1.104).
+        keeps_a_fifth: a fifth of the context is never given to the reply (koboldcpp.py: min_remain_hardlimit;
+            1.104).
     """
     own_limit = as_count(turn.body.get("max_context_length"))
     limit_tokens = min(own_limit, context_tokens) if own_limit else context_tokens
@@ -202,8 +199,8 @@ def fits(turn: Turn, prompt_tokens: int, context_tokens: int, default_tokens: in
 def shortened(turn: Turn) -> Turn:
     """Return a turn whose reply lacks its last words.
 
-    A replay that finds the whole cache in place processes one token, and uses the buffers for that alone. After
-    this one the whole turn has some tokens to process, as a user's next turn will have.
+    A replay that finds the whole cache in place processes one token, and uses only the buffers for one. After the
+    shortened turn the whole turn has some tokens to process, like a user's next turn.
     """
     characters = size_bytes = 0
     while characters < len(turn.reply) and size_bytes < _TAIL_BYTES:
@@ -244,7 +241,7 @@ def _of_engine(engine: str) -> dict[str, Any]:
 
 
 def tiny(engine: str) -> Replay:
-    """Return a generation of one token with a prompt of our own; only where no user's prompt can be lost."""
+    """Return a generation of one token with emberd's own prompt, for a cache with no user's prompt to lose."""
     if engine == "koboldcpp":
         return Replay("/api/v1/generate", {"prompt": "Hello", "max_length": 1, "genkey": GENKEY})
     return Replay("/completion", {"prompt": "Hello", "n_predict": 1, "cache_prompt": True})

@@ -1,4 +1,4 @@
-"""What replies say, dialect by dialect: text, end, counts, and what a client sends back of them. Pure.
+"""What replies say in each dialect: text, end, counts, and what a client sends back of them. Pure.
 
 Layouts: the public API references of OpenAI and Anthropic; llama.cpp (tools/server/README.md, build 11434).
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 COUNTS = ("timings", "usage", "tokens_evaluated")
-"""Fields of a reply that hold counts of tokens, and nothing private (llama.cpp, tools/server/README.md)."""
+"""Fields of a reply that hold token counts and nothing private (llama.cpp, tools/server/README.md)."""
 _LAST_EVENTS = frozenset({"message_stop", "response.completed", "response.incomplete", "response.failed"})
 _BLOCK_DELTAS = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
 
@@ -25,7 +25,7 @@ class Said:
     """What one event says.
 
     Attributes:
-        text: that it adds to the reply.
+        text: what it adds to the reply.
         is_last: no more text comes.
         obstacle: why a reply with this event cannot be continued, empty if it can.
     """
@@ -40,7 +40,7 @@ def said(dialect: Dialect, content: dict[str, Any]) -> Said:
     if dialect is Dialect.KOBOLD:
         return Said(_as_text(content.get("token")), bool(content.get("finish_reason")))
     if dialect is Dialect.LLAMA:
-        # KoboldCPP answers /completions as OpenAI does: what its events say is not known then.
+        # KoboldCPP answers /completions in OpenAI's form, so its events are not understood then.
         obstacle = "" if "content" in content else "an event that is not understood"
         return Said(_as_text(content.get("content")), content.get("stop") is True, obstacle)
     if dialect in {Dialect.MESSAGES, Dialect.RESPONSES}:
@@ -57,7 +57,7 @@ def said(dialect: Dialect, content: dict[str, Any]) -> Said:
 
 
 def text_of(dialect: Dialect, content: Any) -> str | None:
-    """Return the text of a reply that was not streamed, None if it is not there."""
+    """Return the text of a reply that was not streamed, None if it is missing."""
     if dialect is Dialect.KOBOLD:
         text = _get(content, "results", 0, "text")
     elif dialect is Dialect.LLAMA:
@@ -74,7 +74,7 @@ def text_of(dialect: Dialect, content: Any) -> str | None:
 
 
 def counts_of(content: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counts that a reply or an event tells, together with those of the events before it."""
+    """Return the counts in a reply or an event, together with those of the events before it."""
     told = dict(before)
     for holder in (content, content.get("message"), content.get("response")):
         for name in COUNTS:
@@ -85,7 +85,7 @@ def counts_of(content: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str
 
 
 def sent_back(dialect: Dialect, content: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return what a client adds to its next request of a whole reply; nothing where that is text."""
+    """Return what a client sends back of a whole reply with its next request; nothing if that is text."""
     if dialect is Dialect.CHAT:
         message = _get(content, "choices", 0, "message")
         return _as_chat(_get(message, "content"), _get(message, "tool_calls")) if isinstance(message, dict) else ()
@@ -119,12 +119,7 @@ class StreamedParts:
             self.items += [item] if isinstance(item, dict) else []
 
     def sent_back(self, dialect: Dialect, text: str) -> tuple[dict[str, Any], ...]:
-        """Return what a client adds to its next request of this reply.
-
-        Args:
-            dialect: of the reply.
-            text: of the reply.
-        """
+        """Return what a client sends back of this reply with its next request."""
         if dialect is Dialect.CHAT:
             return _as_chat(text, self.calls)
         if dialect is Dialect.MESSAGES and self.blocks:

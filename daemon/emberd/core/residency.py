@@ -1,6 +1,6 @@
-"""How much of the model is in memory? Told by page counts, or by the processes of an engine that does not map it.
+"""How much of the model is in memory? By counts of pages, or by the processes of an engine that does not map it.
 
-A count comes from mincore(2) or cachestat(2) over the model's files. It is exact, or a sample with bounds.
+A count comes from mincore(2) or cachestat(2) on the model's files. It is exact, or a sample with bounds.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 SAMPLED_PAGES = 192
 """Bounds of at most 10 percentage points either way, 2 at the ends, for some 0.6 ms of mincore."""
 CONFIDENCE = 0.95
-"""How often the bounds of a sample hold the truth, at least."""
+"""How often the true share lies within the bounds of a sample, at least."""
 _BISECTIONS = 40
 _ANONYMOUS_SHARE = 0.8
-"""Anonymous memory of this share of the weights or more is a copy of them."""
+"""If anonymous memory is this share of the weights or more, it is a copy of them."""
 _FILE_SHARE = 0.5
 """A small model's context and buffers can be larger than its weights (284 MB beside 235 MB in KoboldCPP 1.104);
-resident pages of files of this share of the weights or more say that these are mapped."""
+so if resident pages of files are this share of the weights or more, the weights are mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class Paging:
     """What the system's calls about pages can do.
 
     Attributes:
-        checks_owner: mincore answers truthfully only to the file's owner or who may write it.
+        checks_owner: mincore answers truthfully only to a process that owns the file or may write it.
         cachestat: number of the system call, None where there is none.
         populate: the advice that faults a range in at once, None where there is none.
-        touches_twice: a first pass over cold pages leaves them inactive, a second one is needed.
+        touches_twice: a first pass over cold pages leaves them inactive, so that a second one is needed.
         keeps_executable: used pages of executable mappings are spared when others are reclaimed.
     """
 
@@ -55,14 +55,14 @@ class Source(Enum):
     MINCORE = "mincore"
     CACHESTAT = "cachestat"
     PROCESS = "process"
-    """The engine computes with a copy in anonymous memory: what its processes have in swap was read."""
+    """The engine computes with a copy in anonymous memory; its processes' memory in swap was read."""
 
 
 class Unknown(Enum):
     """Why a residency is unknown."""
 
     NOT_OWNER = "not_owner"
-    """Linux answers truthfully only to who owns the file or may write it (mincore(2), since 5.2)."""
+    """Linux answers truthfully only to a process that owns the file or may write it (mincore(2), since 5.2)."""
     NO_MODEL = "no_model"
     UNREADABLE = "unreadable"
     TOUCHER_LOST = "toucher_lost"
@@ -74,7 +74,7 @@ class PageCount:
     """Pages found resident.
 
     Attributes:
-        resident: resident ones among those looked at.
+        resident: resident pages among those looked at.
         looked_at: pages looked at.
         total: pages there are; equal to `looked_at` in an exact count.
         page_bytes: size of a page.
@@ -102,9 +102,9 @@ class Residency:
         at_least: lower bound; equal to `share` if the count was exact.
         at_most: upper bound.
         total_bytes: size of what was measured.
-        source: what told it, None if nothing did.
+        source: where it was read, None if nowhere.
         unknown: why it is unknown, None if it is known.
-        message: for a person: why it is unknown, or how it was told; may be empty.
+        message: for a person: why it is unknown, or how it was read; may be empty.
     """
 
     share: float | None
@@ -122,7 +122,7 @@ class Residency:
 
 
 def from_pages(count: PageCount) -> Residency:
-    """Turn a count into a residency; a sample gets its bounds."""
+    """Return the residency of a count; a sample gets its bounds."""
     if not count.looked_at:
         return Residency(None, unknown=Unknown.NO_READING, message="there are no pages to look at")
     share = count.resident / count.looked_at
@@ -131,7 +131,7 @@ def from_pages(count: PageCount) -> Residency:
 
 
 def unknown(why: Unknown, message: str = "") -> Residency:
-    """Return a residency that is not known, and why."""
+    """Return an unknown residency, and why it is unknown."""
     return Residency(None, unknown=why, message=message or _MESSAGES[why])
 
 
@@ -176,12 +176,12 @@ def _relative_entropy(seen: float, true: float) -> float:
 
 
 def is_copied(weights_bytes: int | None, memory: EngineMemory, *, is_mapped: bool | None) -> bool:
-    """Tell whether the engine computes with a copy of the weights in anonymous memory.
+    """Return True if the engine computes with a copy of the weights in anonymous memory.
 
     Args:
         weights_bytes: size of the weights, None if unknown.
         memory: the engine's memory.
-        is_mapped: what the engine's log told, None if nothing (it is loading, or writes no log).
+        is_mapped: by the engine's log, None if the log does not tell (the engine loads, or writes no log).
     """
     if is_mapped is not None:
         return not is_mapped
@@ -193,9 +193,9 @@ def is_copied(weights_bytes: int | None, memory: EngineMemory, *, is_mapped: boo
 
 
 def from_process(weights_bytes: int, memory: EngineMemory) -> Residency:
-    """Tell the residency of copied weights from what the engine's processes have in swap.
+    """Return the residency of copied weights, from the memory of the engine's processes in swap.
 
-    The kernel does not say which pages are in swap: at worst all of them are weights, at best all else went first.
+    The kernel does not say which pages are in swap: at worst all are weights, at best everything else went first.
     The estimate is proportional.
     """
     swapped, footprint = memory.swapped_bytes, memory.footprint_bytes
@@ -232,12 +232,12 @@ class Part:
 
     @property
     def share(self) -> float:
-        """Share of its pages that are resident; an empty one is resident."""
+        """Share of its pages that are resident; an empty part counts as resident."""
         return self.resident_pages / self.pages if self.pages else 1.0
 
 
 def by_tensor(spans: Sequence[TensorSpan], pages: Sequence[tuple[int, int]]) -> tuple[Part, ...]:
-    """Put names to the counts of the tensors' stretches.
+    """Return the parts of the tensors.
 
     Args:
         spans: the tensors.

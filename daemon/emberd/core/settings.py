@@ -1,7 +1,7 @@
 """Every setting of emberd: key, default, unit, range and meaning, each written once.
 
-The settings file is TOML. Parsing goes in two steps, so that a typo and a contradiction are told apart:
-`tomllib` makes a plain tree, and `read` gives it meaning. The example file, `emberd config show` and
+The settings file is TOML. Parsing takes two steps, so that syntax errors and wrong settings are distinguished:
+`tomllib` makes a plain tree, and `read` makes settings of it. The example file, `emberd config show` and
 docs/settings.md come from the same declarations.
 """
 
@@ -399,7 +399,7 @@ def table_help(table: str) -> str:
 
 
 def read(tree: Mapping[str, Any], source: str) -> Settings:
-    """Give meaning to a parsed settings file.
+    """Return the settings in a parsed file.
 
     Args:
         tree: what tomllib made of the file.
@@ -419,16 +419,12 @@ def read(tree: Mapping[str, Any], source: str) -> Settings:
 
 
 def read_what_is_right(tree: Mapping[str, Any]) -> Settings:
-    """Return what can be used of a settings file that is wrong: where emberd is, if not what it should do.
-
-    Args:
-        tree: what could be parsed of the file.
-    """
+    """Return the usable part of a wrong settings file, which may say where emberd is."""
     return _read_tables(tree)[0]
 
 
 def _read_tables(tree: Mapping[str, Any]) -> tuple[Settings, list[str]]:
-    """Return the settings, with the default for what is wrong, and what is wrong."""
+    """Return the settings, with defaults for wrong values, and the errors."""
     known = {declaration.key: declaration for declaration in declarations()}
     tables = {declaration.table for declaration in known.values()}
     problems: list[str] = []

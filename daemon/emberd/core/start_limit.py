@@ -1,4 +1,4 @@
-"""When a daemon that fails at its start should stand by, instead of being started again for ever. Pure.
+"""When a daemon that fails at its start is to stand by, instead of being started again for ever. Pure.
 
 launchd starts a failed job every ThrottleInterval, 10 s (launchd.plist(5)), and never gives up; systemd gives up
 after five starts within 10 s and never tries again (systemd.unit(5), StartLimitBurst). Neither can say why on the
@@ -15,34 +15,34 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LIMIT = 3
-"""So many failed starts are a burst."""
+"""This many failed starts are a burst."""
 WINDOW_S = 300.0
-"""They count for so long; three starts of launchd's take 20 s, three that load a large model first some minutes."""
+"""How long they count; three starts by launchd take 20 s, three that first load a large model some minutes."""
 FIRST_WAIT_S = 60.0
 LONGEST_WAIT_S = 1800.0
 _MOST_DOUBLINGS = 10
 """More would only overflow."""
 KEPT = 20
-"""Runs that are worth remembering."""
+"""How many runs are remembered."""
 
 
 class Why(Enum):
-    """Why an emberd ends in order."""
+    """Why an emberd ends regularly."""
 
     STOPPED = "stopped"
     ASKED = "asked"
-    """A person asked for a new one, or mended what keeps this one from starting."""
+    """A person asked for a new one, or mended what kept this one from starting."""
     DUE = "due"
-    """It has stood by for long enough: a new one is to try again."""
+    """It has stood by for long enough, and a new one is to try again."""
 
 
 class End(StrEnum):
     """How a run ended."""
 
     SILENT = "silent"
-    """Not yet, or without a word: it crashed or was killed."""
+    """It runs, crashed or was killed."""
     READY = "ready"
-    """Anyhow, but its engine had been ready: it was of use, and waiting would take that away."""
+    """Its engine had been ready: it was of use, however it ended."""
     FAILED = "failed"
     """It said why it could not start."""
 
@@ -54,9 +54,9 @@ class Run:
     Attributes:
         began_s: on the monotonic clock of this boot.
         end: how it ended.
-        reason: what it said when it failed.
-        waits: how many times in a row emberd has waited, this run's wait included; 0 if a person ended the wait,
-            None if it did not wait.
+        reason: its error if it failed.
+        waits: how many times in a row emberd has stood by, this run included; 0 if a person ended that, None if
+            this run did not stand by.
     """
 
     began_s: float
@@ -66,17 +66,17 @@ class Run:
 
 
 def judge(runs: Sequence[Run] | None, now_s: float) -> float | None:
-    """Return how long to stand by before the next try, None to end (or begin) as usual.
+    """Return how many seconds to stand by before the next try, None to end (or begin) as usual.
 
     Args:
-        runs: what is known of this boot, the oldest first, without one that is still to come; None if nothing can
-            be remembered: then nobody could count, and the first failure stands by.
-        now_s: on the clock of the runs.
+        runs: the runs of this boot so far, the oldest first; None if they cannot be remembered: then the first
+            failure stands by.
+        now_s: the present, on the same clock.
     """
     if runs is None:
         return FIRST_WAIT_S
     bad = _last_bad(runs)
-    if not bad or bad[-1].waits is not None:  # it has waited: the next try is due
+    if not bad or bad[-1].waits is not None:  # it has stood by: the next try is due
         return None
     waits = bad[-2].waits if len(bad) > 1 else None
     is_burst = sum(now_s - run.began_s <= WINDOW_S for run in bad) >= LIMIT
@@ -86,7 +86,7 @@ def judge(runs: Sequence[Run] | None, now_s: float) -> float | None:
 
 
 def waits_after(runs: Sequence[Run]) -> int:
-    """Return the `waits` of the last run, which is about to wait."""
+    """Return the `waits` of the last run, which is about to stand by."""
     bad = _last_bad(runs)
     return 1 + ((bad[-2].waits or 0) if len(bad) > 1 else 0)
 

@@ -1,7 +1,7 @@
 """What the daemon tells of itself, its engine and this computer, for services, command line and JSON. Pure.
 
-An attribute is called as its key in `emberd status --json`. Unknown is None. A key that a daemon of another version
-does not tell has the attribute's default, and a key that this version does not know is left out.
+Attributes have the names of the keys in `emberd status --json`. Unknown is None. If a daemon of another version
+does not tell a key, the attribute has its default; a key that this version does not know is left out.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EngineMemoryStatus(EngineMemory):
     """The memory of the engine's processes.
 
     Attributes:
-        proportional_bytes: resident, each shared page divided by the number of those who share it (PSS).
+        proportional_bytes: resident, each shared page divided by the number of its users (PSS).
     """
 
     proportional_bytes: int | None = None
@@ -89,10 +89,10 @@ class ResidencyStatus:
         at_most: upper bound.
         resident_bytes: the estimate in bytes.
         total_bytes: size of what was measured.
-        source: what told it: mincore, cachestat or process.
+        source: where it was read: mincore, cachestat or process.
         unknown: a word for why it is unknown, None if it is known.
-        message: the same for a person, or how it was told; may be empty.
-        age_s: since it was read.
+        message: the same for a person, or how it was read; may be empty.
+        age_s: seconds since it was read.
     """
 
     share: float | None = None
@@ -108,7 +108,7 @@ class ResidencyStatus:
 
 @dataclass(frozen=True, slots=True)
 class ReliefStatus:
-    """Bytes written to swap per second, before and after the thrash guard let go of the model last."""
+    """Bytes written to swap per second, before and after the thrash guard last let go."""
 
     bytes_per_s_before: float | None = None
     bytes_per_s_after: float | None = None
@@ -116,12 +116,12 @@ class ReliefStatus:
 
 @dataclass(frozen=True, slots=True)
 class PassStatus:
-    """What the last look of keep-warm that did something did.
+    """The last pass.
 
     Attributes:
         reason: why it was made.
         steps: what was done.
-        is_complete: all that was to be done was.
+        is_complete: every step was done.
         seconds: how long it took.
         had_lost: memory had been taken from the model.
         cold_share: of the weights, not in memory before.
@@ -149,7 +149,7 @@ class ProgressStatus:
 
 @dataclass(frozen=True, slots=True)
 class FirstTokenStatus:
-    """A user's last first token: what was foretold, in which state of the model, and what it then took."""
+    """A user's last first token: the forecast, by the state of the model, and the time that it took."""
 
     temperature: str = ""
     forecast_s: float | None = None
@@ -173,16 +173,15 @@ class ForecastStatus:
 
 @dataclass(frozen=True, slots=True)
 class ReuseStatus:
-    """What this engine told of its prompt cache.
+    """This engine's counts of its prompt cache.
 
     Attributes:
-        last_turn: of a user's last turn.
-        last_replay: of the last replay.
-        replays: whose counts were told.
-        misses: of these.
+        last_turn: a user's last turn.
+        last_replay: the last replay.
+        replays: replays with counts. misses: those of them that missed.
         wasted_tokens: processed by the replays that missed.
         lost_turns: turns of users that did not find what replays had kept.
-        barred: kinds of turns that are replayed no more.
+        barred: kinds of turns that are not replayed again.
     """
 
     last_turn: PromptCounts = UNTOLD
@@ -201,9 +200,9 @@ class CostStatus:
     Attributes:
         passes: that did something.
         read_bytes: brought back from the disk by the toucher.
-        engine_s: time that replays took of the engine.
+        engine_s: the engine's time for replays.
         cpu_s: processor time of the engine and the toucher.
-        processed_tokens: of prompts, that replays made the engine compute.
+        processed_tokens: tokens of prompts that replays made the engine compute.
     """
 
     passes: int = 0
@@ -221,15 +220,15 @@ class WarmthStatus:
         mode: warmth.mode of the settings.
         hold: how much of the model the thrash guard lets emberd hold; `all` unless the computer swaps.
         is_helpless: the computer swaps, and nothing that emberd may let go would help.
-        relief: what letting go has helped.
+        relief: how letting go has helped.
         is_storming: the computer takes memory from its programs now.
-        is_locked_outside: the toucher holds the weights.
-        paused_for_s: left of `emberd pause`.
-        cool_for_s: left of `emberd cool`.
+        is_locked_outside: the outside lock holds.
+        paused_for_s: seconds left of `emberd pause`.
+        cool_for_s: seconds left of `emberd cool`.
         interval_s: between two looks.
         over_budget_for_s: until keeping warm is within its budget again; 0 if it is.
         next_look_in_s: until the next look.
-        warm_for_s: since everything was warmed.
+        warm_for_s: seconds since everything was warmed.
         last: what was done last.
         progress: of the pass that runs, None while none does.
         hot_replay_s: the fastest replay so far.
@@ -266,11 +265,11 @@ class SwapStatus:
 
     Attributes:
         written_today_bytes: by everybody.
-        engine_idle_bytes: charged to the engine, while it was idle.
-        engine_busy_bytes: the same, while it worked or loaded.
+        engine_idle_bytes: charged to the engine while it was idle. engine_busy_bytes: the same, while it worked
+            or loaded.
         other_bytes: by everybody else.
-        unknown_bytes: by nobody knows whom.
-        share_of_endurance: of what the SSD is rated for; 1 is all of it.
+        unknown_bytes: by unknown programs.
+        share_of_endurance: of the SSD's rated endurance; 1 is all of it.
     """
 
     written_today_bytes: int = 0
@@ -283,24 +282,23 @@ class SwapStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """All of it. A daemon that cannot start tells `remedy`, `exit_code` and `failures`, and nothing of an engine.
+    """The whole status. An emberd that stands by has `remedy`, `exit_code` and `failures`, and no engine.
 
     Attributes:
         version: of the daemon.
         pid: its process.
-        uptime_s: since its start, or since it has replaced another one.
+        uptime_s: seconds since its start, or since it replaced another one.
         endpoint: where clients connect; None if the port is not held.
         model: model.path of the settings, may be empty.
         settings_file: its path.
-        state: of the engine, a name of `lifecycle.State`; STANDBY if emberd itself cannot start and waits.
-        state_for_s: for so long.
+        state: of the engine, a name of `lifecycle.State`; STANDBY if emberd stands by.
+        state_for_s: seconds in this state.
         reason: why, may be empty.
-        remedy: what a person can do.
-        exit_code: what the failed start ended with.
-        failures: what each of the last starts said, the oldest first.
+        remedy: what a person can do. exit_code: of the failed start.
+        failures: the errors of the last starts, the oldest first.
         crashes_in_a_row: of the engine.
         next_start_in_s: until the next start or try, None if none is planned.
-        starts: engines started by this daemon; -1 if it cannot start.
+        starts: engines started by this daemon; -1 if it stands by.
         last_exit: how the last engine ended.
         requests_in_flight: requests that the engine works on.
         requests_held: requests that wait until it is ready.
@@ -312,14 +310,14 @@ class Status:
         output_file: where the engine's output is.
         requests_waiting: requests that wait for one of the engine's places, or for the engine.
         longest_wait_s: of the one that has waited longest.
-        seconds_since_knock: since a request that was not for text.
-        remembers_turn: a user's last turn is remembered, for replays.
-        memory: of the engine and of the computer.
+        seconds_since_knock: since the last knock.
+        remembers_turn: a user's last turn is remembered for replays.
+        memory: of the engine and the computer.
         prevents_sleep: the computer is kept awake.
         residency: of the model.
         warmth: how it is kept warm.
-        swap: today's account, None where the system tells nothing.
-        log: names of the places that the log goes to.
+        swap: today's account, None if the system tells nothing.
+        log: names of the log's sinks.
     """
 
     version: str = ""
@@ -359,7 +357,7 @@ class Status:
 
     @property
     def state_words(self) -> str:
-        """The state, and how far a start is: `LOADING tensors 12/40`."""
+        """The state and the loading progress: `LOADING tensors 12/40`."""
         loading = (self.loading.phase, self.loading.detail) if self.loading else ()
         return " ".join(filter(None, (self.state, *loading)))
 
@@ -378,7 +376,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[T], plain: Mapping[str, Any]) -> T:
-    """Return the status, or a part of it, of which a daemon of whatever version has told the plain values."""
+    """Return the status, or a part of it, from the plain values of a daemon of any version."""
     hints = get_type_hints(kind)
     return kind(
         **{
@@ -390,7 +388,7 @@ def from_plain(kind: type[T], plain: Mapping[str, Any]) -> T:
 
 
 def _read(hint: Any, value: Any) -> Any:
-    """Return what a plain value means to an attribute of that type; a word that is new to an enum is unknown."""
+    """Return a plain value as an attribute of that type; a word that is new to an enum becomes unknown."""
     if get_origin(hint) is UnionType:
         return None if value is None else _read(get_args(hint)[0], value)
     if get_origin(hint) is tuple:

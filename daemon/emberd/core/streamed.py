@@ -1,7 +1,7 @@
-"""A streamed reply as it passes: complete events go on at once, what they say is remembered. Pure.
+"""A streamed reply as it passes: complete events go on at once, and their content is remembered. Pure.
 
-Server-sent events (HTML Living Standard, 9.2) end with an empty line. Only whole events are passed on, so that a
-reply that is cut can be continued behind the last one; engines write an event at once, so nothing waits for this.
+Server-sent events (HTML Living Standard, 9.2) end with an empty line. Only whole events pass, so that a cut reply
+can be continued after the last one. Engines write an event at once, so nothing has to wait.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from emberd.core.generation import Generation
 
 _UNREAD_BYTES = 64 * 1024
-"""Events are taken apart when so many bytes have come, or when somebody asks what they say."""
+"""Events are parsed when this many bytes have come, or when their content is needed."""
 _LONGEST_EVENT_BYTES = 1024 * 1024
-"""Longer than any event of text; what goes on without an end is no stream of events."""
+"""Longer than any event of text; a longer one is no stream of events."""
 _DONE = "[DONE]"
 
 
 @dataclass(slots=True)
 class StreamedReply:
-    """What has been sent to a client of one streamed reply. Never printed.
+    """What a client has been sent of one streamed reply. Never printed.
 
     Attributes:
         generation: the request.
-        most_bytes: greatest length of the text that is remembered.
+        most_bytes: greatest length of the remembered text.
         text: the reply so far.
         events: events with text in them.
         is_finished: the engine said that the reply is over.
         obstacle: why it could not be continued, empty if it can.
-        is_over: it ended at a stop sequence that the engine did not see; what comes behind is nobody's.
-        told: what the engine said last of its tokens, in its own words.
-        parts: what it holds besides text.
+        is_over: it ended at a stop sequence that the engine did not see; the rest is dropped.
+        told: the engine's last counts, in its own words.
+        parts: its parts besides text.
     """
 
     generation: Generation = field(repr=False)
@@ -61,7 +61,7 @@ class StreamedReply:
         self.obstacle = self.generation.obstacle()
 
     def take(self, chunk: bytes) -> bytes:
-        """Take bytes of the engine; return those to send now: whole events, unchanged until the reply is cut."""
+        """Take bytes of the engine; return what to send now: whole events, unchanged until the reply is cut."""
         data = self._partial + chunk
         end = len(data) if data.endswith((b"\n\n", b"\r\n\r\n")) else _end_of_events(data)
         if end == 0 and len(data) > _LONGEST_EVENT_BYTES:
@@ -78,16 +78,16 @@ class StreamedReply:
         return whole
 
     def read(self) -> None:
-        """Take apart what has come since the last time."""
+        """Parse what has come since the last time."""
         unread, self._unread, self._unread_bytes = b"".join(self._unread), [], 0
         for event in _split(unread):
             self._note(_data_of(event))
 
     def begin_again(self, used_tokens: int) -> None:
-        """Hear that another stream takes up where this one was cut; an event that had begun is forgotten.
+        """Another stream continues this one where it was cut; an unfinished event is forgotten.
 
         Args:
-            used_tokens: tokens of the text so far, to be added to the counts that the second stream tells.
+            used_tokens: tokens of the text so far, which are added to the counts of the second stream.
         """
         self.read()
         self._partial = b""
@@ -96,17 +96,17 @@ class StreamedReply:
         self._awaited = _begun_stop(self.text, self.generation.stops)
 
     def rest(self) -> bytes:
-        """Return what is left at the end of a reply that was not cut; it is no whole event, and passes as it is."""
+        """Return the rest at the end of an uncut reply; it is no whole event, and passes unchanged."""
         left, self._partial = self._partial, b""
         return left
 
     def farewell(self) -> bytes:
-        """Return what is missing of a reply that was cut behind its last word."""
+        """Return the missing end of a reply that was cut after its last word."""
         is_openai = self.generation.dialect in {Dialect.CHAT, Dialect.COMPLETIONS}
         return b"data: [DONE]\n\n" if is_openai and not self._is_done else b""
 
     def end_by_length(self) -> bytes:
-        """Return the events that end a reply whose budget was used up when it was cut."""
+        """Return the events that end a reply whose budget was used up at the cut."""
         return self._ending("length")
 
     def end_by_error(self, message: str) -> bytes:
@@ -133,7 +133,7 @@ class StreamedReply:
         return _event({**self._envelope, "choices": [choice]}) + f"data: {_DONE}\n\n".encode()
 
     def _note(self, data: str) -> dict[str, Any] | None:
-        """Remember what an event says; return its object."""
+        """Remember an event's content; return its object."""
         if not data:
             return None
         if data == _DONE:
@@ -164,7 +164,7 @@ class StreamedReply:
         return content
 
     def _rewritten(self, event: bytes) -> bytes:
-        """Return an event of a second stream as the first would have had it, empty for one that must not show."""
+        """Return an event of a second stream as of the first one, empty if it must not be sent."""
         if self.is_over:
             return b""
         before = len(self.text)
@@ -180,7 +180,7 @@ class StreamedReply:
         return self._as_openai(content)
 
     def _ends_stop(self, before: int) -> bool:
-        """Tell whether a stop sequence that began before the cut ends with what came behind: no engine can know.
+        """Return True if a stop sequence begins before the cut and ends after it, which no engine can see.
 
         Args:
             before: length of the text without the last event's.
@@ -196,7 +196,7 @@ class StreamedReply:
         return False
 
     def _as_openai(self, content: dict[str, Any]) -> bytes:
-        """Return an event as if the first stream went on: one role, its names, its counts."""
+        """Return an event as if the first stream went on, with one role, its names and its counts."""
         choices = content.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
         if choice is not None and isinstance(choice.get("delta"), dict) and choice["delta"].pop("role", None):
@@ -231,7 +231,7 @@ def _end_of_events(data: bytes) -> int:
 
 
 def _split(whole: bytes) -> list[bytes]:
-    """Cut whole events apart; each keeps its empty line."""
+    """Split whole events; each keeps its empty line."""
     if b"\r" in whole:
         whole = whole.replace(b"\r\n", b"\n")
     return [part + b"\n\n" for part in whole.split(b"\n\n") if part.strip(b"\n")]

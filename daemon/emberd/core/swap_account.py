@@ -1,14 +1,14 @@
 """Who wrote to the swap space, and was the engine idle? Pure accounting over two readings.
 
 An idle model that is swapped out costs its owner twice: the next reply is slow, and the SSD wears. Kernels count
-what the whole system writes to swap and what a process has there, not what a process has written. So the engine is
-charged with the growth of what it has there, at most with all that was written meanwhile.
+how much the whole system writes to swap and how much a process has there, not how much a process has written. So
+the engine is charged with the growth of its memory in swap, at most with all that was written meanwhile.
 
-- Linux: `VmSwap` grows by what was swapped out of the process (proc_pid_status(5)), so the charge is a lower bound:
-  pages that came back and went again are not seen. With zswap or zram it counts what never reached a disk, as does
-  `pswpout` of /proc/vmstat.
-- macOS: what a process has compressed is known, and not how much of it went on to the swap files, so the charge is
-  an estimate.
+- Linux: `VmSwap` grows by what was swapped out of the process (proc_pid_status(5)), so the charge is a lower
+  bound: pages that came back and went again are not seen. With zswap or zram it counts bytes that never reached a
+  disk, as does `pswpout` of /proc/vmstat.
+- macOS: the kernel tells how much of a process is compressed, but not how much of that is in swap files, so the
+  charge is an estimate.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ TB = 10**12
 
 @dataclass(frozen=True, slots=True)
 class SwapReading:
-    """One look at the counters. Unknown is None.
+    """One reading of the counters. Unknown is None.
 
     Attributes:
         written_bytes: written to swap by the whole system since boot.
-        engine_bytes: what the engine's processes have in swap (macOS: compressed or in swap).
+        engine_bytes: memory of the engine's processes in swap (macOS: compressed or in swap).
         engine: text that tells this engine from another one (pid and start token), None while there is none.
     """
 
@@ -43,7 +43,7 @@ class SwapWrites:
         engine_busy: the same, while it worked or loaded.
         other_idle: written by everybody else while the engine was idle.
         other_busy: the same, while the engine worked, or there was none.
-        unknown_idle: written while the engine was idle, by nobody knows whom.
+        unknown_idle: written by unknown programs while the engine was idle.
         unknown_busy: the same, while the engine worked.
     """
 
@@ -70,15 +70,15 @@ class SwapWrites:
 
 
 def attribute(before: SwapReading, after: SwapReading, *, is_idle: bool) -> SwapWrites:
-    """Share out what was written between two readings.
+    """Return who wrote what between two readings.
 
-    A counter that went backwards (a reboot) says nothing about the time between: nothing is charged, and the later
-    reading is where counting begins again.
+    A counter that went backwards (a reboot) says nothing about the time between: nothing is charged, and counting
+    begins again at the later reading.
 
     Args:
         before: the earlier reading.
         after: the later one.
-        is_idle: the engine was there and worked on nothing, from the one to the other.
+        is_idle: the engine was there and idle all the time.
     """
     written = _written(before, after)
     if not written:
@@ -101,22 +101,17 @@ def _written(before: SwapReading, after: SwapReading) -> int:
 def _grown(before: SwapReading, after: SwapReading) -> int | None:
     """Return by how much the engine's part grew, None if that is unknown."""
     if after.engine is None:
-        # None now: what an engine that has ended had in swap is gone from the books.
+        # None now: an engine that has ended has nothing in swap.
         return 0 if before.engine is None else None
     if after.engine_bytes is None:
         return None
     if before.engine != after.engine:
-        return after.engine_bytes  # it began after the earlier reading, with nothing in swap
+        return after.engine_bytes  # it started after the earlier reading, with nothing in swap
     if before.engine_bytes is None:
         return None
     return max(after.engine_bytes - before.engine_bytes, 0)
 
 
 def share_of_endurance(written_bytes: int, endurance_tb: float) -> float:
-    """Return which share of a rated endurance these bytes are; 1 is all of it.
-
-    Args:
-        written_bytes: bytes written.
-        endurance_tb: terabytes that the SSD is rated for (machine.ssd_endurance_tb).
-    """
+    """Return the share of the rated endurance that these bytes are; 1 is all of it."""
     return written_bytes / (endurance_tb * TB)

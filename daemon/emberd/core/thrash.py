@@ -1,17 +1,18 @@
-"""The thrash guard: lets go of the model when that spares the computer from swapping. Pure.
+"""The thrash guard: lets go of the model when that keeps the computer from swapping. Pure.
 
 Measured on a computer that was 0.7 GiB short (KoboldCPP, 2 GiB of weights, 0.8 GiB of KV cache and buffers): a
-locked and replayed model made the rest write 6.4 GB to swap in 30 s; left alone, 0.7 GB. That is the wear that the
-owner wants to avoid. Relief and cost of what can be let go, the cost as the next first token against a hot one:
+locked and replayed model made the rest write 6.4 GB to swap in 30 s; left alone, 0.7 GB. That is the wear that
+the owner wants to avoid. These can be let go, with their relief and their cost (the next first token against a
+hot one):
 
-- the weights (no lock, or the toucher's): the machine wrote 0.1 GB instead of 3 to 7; 7 to 8 times a hot one, for
-  what was taken is read again, and never written;
-- the KV cache and the buffers, while a lock keeps the weights: 2.6 GB instead of 6.4; 5 times, for a little more
-  than a third of the memory, and each byte of it is written first.
+- the weights (no lock, or the outside lock): the computer wrote 0.1 GB instead of 3 to 7; 7 to 8 times a hot one,
+  because the weights are read again, but never written;
+- the KV cache and the buffers, while a lock keeps the weights: 2.6 GB instead of 6.4; 5 times a hot one, for a
+  little more than a third of the memory, of which each byte is written first.
 
-So the weights go first, and the replays end with them: a replay would bring them back. While a lock keeps the
-weights that only a restart of the engine ends, the replays go on: to hold gigabytes and drop what every reply needs
-serves nobody. What was let go is taken hold of again when the computer swaps as before: it was not the model.
+So the weights go first, and the replays end with them, because a replay would bring them back. While the engine's
+own lock keeps the weights, which only a restart ends, the replays go on: holding gigabytes without what every
+reply needs serves nobody. If the computer still swaps as before, it was not the model, which is then held again.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 WINDOW_S = 60.0
-"""Writes to swap are held against the budget over this time."""
+"""Writes to swap in this time are compared with the budget."""
 STEP_S = 5.0
-"""Time that letting go gets to show; what is written in it does not count."""
+"""Letting go takes this long to show; writes meanwhile do not count."""
 FIRST_CALM_S = 60.0
 LONGEST_CALM_S = 3600.0
-"""The rest must be quiet for so long before the model is taken hold of again; each relapse doubles it."""
+"""The computer must be quiet for so long before the model is held again; each relapse doubles it."""
 RATE_S = 10.0
-"""Writes to swap before and after letting go are compared over so long."""
+"""Writes to swap before and after letting go are compared over this time."""
 RELIEF_SHARE = 0.75
-"""Letting go has relieved the computer if it writes less than this share of what it wrote before."""
+"""Letting go is a relief if the computer writes less than this share of what it wrote before."""
 SETTLED_S = 900.0
-"""Holding for so long without a relapse forgets earlier ones."""
+"""Earlier relapses are forgotten after so long without one."""
 BUDGET_BYTES: dict[str, float] = {"machine-first": 64 * MIB, "auto": 512 * MIB, "model-first": float("inf")}
-"""Writes to swap within WINDOW_S that holding the model may cost. 512 MiB a minute, if it went on, would be the
+"""The budget: writes to swap within WINDOW_S that holding the model may cost. 512 MiB a minute would use up the
 rated 600 TB of a 1 TB drive in 2.1 years."""
 
 
@@ -49,29 +50,29 @@ class HoldLevel(Enum):
     """How much of the model emberd holds."""
 
     ALL = "all"
-    """Weights and cache are kept."""
+    """Weights and cache are held."""
     NO_WARMING = "no_warming"
     """Nothing is brought back."""
     NO_OUTSIDE_LOCK = "no_outside_lock"
-    """The toucher has let go too."""
+    """The outside lock is let go too."""
     NOTHING = "nothing"
-    """The engine's own lock is to go as well, which takes a restart."""
+    """The engine's own lock is let go as well, by a restart."""
 
     @property
     def lets_go(self) -> bool:
-        """Whether the toucher's lock is given up."""
+        """Whether the outside lock is let go."""
         return self in {HoldLevel.NO_OUTSIDE_LOCK, HoldLevel.NOTHING}
 
 
 def what_frees(
     lock: LockState, priority: Priority, *, is_locked_outside: bool, may_restart: bool
 ) -> HoldLevel | None:
-    """Return how much to let go so that memory is given back, None if nothing may be.
+    """Return the hold level at which memory is given back, None if nothing may be let go.
 
     Args:
         lock: the verdict about the engine's own lock.
-        priority: warmth.priority; where the machine comes first it gets the cache beside locked weights, too.
-        is_locked_outside: the toucher holds the weights.
+        priority: warmth.priority; `machine-first` lets go of the cache even beside locked weights.
+        is_locked_outside: the outside lock holds.
         may_restart: warmth.may_restart.
     """
     if is_locked_outside:
@@ -85,14 +86,14 @@ def what_frees(
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One look at the computer.
+    """One reading of the computer.
 
     Attributes:
         now_s: monotonic.
         swapped_out_bytes: written to swap since boot, by everybody; None if unknown.
         pressure: memory pressure.
         is_evicting: memory of the idle engine is being taken, and no lock keeps its weights.
-        has_let_go: what the guard has let go is gone, and nobody uses it: a restart is over, no request runs.
+        has_let_go: what was let go has left memory, and nobody uses it: a restart is over, no request runs.
     """
 
     now_s: float
@@ -104,16 +105,16 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class ThrashGuard:
-    """The guard's memory.
+    """The thrash guard's memory.
 
     Attributes:
-        hold: how much may be held.
+        hold: the hold level.
         since_s: when that changed last.
         calm_s: how long it must be quiet before more is held.
-        quiet_since_s: since when the budget has been kept, None if it is not.
+        quiet_since_s: since when the budget has been kept, None if it is exceeded.
         readings: time and counter of the last WINDOW_S, oldest first.
         rate_before: bytes written to swap in a second before something was let go, None before that.
-        rate_after: the same behind it, None until it is known.
+        rate_after: the same afterwards, None until it is known.
         is_helpless: the computer swaps, and nothing that may be let go would help or has helped.
     """
 
@@ -142,14 +143,14 @@ def step(
     the budget is exceeded.
 
     Args:
-        guard: before.
+        guard: before the reading.
         seen: the reading.
         priority: warmth.priority.
-        is_holding: the model is warmed or locked at all; otherwise what is written is not emberd's doing.
-        frees: what to let go so that memory is given back (`what_frees`).
+        is_holding: the model is warmed or locked; otherwise emberd does not cause the writes.
+        frees: the hold level at which memory is given back (`what_frees`).
     """
     if guard.hold is not HoldLevel.ALL and guard.rate_after is None and not seen.has_let_go:
-        guard = replace(guard, since_s=seen.now_s, quiet_since_s=None)  # relief cannot be seen yet
+        guard = replace(guard, since_s=seen.now_s, quiet_since_s=None)  # relief does not show yet
     guard = _measured(replace(guard, readings=_within_window(guard, seen)))
     is_over = guard.written_bytes > BUDGET_BYTES[priority]
     yields = priority == "machine-first" and seen.is_evicting and frees is HoldLevel.NO_WARMING
@@ -160,7 +161,7 @@ def step(
                 return replace(guard, is_helpless=True)
             return _let_go(guard, seen.now_s, frees)
     elif frees is None or (_is_in_vain(guard) and priority != "machine-first"):
-        # A lock that cannot be ended has come since, or it swaps as before.
+        # A lock that cannot be ended has come since, or the computer swaps as before.
         return ThrashGuard(
             HoldLevel.ALL,
             seen.now_s,
@@ -176,7 +177,7 @@ def step(
 
 
 def _measured(guard: ThrashGuard) -> ThrashGuard:
-    """Tell how much is written to swap behind something that was let go, once that can be told."""
+    """Note how much is written to swap after something was let go, once that is known."""
     if guard.hold is HoldLevel.ALL or guard.rate_after is not None:
         return guard
     return replace(guard, rate_after=_rate(guard.readings))
@@ -197,7 +198,7 @@ def _rate(readings: tuple[tuple[float, int], ...]) -> float | None:
 
 
 def _within_window(guard: ThrashGuard, seen: Reading) -> tuple[tuple[float, int], ...]:
-    """Append the reading; what is older than the window goes, but for one that the window begins with."""
+    """Append the reading; drop readings older than the window, except the one at its beginning."""
     if seen.swapped_out_bytes is None:
         return ()
     readings = guard.readings
@@ -212,7 +213,7 @@ def _within_window(guard: ThrashGuard, seen: Reading) -> tuple[tuple[float, int]
 
 def _let_go(guard: ThrashGuard, now_s: float, frees: HoldLevel) -> ThrashGuard:
     """Let go; a new budget begins."""
-    # It held everything before: this is a relapse.
+    # Everything was held before, so this is a relapse.
     relapsed = guard.since_s > float("-inf") and now_s - guard.since_s < SETTLED_S
     calm_s = min(guard.calm_s * 2, LONGEST_CALM_S) if relapsed else guard.calm_s
     return ThrashGuard(frees, now_s, calm_s, rate_before=_rate_of_storm(guard.readings))
@@ -223,7 +224,7 @@ def _is_quiet(before: tuple[float, int], after: tuple[float, int]) -> bool:
 
 
 def _rate_of_storm(readings: tuple[tuple[float, int], ...]) -> float | None:
-    """Return the bytes written in a second, over RATE_S or since the storm began: without the quiet before it."""
+    """Return the bytes written in a second, over RATE_S or since the storm began, without the quiet before."""
     while len(readings) > 1 and _is_quiet(*readings[:2]):
         readings = readings[1:]
     if len(readings) < 2:  # noqa: PLR2004  # no time between them
@@ -233,7 +234,7 @@ def _rate_of_storm(readings: tuple[tuple[float, int], ...]) -> float | None:
 
 
 def _take_hold(guard: ThrashGuard, now_s: float) -> ThrashGuard:
-    """Hold everything again when it has been quiet for long enough."""
+    """Hold everything again when the computer has been quiet for long enough."""
     has_settled = now_s - guard.since_s >= SETTLED_S
     is_quiet = guard.quiet_since_s is not None and now_s - guard.quiet_since_s >= guard.calm_s
     if guard.hold is HoldLevel.ALL:

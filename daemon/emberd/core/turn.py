@@ -1,4 +1,4 @@
-"""A user's turn: the last request of a conversation, what came back, and what the engine told of it. Pure."""
+"""A user's turn: the last request of a conversation, its reply, and the engine's counts. Pure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 _SIMILARITY = 0.1
 _BEFORE_THE_PROMPT = ("memory", "system", "instructions", "tools", "functions", "images", "chat_template_kwargs")
-"""Fields that stand before the prompt, or shape it from its beginning on."""
+"""Fields that come before the prompt, or shape it from its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptCounts:
-    """What an engine tells of one generation, in tokens. Unknown is None.
+    """An engine's counts of one generation, in tokens. Unknown is None.
 
     Attributes:
         reused: of the prompt, found in the cache.
@@ -37,7 +37,7 @@ class PromptCounts:
 
     @property
     def held(self) -> int | None:
-        """What of the cache the conversation takes afterwards."""
+        """How much of the cache the conversation takes afterwards."""
         return None if self.prompt is None else self.prompt + (self.generated or 0)
 
 
@@ -46,16 +46,16 @@ UNTOLD = PromptCounts()
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The last request for a generation and what came back. Never printed: both are private.
+    """The last request for a generation and its reply. Never printed: both are private.
 
     Attributes:
         path: the request's path, without a query.
         body: its JSON object.
         reply: the text that the client was sent.
-        said: the reply as its client will send it back: a chat's message with its calls of tools, content blocks of
-            Messages, items of Responses; empty where it is text alone, or not known.
-        counts: what the engine told of it.
-        was_cut: its generation did not come to its end: how much of the prompt the cache holds is not known.
+        said: the reply as its client will send it back: a chat's message with its tool calls, content blocks of
+            Messages, items of Responses; empty if it is only text, or unknown.
+        counts: the engine's.
+        was_cut: its generation did not come to its end, so how much of the prompt the cache holds is unknown.
     """
 
     path: str
@@ -67,7 +67,7 @@ class Turn:
 
     @property
     def kind(self) -> str:
-        """What turns have in common that an engine replays alike: their dialect, and whether there are tools."""
+        """The kind, for which replays work alike: dialect, and whether there are tools."""
         dialect = dialect_of(self.path)
         return (dialect.value if dialect else "") + ("+tools" if self.body.get("tools") else "")
 
@@ -83,7 +83,7 @@ class Turn:
 
 
 def messages_of(body: Mapping[str, Any]) -> list[Any]:
-    """Return the messages of a chat, or the items of Responses' `input`, of which a text is one; else nothing."""
+    """Return the messages of a chat, or the items of Responses' `input` (a text is one item); else nothing."""
     messages = body.get("messages", body.get("input"))
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
@@ -91,7 +91,7 @@ def messages_of(body: Mapping[str, Any]) -> list[Any]:
 
 
 def prompt_text(turn: Turn) -> str:
-    """Return the text of which a turn's prompt is made, without what a template adds."""
+    """Return the text of a turn's prompt, without what a template adds."""
     body = turn.body
     messages = messages_of(body)
     if not messages:
@@ -101,10 +101,10 @@ def prompt_text(turn: Turn) -> str:
 
 
 def is_of_same_conversation(new: Turn, old: Turn) -> bool:
-    """Tell whether an engine with several slots gives a request the slot of an earlier one.
+    """Return True if an engine with several slots gives a request the slot of an earlier one.
 
-    llama.cpp's server takes the slot whose contents begin as the prompt does, if that is more than a tenth of it
-    (tools/server, `--slot-prompt-similarity`), else the one that was used least recently.
+    llama.cpp's server takes the slot whose contents begin like the prompt, if that is more than a tenth of it
+    (tools/server, `--slot-prompt-similarity`), otherwise the least recently used one.
     """
     new_text, old_text = _prompt_of(new), _prompt_of(old)
     return _common_length(new_text, old_text) > _SIMILARITY * len(new_text)
@@ -118,7 +118,7 @@ def _prompt_of(turn: Turn) -> str:
 
 
 def _common_length(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike; by halving, since they may be megabytes."""
+    """Return the length of the common beginning of two texts; by halving, since they may be megabytes."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A named warning about settings: emberd goes on, the owner should know.
+    """A named warning about settings: emberd goes on, but the owner should know.
 
     Attributes:
         code: stable snake_case name, for filters and documentation.
@@ -70,22 +70,22 @@ class Readiness(Enum):
     REFUSED = "refused"
     """Nothing listens yet."""
     LOADING = "loading"
-    """The engine answers that it is still loading."""
+    """The engine says that it is still loading."""
     READY = "ready"
-    """The engine answers as the right engine with the right model."""
+    """The right engine answers with the right model."""
     STRANGER = "stranger"
-    """Something answers that is not this engine."""
+    """Another program answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What one liveness probe saw of a running engine.
+    """The result of one liveness probe.
 
     Attributes:
         answered: the engine answered the probe in time.
         is_generating: a generation holds the model; None if the engine cannot tell.
-        generated_units: a number that grows while text is produced (characters or tokens of the running
-            reply plus finished replies), None if unknown.
+        generated_units: a number that grows while text is produced (of the running reply and finished replies),
+            None if unknown.
         cpu_seconds: CPU time used by the whole process tree since it began, None if unknown.
     """
 
@@ -97,13 +97,13 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class EngineSample:
-    """What the engine is at this moment, for those who measure it.
+    """The engine at this moment, for measurements.
 
     Attributes:
         key: text that tells this engine process from another one, None while there is none.
         pids: its processes.
         is_idle: it is ready, and no request is running.
-        requests: requests sent to it so far; the same number twice means that there was none between.
+        requests: requests sent to it so far; an unchanged number means none between.
         model: the first file of the model, None if it is not known.
         weights_bytes: size of the weights, None if unknown.
         is_mapped: the weights are pages of the file; None if the engine's log does not tell.

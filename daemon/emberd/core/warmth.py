@@ -1,4 +1,4 @@
-"""What to do now so that the next reply is not slow, and when to look again. Pure.
+"""What to do now to keep the next reply fast, and when to look again. Pure.
 
 Measured on KoboldCPP 1.104 under pressure: a lock alone leaves the first reply at 6 to 14 times a hot one, because
 the KV cache and the compute buffers go to swap; a generation with another prompt makes it 81 to 89 times, because
@@ -22,39 +22,40 @@ if TYPE_CHECKING:
     from emberd.core.thrash import ThrashGuard
 
 CALM_AFTER_CRITICAL_S = 30.0
-"""Pressure must have been below critical for so long before anything is brought back, or two pagers fight."""
+"""Pressure must have been below critical for so long before anything is brought back; otherwise emberd and the
+pager fight."""
 BATTERY_STRETCH = 6.0
-"""On battery the interval is so much longer, with warmth.on_battery = "stretch"."""
+"""On battery the interval is so many times longer, with warmth.on_battery = "stretch"."""
 FRESH_S = 2.0
-"""What was used or warmed so short a time ago is warm, whoever knocks."""
+"""A model that was used or warmed less than this ago is warm, and a knock changes nothing."""
 LOSS_BYTES = 4 * 1024 * 1024
-"""An idle engine that has shrunk by more than this was made to."""
+"""If an idle engine shrinks by more than this, memory was taken from it."""
 BUFFERS_BYTES = 2 * 1024 * 1024
-"""Replays of one token leave some 3 MiB more in swap than longer ones (KoboldCPP, in a storm); this is less. With a
-lock, 20 of 24 users waited at most 1.5 times as long as for a hot token when it was 16 MiB, 23 with this."""
+"""Less than the 3 MiB that replays of one token leave in swap beyond longer ones (KoboldCPP, in a storm). With a
+lock, 20 of 24 users waited at most 1.5 times as long as for a hot token at 16 MiB, 23 with this."""
 SOON_S = 0.05
-"""A look is planned no sooner: the scheduler drops one that is due before the present one has ended."""
+"""No look is planned sooner: the scheduler drops one that is due before the present one has ended."""
 _LONGER, _SHORTER = 1.5, 0.5
-"""The interval follows what was found: evictions halve it, a clean pass makes it half as long again."""
+"""A loss halves the interval, a clean pass makes it half as long again."""
 _LOST_SHARE = 0.002
-"""Cold pages beyond this share of the model are an eviction; fewer are chance (a header that nobody reads)."""
+"""Cold pages beyond this share of the model are a loss; fewer are chance (a header that nobody reads)."""
 _SLOW_REPLAY = 2.0
-"""A replay that takes so many times a hot one met pages that had gone."""
+"""A replay that takes this many times a hot one met missing pages."""
 
 
 class Step(Enum):
     """One thing to do."""
 
     LOCK = "lock"
-    """The toucher brings the weights in and locks its mapping of them."""
+    """The toucher brings the weights in and locks them: the outside lock."""
     UNLOCK = "unlock"
-    """It lets go of that lock; the pages stay until the system wants them."""
+    """The outside lock is let go; the pages stay until the system wants them."""
     TOUCH = "touch"
     """The toucher brings the weights in and marks them as used."""
     REPLAY = "replay"
-    """The last request and its reply, one token: uses the KV cache and the compute buffers, and keeps them."""
+    """The last turn again, with one token: uses the KV cache and the compute buffers, and so keeps them."""
     TINY = "tiny"
-    """A generation of one token with a prompt of emberd's own, where no user's prompt can be lost."""
+    """A generation of one token with emberd's own prompt, if no user's prompt can be lost."""
     RESTART = "restart"
     """The engine is started anew without its lock: the last resort of the thrash guard."""
 
@@ -91,13 +92,13 @@ class Trigger(Enum):
     WOKEN = "woken"
     """The computer slept, or its power came back."""
     KNOCK = "knock"
-    """A client is here that has not asked for a generation yet."""
+    """A client has knocked, and not yet asked for a generation."""
     RESTARTED = "restarted"
     """The engine has just become ready."""
     RELIEVED = "relieved"
     """Memory pressure has fallen from critical."""
     EVICTING = "losing"
-    """Memory of the engine has just been taken."""
+    """Memory has just been taken from the engine."""
 
 
 _REASONS = {
@@ -112,14 +113,14 @@ _REASONS = {
 
 
 _SPARES_NOTHING = frozenset({Trigger.ASKED, Trigger.RESTARTED, Trigger.EVICTING})
-"""Reasons to warm beyond the budget: memory is missing, or its owner wants it."""
+"""Reasons to warm beyond the budget: memory is missing, or the owner wants it."""
 
 
 class Cache(Enum):
     """Whose prompt the engine's KV cache holds."""
 
     EMPTY = "empty"
-    """Nobody's: no user has generated since the engine's start."""
+    """No user's: none has generated since the engine's start."""
     KNOWN = "known"
     """The last user's; request and reply are remembered and can be replayed."""
     UNKNOWN = "unknown"
@@ -128,16 +129,16 @@ class Cache(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a pass found of the time before it. Unknown is None.
+    """What a pass found. Unknown is None.
 
     Attributes:
-        cold_share: share of the weights' pages that had gone.
-        swapped_bytes: what of the engine was written to swap, and not what an earlier pass already left there.
-        buffers_bytes: the same without what a replay left there that used the buffers for several tokens.
+        cold_share: share of the weights' pages that were cold.
+        swapped_bytes: of the engine, written to swap since an earlier pass.
+        buffers_bytes: the same since a replay that used the buffers for several tokens.
         engine_bytes: the engine's footprint, to compare that with.
         replay_ratio: time of the replay, divided by that of a hot one.
-        major_faults: of the engine since the last pass; a replay that is slow without any met a busy processor.
-        was_for_loss: memory seemed to be taken, which is why the pass was made, and nothing else brought it back.
+        major_faults: of the engine since the last pass; a slow replay without any met a busy processor.
+        was_for_loss: the only reason for the pass was that memory seemed to be taken.
     """
 
     cold_share: float | None = None
@@ -150,7 +151,7 @@ class Found:
 
     @property
     def has_lost(self) -> bool:
-        """Whether something had been taken from the model."""
+        """Whether memory had been taken from the model."""
         swapped_share = (self.swapped_bytes or 0) / self.engine_bytes if self.engine_bytes else 0.0
         return (
             (self.cold_share or 0.0) > _LOST_SHARE
@@ -161,32 +162,32 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything that the decision rests on. Times are of one monotonic clock.
+    """Everything on which the decision rests. Times are of one monotonic clock.
 
     Attributes:
         now_s: the present.
         trigger: what made emberd look.
         is_ready: the engine serves.
-        requests: users' requests that run, wait for the engine or are held.
+        requests: users' requests that run or wait.
         lock: the verdict about the engine's own lock.
-        is_locked_outside: the toucher holds a lock on all of the weights.
-        can_lock_outside: limits and room let the toucher lock; None if not known.
+        is_locked_outside: the outside lock holds all of the weights.
+        can_lock_outside: limits and room let the toucher lock, None if unknown.
         is_mapped: the weights are pages of the file; None if the engine does not tell.
         cache: whose prompt the KV cache holds.
         pressure: memory pressure of the computer.
         last_critical_s: when it was critical last, None for never.
         power: power of the computer.
         paused_until_s: warming is paused by its owner until then, None if it is not.
-        cool_until_s: the memory is given away until then or the next request, None if it is not.
-        hold: how much the thrash guard lets emberd hold.
+        cool_until_s: the memory is given to other work until then or the next request, None if it is not.
+        hold: the hold level.
         last_use_s: when a user's generation ended last, None for never.
         last_pass_s: when a pass that warmed everything ended last, None for never.
         interval_s: the present interval.
         loss_wait_s: how soon after a pass a loss calls for the next one.
         is_storming: the computer swaps, or programs wait for memory.
-        budget_wait_s: how long keep-warm has to wait because it took too much of a processor for nothing.
-        taken: what is missing of the engine's own memory, as the computer tells.
-        found: what the pass found that has just ended; None where none has.
+        budget_wait_s: seconds until keep-warm is within its budget.
+        taken: how much of the engine's own memory is missing.
+        found: what the pass found that has just ended, None if none has.
     """
 
     now_s: float
@@ -216,15 +217,15 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do now; nothing to do is a rest.
+    """What to do now; without steps it is a rest.
 
     Attributes:
-        steps: in this order.
+        steps: in order.
         reason: why.
-        look_again_s: seconds until the next look, unless something happens before.
+        look_again_s: seconds until the next look, if nothing happens before.
         is_thorough: a replay is to use the buffers for several tokens, too.
-        may_touch: nothing forbids to touch the weights between two passes.
-        begins_touching: memory is taken, so that they are to be touched between two passes from now on.
+        may_touch: the weights may be touched between two passes.
+        begins_touching: memory is being taken, so touching between two passes begins.
         interval_s: the interval from now on.
         loss_wait_s: how soon after a pass a loss calls for the next one, from now on.
     """
@@ -240,7 +241,7 @@ class Decision:
 
 
 def decide(seen: Snapshot, settings: WarmthSettings) -> Decision:
-    """Decide from one snapshot; behind a pass, from one with what it found."""
+    """Decide from one snapshot; after a pass, from one with what the pass found."""
     seen = replace(seen, interval_s=_next_interval(seen, settings), loss_wait_s=_next_loss_wait(seen, settings))
     touches = may_touch(seen, settings)
     return replace(
@@ -268,7 +269,7 @@ def _pass(seen: Snapshot, settings: WarmthSettings) -> Decision:
 
 
 def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
-    """Return why nothing may be warmed now; letting go is not warming."""
+    """Return why nothing may be warmed now, None if it may."""
     unlock = (Step.UNLOCK,) if seen.is_locked_outside else ()
     is_locked = seen.lock in {LockState.HELD, LockState.PARTIAL}
     needs_restart = seen.hold is HoldLevel.NOTHING and is_locked and settings.may_restart
@@ -279,7 +280,7 @@ def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
         for until_s in (seen.cool_until_s, seen.paused_until_s)
     )
     spares_power = settings.on_battery == "off" and saves_power(seen.power) and seen.trigger is not Trigger.ASKED
-    # The first that holds counts.
+    # The first that is true counts.
     obstacles: tuple[tuple[bool, tuple[Step, ...], Reason, float], ...] = (
         (settings.mode == "off", unlock, Reason.OFF, late_s),
         (_is_before(seen.now_s, seen.cool_until_s), unlock, Reason.COOL, cool_s),
@@ -297,7 +298,7 @@ def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
 
 
 def may_warm(seen: Snapshot, settings: WarmthSettings) -> bool:
-    """Return True if neither the owner nor the computer forbids to bring anything back."""
+    """Return True if neither the owner nor the computer forbids bringing memory back."""
     is_wanted = settings.mode != "off" and not any(
         _is_before(seen.now_s, until_s) for until_s in (seen.paused_until_s, seen.cool_until_s)
     )
@@ -305,7 +306,7 @@ def may_warm(seen: Snapshot, settings: WarmthSettings) -> bool:
 
 
 def is_too_tight(seen: Snapshot) -> bool:
-    """Return True if memory pressure is critical, or was a short time ago."""
+    """Return True if memory pressure is, or recently was, critical."""
     if seen.pressure is Pressure.CRITICAL:
         return True
     return seen.last_critical_s is not None and seen.now_s - seen.last_critical_s < CALM_AFTER_CRITICAL_S
@@ -321,12 +322,12 @@ def effective_interval(seen: Snapshot, settings: WarmthSettings) -> float:
 
 
 def _due_in(seen: Snapshot, interval_s: float, settings: WarmthSettings) -> float:
-    """Return the seconds until a pass is due; a user's generation warms as a pass does."""
+    """Return the seconds until a pass is due; a user's generation counts as a pass."""
     if seen.trigger is Trigger.ASKED:
         return 0.0
     wait_after_use_s = wait_after_pass_s = interval_s if seen.trigger is Trigger.TIMER else FRESH_S
     if seen.trigger is Trigger.EVICTING:
-        # It goes on for as long as the pressure does: not an occasion, but a shorter interval.
+        # This lasts as long as the pressure: it is not an occasion, but a shorter interval.
         wait_after_pass_s = (
             interval_s if saves_power(seen.power) else max(seen.loss_wait_s, settings.min_interval_s)
         )
@@ -352,7 +353,7 @@ def _for_cache(seen: Snapshot, settings: WarmthSettings) -> tuple[Step, ...]:
 
 
 def saves_power(power: Power) -> bool:
-    """Return True if the computer runs on its battery, or was told to save power."""
+    """Return True if the computer runs on battery, or was told to save power."""
     return power.source is PowerSource.BATTERY or power.is_low_power is True
 
 
@@ -366,10 +367,10 @@ def _bounded(seconds: float, settings: WarmthSettings) -> float:
 
 
 def _must_use_buffers(seen: Snapshot) -> bool:
-    """Return True if a replay of one token is too little: some of the engine's own memory was written to swap.
+    """Return True if a replay of one token is too little, because the engine's own memory was written to swap.
 
-    The other takes twice as long, and a user who comes meanwhile waits for it. Sent every 5 s in a storm it spared
-    the next first token up to 350 major faults.
+    A thorough replay takes twice as long, and a user who comes meanwhile waits for it. Sent every 5 s in a storm,
+    it spared the next first token up to 350 major faults.
     """
     if seen.taken.buffers_bytes is None:
         return seen.pressure in {Pressure.WARN, Pressure.CRITICAL}
@@ -377,7 +378,7 @@ def _must_use_buffers(seen: Snapshot) -> bool:
 
 
 def may_touch(seen: Snapshot, settings: WarmthSettings) -> bool:
-    """Return True if the weights may be touched between two passes, beside users, too; never on battery."""
+    """Return True if the weights may be touched between two passes, even beside users; never on battery."""
     is_touchable = seen.is_mapped is not False and seen.lock is not LockState.HELD and not seen.is_locked_outside
     return seen.is_ready and is_touchable and may_warm(seen, settings) and not saves_power(seen.power)
 
@@ -385,16 +386,16 @@ def may_touch(seen: Snapshot, settings: WarmthSettings) -> bool:
 def _is_taken(seen: Snapshot, settings: WarmthSettings) -> bool:
     """Return True if the weights are being taken, so that passes alone do not keep them.
 
-    That something takes them is told by the computer. A pass at the beginning of a storm finds nothing missing, and
-    5 s later a third of the model was gone; its user waited 11 and 13 times as long as for a hot token. To touch
-    them costs up to a third of a core for 2 GiB; not against the pager where the machine comes first.
+    The storm decides, not a loss: a pass at the beginning of a storm found nothing missing, and 5 s later a third
+    of the model was gone; users waited 11 and 13 times as long as for a hot token. Touching costs up to a third
+    of a core for 2 GiB. With `machine-first` it does not compete with the pager.
     """
     has_lost = seen.found is not None and seen.found.has_lost
     return has_lost or (seen.is_storming and settings.priority != "machine-first")
 
 
 def is_calm(was: SystemMemory | None, now: SystemMemory, guard: ThrashGuard, *, is_evicting: bool) -> bool:
-    """Return True if nothing happens between two readings that would have to be followed closely."""
+    """Return True if nothing happened between two readings that must be followed closely."""
     if was is None or guard.hold is not HoldLevel.ALL or is_evicting:
         return False
     has_swapped = _difference(now.swapped_out_bytes, was.swapped_out_bytes) > 0
@@ -402,7 +403,7 @@ def is_calm(was: SystemMemory | None, now: SystemMemory, guard: ThrashGuard, *, 
 
 
 def is_evicting(best: EngineMemory | None, now: EngineMemory) -> bool:
-    """Return True if memory of an idle engine was taken since it was at its best: evicted, or written to swap."""
+    """Return True if memory of an idle engine was taken since it was at its best: dropped, or written to swap."""
     if best is None:
         return False
     evicted_bytes = _difference(best.resident_bytes, now.resident_bytes)
@@ -411,7 +412,7 @@ def is_evicting(best: EngineMemory | None, now: EngineMemory) -> bool:
 
 
 def best_of(best: EngineMemory | None, now: EngineMemory) -> EngineMemory:
-    """Return the most resident and the least swapped memory of two readings: what is taken slowly is taken too."""
+    """Return the most resident and the least swapped memory of two readings, so that slow losses add up."""
     if best is None:
         return now
     resident = [each.resident_bytes for each in (best, now) if each.resident_bytes is not None]
@@ -424,9 +425,9 @@ def _difference(more: int | None, less: int | None) -> int:
 
 
 def _next_loss_wait(seen: Snapshot, settings: WarmthSettings) -> float:
-    """Return how soon after a pass for a loss the next one may come: later each time that nothing was missing.
+    """Return how soon after a pass for a loss the next one may come: later each time nothing was missing.
 
-    An engine that gives memory back by itself looks as if it was taken; while the computer swaps it was.
+    Memory that an engine gives back by itself looks as if it was taken; while the computer swaps, it was.
     """
     if seen.found is None or not seen.found.was_for_loss:
         return seen.loss_wait_s
@@ -435,9 +436,9 @@ def _next_loss_wait(seen: Snapshot, settings: WarmthSettings) -> float:
 
 
 def _next_interval(seen: Snapshot, settings: WarmthSettings) -> float:
-    """Return the interval after a pass: shorter where something had been taken, else longer, within the bounds.
+    """Return the interval after a pass: shorter if memory had been taken, otherwise longer, within the bounds.
 
-    While the computer swaps it does not grow, whatever a pass has found. A new engine begins with the shortest.
+    While the computer swaps it does not grow, whatever the pass found. A new engine begins with the shortest.
     """
     if seen.trigger is Trigger.RESTARTED:
         return settings.min_interval_s

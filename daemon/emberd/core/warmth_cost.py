@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BUDGET_SHARE = 0.02
-"""Of a core: what keep-warm may take while no memory is taken from the model."""
+"""Share of a core that keep-warm may take while no memory is taken from the model."""
 BUDGET_WINDOW_S = 600.0
 
 
@@ -20,9 +20,9 @@ class WarmthCost:
     Attributes:
         passes: passes that did something.
         read_bytes: brought back from the disk by the toucher.
-        engine_ms: time that replays took of the engine.
+        engine_ms: the engine's time for replays.
         cpu_ms: processor time of the engine and the toucher in passes.
-        processed_tokens: of prompts, that replays made the engine compute.
+        processed_tokens: tokens of prompts that replays made the engine compute.
     """
 
     passes: int = 0
@@ -37,16 +37,16 @@ class WarmthCost:
 
     @property
     def total(self) -> int:
-        """Whether there was anything: not zero."""
+        """The sum of all, 0 if nothing was spent."""
         return sum(getattr(self, each.name) for each in fields(self))
 
 
 def budget_wait_s(spent: Sequence[tuple[float, float]], now_s: float) -> float:
-    """Return the seconds until what was spent within the window is below BUDGET_SHARE of it; 0 if it is.
+    """Return the seconds until the cost within the window is below BUDGET_SHARE of it; 0 if it is.
 
     Args:
         spent: time and processor time in seconds of each pass since memory was taken last, oldest first.
-        now_s: the present, of the same clock.
+        now_s: the present, on the same clock.
     """
     recent = [(when_s, cpu_s) for when_s, cpu_s in spent if now_s - when_s < BUDGET_WINDOW_S]
     over_s = sum(cpu_s for _, cpu_s in recent) - BUDGET_SHARE * BUDGET_WINDOW_S

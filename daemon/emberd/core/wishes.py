@@ -1,4 +1,4 @@
-"""What an owner asks of the engine besides emberd's settings. Pure."""
+"""What the owner asks of the engine besides emberd's settings. Pure."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     from emberd.core.settings import LockPolicy, Settings
 
 _KOBOLDCPP_CONTEXT = 8192
-"""KoboldCPP's context unless told: 4,096 in 1.76, 8,192 in 1.104, 16,384 in 1.115, where this is too little."""
+"""KoboldCPP's default context: 4,096 in 1.76, 8,192 in 1.104, 16,384 in 1.115, for which this is too little."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnerWishes:
-    """What engine.extra_args, the .kcpps file and the engine's own variables say. Unknown, or not said, is None.
+    """What engine.extra_args, the .kcpps file and the engine's own variables say. None if they do not say it.
 
     Attributes:
         locks: lock the model in memory.
         maps: map the model's file, or copy it.
         context_tokens: length of the context.
-        key_bytes: bytes of one number in a key of the KV cache, more than one half where it is quantised.
+        key_bytes: bytes of one number in a key of the KV cache, more than a half if it is quantised.
         value_bytes: the same in a value.
         slots: conversations, or requests worked on at once.
-        unloads_by: the option that lets an idle model go, empty for none.
+        unloads_by: the option that unloads an idle model, empty for none.
         files: other files that are loaded: projectors, drafts, adapters, speech, images, embeddings.
         reply_tokens: greatest reply where a request names none.
         is_renamed: the model is served under another name than its file's.
@@ -44,7 +44,7 @@ class OwnerWishes:
 
 
 def lock_policy(settings: Settings, wishes: OwnerWishes) -> LockPolicy:
-    """Return engine.lock; an owner who asks the engine itself to lock has decided what `auto` would weigh."""
+    """Return engine.lock; under `auto`, an owner who asks the engine itself to lock has decided."""
     return "always" if settings.engine.lock == "auto" and wishes.locks else settings.engine.lock
 
 

@@ -22,7 +22,7 @@ def diagnose(facts: Facts) -> list[Condition]:
 
 
 def visible(found: Iterable[Condition]) -> list[Condition]:
-    """Return what to show, the worst first: a symptom is left out beside its cause."""
+    """Return the conditions to show, the worst first, without symptoms beside their causes."""
     conditions = list(found)
     codes = {each.code for each in conditions}
     return _sorted(each for each in conditions if not codes.intersection(CATALOGUE[each.code].hidden_by))

@@ -1,4 +1,4 @@
-"""What a condition is. Each is written once: its row as a decorator, and below it the rule that finds it. Pure."""
+"""Conditions. Each is written once: its row as a decorator, and below it the rule that finds it. Pure."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Severity(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What does not change from case to case.
+    """The fixed part of a condition.
 
     Attributes:
         severity: how much it matters.
         title: what is wrong, in a few words.
-        hidden_by: codes of causes beside which it is not shown.
-        rule: yields nothing if it is not so, or if a fact that it needs is unknown.
+        hidden_by: codes of causes; beside these it is not shown.
+        rule: yields nothing if the condition is not met, or if a fact that it needs is unknown.
     """
 
     severity: Severity
@@ -52,7 +52,7 @@ class Condition:
     """One thing that is wrong here and now.
 
     Attributes:
-        code: its name in the catalogue; it does not change, so that a page and a script can name it.
+        code: its name in the catalogue; never changes, so that pages and scripts can use it.
         evidence: what was seen, with figures.
         remedy: what to do, a command where there is one; empty if nothing can be done.
     """
@@ -76,7 +76,7 @@ class Kinds(dict[str, Kind]):
 
     @property
     def errors(self) -> tuple[str, ...]:
-        """Codes of the errors that are declared so far."""
+        """Codes of the errors declared so far."""
         return tuple(code for code, kind in self.items() if kind.severity is Severity.ERROR)
 
     def _declare(

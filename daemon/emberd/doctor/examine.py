@@ -1,7 +1,7 @@
-"""Gathers what `emberd doctor` judges: each fact fails alone, and what could not be told is named.
+"""Gathers the facts that `emberd doctor` judges: each fails alone, and unknown ones are named.
 
-It runs within the daemon where there is one, because macOS answers an agent differently than a terminal; what only
-the caller knows (its version, the service file) is added by the verb.
+It runs within the daemon if there is one, because macOS treats a background program differently from a terminal.
+The verb adds what only the caller knows (its version, the service file).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LIMIT_S = 20.0
-"""A single question; the engine's --help may have to unpack itself first and is then unknown."""
+"""Limit of a single question; an engine may have to unpack itself for --help, which is then unknown."""
 _LOG_TAIL_BYTES = 1 << 20
 _LOCKING = frozenset({"--usemlock", "--mlock", "--load-mode"})
 """KoboldCPP's option and llama.cpp's, old and new."""
@@ -62,13 +62,13 @@ _LOCKING = frozenset({"--usemlock", "--mlock", "--load-mode"})
 async def examine(
     host: Host, settings: Settings, status: Mapping[str, Any] | None, known: ServiceHealth | None = None
 ) -> dict[str, Any]:
-    """Return every condition and what is not known, as plain values; symptoms stand beside their causes.
+    """Return every condition, symptoms included, and the unknown facts, as plain values.
 
     Args:
         host: this computer.
         settings: in force.
-        status: what the daemon says of itself, None without one.
-        known: what the caller has found out.
+        status: the daemon's, None without one.
+        known: the facts that the caller knows.
     """
     examination = Examination(host, settings, status)
     facts = await examination.facts(known or ServiceHealth())
@@ -80,7 +80,7 @@ async def examine(
 
 
 class Examination:
-    """One look at everything; `unknown` tells what could not be told, and why."""
+    """One look at everything; `unknown` has the unknown facts, and why they are unknown."""
 
     def __init__(self, host: Host, settings: Settings, status: Mapping[str, Any] | None) -> None:
         self.unknown: list[str] = []
@@ -117,7 +117,7 @@ class Examination:
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[StatePaths]:
-        """Yield the state directory, or a passing one where there is none: an examination leaves nothing behind."""
+        """Yield the state directory, or a temporary one if there is none, so that nothing is left behind."""
         if self._paths.directory.is_dir():
             yield self._paths
             return
@@ -125,9 +125,9 @@ class Examination:
             yield StatePaths(Path(passing))
 
     async def _ask(self, what: str, question: Callable[[], T]) -> T | None:
-        """Return the answer of something that blocks; None if it fails or takes too long, which is noted.
+        """Return the answer of a blocking question; None if it fails or takes too long, which is noted.
 
-        The thread is a daemon thread: one that hangs in the kernel would hold up the end of the program.
+        The thread is a daemon thread: one that hangs in the kernel must not keep the program from ending.
         """
         answer: Future[T] = Future()
         answer.set_running_or_notify_cancel()  # it cannot be cancelled, so that a late answer finds its place
@@ -135,7 +135,7 @@ class Examination:
         def run() -> None:
             try:
                 answer.set_result(question())
-            except Exception as error:  # noqa: BLE001  # told to who asks
+            except Exception as error:  # noqa: BLE001  # told to the caller
                 answer.set_exception(error)
 
         threading.Thread(target=run, name=f"doctor: {what}", daemon=True).start()
@@ -178,7 +178,7 @@ class Examination:
         )
 
     async def _program(self, adapter: Engine, model: ModelHealth, host_health: HostHealth) -> EngineHealth:
-        """Return what is wrong with the program, from what can be seen to what it says itself."""
+        """Return what is wrong with the program, by its file and by its own answers."""
         if path := self._program_path():
             seen = await self._ask(
                 "engine", lambda: look_engine.look_at_program(path, self._host, host_health.machine)
@@ -199,7 +199,7 @@ class Examination:
         except ConfigError as error:
             return EngineHealth(EngineProblem.REFUSES, error.message, error.remedy)
         except EmberdError:
-            pass  # the model or the state directory: told there
+            pass  # the model or the state directory: reported there
         else:
             if wants_lock and not _LOCKING.intersection(plan.arguments):
                 return EngineHealth(lacks=("--usemlock: the model cannot be locked",))
@@ -218,7 +218,7 @@ class Examination:
         return Path(found) if found else None
 
     def _orphan_pid(self) -> int | None:
-        """Return the engine of the state file if it still runs; the file is read only, never set aside."""
+        """Return the engine of the state file if it still runs; the file is only read, never set aside."""
         try:
             record = json.loads(self._paths.record.read_text())
             pid, token = int(record["pid"]), record["start_token"]
@@ -232,7 +232,7 @@ class Examination:
         daemon, notices = self._daemon, dict(self._daemon.notices)
         path = adapter.model_path() if model.problem is None else None
         if daemon.engine_pid is None and path:
-            # Judged while there is no engine: afterwards its own memory is missing from what is available.
+            # Judged only without an engine, whose own memory would be missing from what is available.
             decision = await LockMeter(self._host).decide(self._settings, adapter.wishes(), path)
             notices |= {each.code: each.message for each in decision.reasons}
         own = {os.getpid(), daemon.engine_pid, daemon.pid, orphan_pid}
@@ -258,13 +258,13 @@ class Examination:
     # --- emberd itself --------------------------------------------------------------------------------------
 
     async def _own(self, *, is_there: bool, is_loaded: bool) -> OwnHealth:
-        """Look at port, files and process; the port only while no emberd `is_there` that holds it."""
+        """Look at port, files and process; at the port only if no emberd `is_there` that holds it."""
         endpoint, paths, owner, address_problem = self._settings.endpoint, self._paths, None, ""
         if not is_there:
             tried = await self._ask("port", lambda: look.try_port(endpoint.host, endpoint.port))
             owner, address_problem = tried or (None, "")
             if is_loaded and owner is not None and owner.pid is None:
-                owner = None  # launchd itself: root's, so that its name is not told
+                owner = None  # launchd itself: root's, so its name is not told
         return OwnHealth(
             port_owner=owner,
             address_problem=address_problem,
@@ -278,18 +278,18 @@ class Examination:
         )
 
     def _written(self) -> list[tuple[str, Path]]:
-        """Return what is written while emberd runs: to a full disk the log is lost first."""
+        """Return the files that a running emberd writes."""
         written = [
             ("the state directory and the engine's log", self._paths.directory),
             ("the log", log_file(self._settings, self._host.name)),
         ]
         if self._host.name == "darwin":
-            written.append(("swap files", Path("/System/Volumes/VM")))  # of APFS' container, as the others
+            written.append(("swap files", Path("/System/Volumes/VM")))  # in APFS' container, like the others
         return written
 
 
 def _lost_features(log: str) -> tuple[str, ...]:
-    """Return what the version in the engine's log cannot do for emberd."""
+    """Return the features that the version in the engine's log lacks."""
     found = look_engine.printed_version(log)
     version = read_version(found)
     if not version or version >= CONTINUES_TURNS:

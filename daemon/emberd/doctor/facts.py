@@ -1,4 +1,4 @@
-"""What the doctor knows of this computer, its daemon, engine and model. Unknown is None; nothing is guessed."""
+"""The facts on this computer, its daemon, engine and model. Unknown is None; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Problem(Enum):
 
 
 class ModelProblem(Problem):
-    """Why a model's file cannot be used. Each of them is why an engine does not start."""
+    """Why a model's file cannot be used. Each keeps an engine from starting."""
 
     NOT_SET = "MODEL_NOT_SET", "No model is set"
     MISSING = "MODEL_MISSING", "The model's file is missing"
@@ -79,61 +79,61 @@ class ModelHealth:
     remedy: str = ""
     weights_bytes: int | None = None  # the tensors' data
     volume: Volume | None = None
-    is_dataless: bool | None = None  # a placeholder of a cloud service, whose content is not here
+    is_dataless: bool | None = None  # a placeholder of a cloud service, without content
     is_in_protected_folder: bool | None = None  # macOS denies it background programs
-    is_synced: bool | None = None  # in a folder that a cloud service keeps in step, and may empty of its content
-    changed_after_start_s: float | None = None  # by how much it is younger than the engine that serves it
+    is_synced: bool | None = None  # in a folder that a cloud service syncs, and may empty
+    changed_after_start_s: float | None = None  # how much later than the engine's start it was written
 
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """The engine's program, its options, and what its log says of its last start."""
+    """The engine's program, its options, and its log of the last start."""
 
     problem: EngineProblem | None = None  # None if it can be used
     message: str = ""  # the check's own words
     remedy: str = ""
-    lacks: tuple[str, ...] = ()  # what emberd wants and this build does not have, and what is lost by it
-    unloads_when_idle: str = ""  # the option that makes it let go of an idle model
-    has_gpu: bool | None = None  # its log says that it uses one
+    lacks: tuple[str, ...] = ()  # features that emberd wants and this build lacks, and what that costs
+    unloads_when_idle: str = ""  # the option that makes it unload an idle model
+    has_gpu: bool | None = None  # it uses one, by its log
     is_mapped: bool | None = None  # its weights are pages of the file
-    orphan_pid: int | None = None  # an engine of emberd that runs without emberd
+    orphan_pid: int | None = None  # a running engine without an emberd
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonHealth:
-    """What a daemon that answers says of itself."""
+    """The facts from the daemon's status."""
 
     answers: bool = False
     pid: int | None = None
     engine_pid: int | None = None
     engine_started_at: float | None = None  # by the wall clock
-    has_failed: bool | None = None  # the engine crashed again and again, or can never start
-    crashes: int | None = None  # how often the engine ended in a row while it was wanted
+    has_failed: bool | None = None  # the engine crashed too often, or can never start
+    crashes: int | None = None  # how often in a row the engine crashed
     last_words: str = ""  # why it failed the last time
     heartbeat_problem: str = ""  # why Metal will not hold the idle model
     heartbeat_remedy: str = ""
-    swapped_bytes: int | None = None  # what of the engine is in swap, or compressed
+    swapped_bytes: int | None = None  # of the engine, in swap or compressed
     lock: LockState | None = None
-    lock_message: str = ""  # which limit is in the way
+    lock_message: str = ""  # the limit in the way
     lock_remedy: str = ""
     resident_share: float | None = None  # of the weights
-    hold: str | None = None  # what the thrash guard lets emberd hold, in its own word
+    hold: str | None = None  # the hold level, in its own word
     is_helpless: bool | None = None  # the computer swaps, and nothing that emberd may let go would help
     paused_for_s: float | None = None
-    cool_for_s: float | None = None  # the memory is given to other work
-    over_budget_for_s: float | None = None  # the next pass waits, for the last ones took too much of a core
-    barred: tuple[str, ...] = ()  # kinds of turns that are replayed no more on this engine
+    cool_for_s: float | None = None  # a cool spell
+    over_budget_for_s: float | None = None  # the next pass waits, because the last ones took too much of a core
+    barred: tuple[str, ...] = ()  # barred kinds of turns
     replays: int = 0
     misses: int = 0  # of the replays
     wasted_tokens: int = 0
-    lost_turns: int = 0  # of users, which did not find what replays had kept
+    lost_turns: int = 0  # users' turns that did not find what replays had kept
     notices: Mapping[str, str] = field(default_factory=dict)  # the preflight's words, by code
     log_sinks: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Another program: its name, process id and what it holds, in bytes (None if not told)."""
+    """Another program: its name, process id and memory in bytes (None if not told)."""
 
     name: str
     pid: int | None = None
@@ -142,15 +142,15 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class MemoryHealth:
-    """Memory and what is in its way."""
+    """Memory, and what limits it."""
 
     system: SystemMemory = field(default_factory=SystemMemory)
     needed_bytes: int | None = None  # weights, KV cache and compute buffers
     limits: LockLimits | None = None  # what may be locked
     gpu: GpuLimits | None = None
     others: tuple[Program, ...] = ()  # other model servers that run
-    short: str = ""  # the preflight's words about an engine that does not fit into what is available now
-    choking: str = ""  # the same about a lock that would leave too little for everything else
+    short: str = ""  # the preflight's words on an engine that does not fit into what is available now
+    choking: str = ""  # the same on a lock that would leave too little for everything else
     power: Power = field(default_factory=Power)
 
 
@@ -175,7 +175,7 @@ class OwnHealth:
     engine_log_bytes: int | None = None
     clock_behind_s: float | None = None  # behind the youngest file of emberd
     most_open_files: int | None = None  # the hard limit
-    psutil_failure: str = ""  # its version, and what it raises when it is asked for this system's memory
+    psutil_failure: str = ""  # its version, and the error that it raises for this system's memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,29 +185,29 @@ class ServiceHealth:
     settings_path: str = ""
     settings_problem: str = ""  # what is wrong with the settings file
     settings_remedy: str = ""
-    are_settings_newer: bool | None = None  # the file says something else than what the daemon runs with
+    are_settings_newer: bool | None = None  # the file differs from the settings in force
     open_secret: str = ""  # a file with a key that others can read
     open_secret_mode: int = 0  # its permission bits
-    open_address: str = ""  # the endpoint's, where others can reach it and no key is asked for
+    open_address: str = ""  # the endpoint's, if others can reach it without a key
     is_running: bool | None = None  # a daemon answers
-    waits_because: str = ""  # it answers that it cannot start
-    silence: str = ""  # how a daemon that is there fails to answer
+    waits_because: str = ""  # it stands by
+    silence: str = ""  # how a running daemon fails to answer
     daemon_pid: int | None = None  # who holds the state directory's lock
-    last_words: str = ""  # what an installed daemon said when it ended, or how it did
+    last_words: str = ""  # an installed daemon's last words, or how it ended
     version: str = ""  # of this program
     daemon_version: str = ""  # of the daemon that answers
     is_installed: bool | None = None  # a service manager starts emberd
     is_loaded: bool | None = None  # the service manager knows the job, and holds its socket
-    is_disabled: bool | None = None  # somebody has switched the service off
+    is_disabled: bool | None = None  # the service is switched off
     is_throttled: bool | None = None  # macOS gives the process little processor time and slow disk access
-    missing_program: str = ""  # the service's program, where it does not exist
-    stale: str = ""  # what of the installed service file differs from what this version would write
+    missing_program: str = ""  # the service's program, if it does not exist
+    stale: str = ""  # keys of the installed service file that this version would write differently
     file_problem: str = ""  # owner or mode that the service manager refuses
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All of it; the default settings stand for settings that are not known, and make no condition."""
+    """All facts; default settings stand for unknown ones, and make no condition."""
 
     system: str  # darwin or linux
     settings: Settings = field(default_factory=Settings)
@@ -221,7 +221,7 @@ class Facts:
 
     @property
     def is_mac(self) -> bool:
-        """Whether launchd, Metal and macOS' own logs are meant."""
+        """Whether this is a Mac, with launchd, Metal and macOS' logs."""
         return self.system == "darwin"
 
     @property

@@ -1,4 +1,4 @@
-"""What a daemon says of itself, emberd's own port, files and process, and other model servers."""
+"""Looks at a daemon's status, emberd's own port, files and process, and other model servers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def read_status(status: Mapping[str, Any] | None) -> DaemonHealth:
-    """Return what the status of a daemon means here; None is the status of none."""
+    """Return the facts in a daemon's status, None without a daemon."""
     if not status:
         return DaemonHealth()
     engine, lock = status.get("engine") or {}, status.get("lock") or {}
@@ -72,7 +72,7 @@ _SQLITE_LIMIT_S = 1.0
 
 
 def examine_access(settings: Settings, path: Path) -> ServiceHealth:
-    """Return what of the key and the endpoint's address in this settings file keeps emberd from starting."""
+    """Return which of key and address in this settings file keeps emberd from starting."""
     endpoint, known = settings.endpoint, ServiceHealth(settings_path=str(path))
     try:
         read_api_key(settings, path)
@@ -90,7 +90,7 @@ def examine_access(settings: Settings, path: Path) -> ServiceHealth:
 
 
 def state_problem(directory: Path) -> str:
-    """Return why emberd could not use its state directory, empty if it can; nothing is made or changed."""
+    """Return why emberd cannot use its state directory, empty if it can; nothing is made or changed."""
     if not directory.exists():
         above = _existing(directory)
         return "" if _can_write(above) else f"{directory} cannot be made: {above} is not yours to write"
@@ -103,7 +103,7 @@ def state_problem(directory: Path) -> str:
 
 
 def _can_write(directory: Path) -> bool:
-    """Ask the kernel: a volume can be read-only, and root may write wherever it can be written at all."""
+    """Ask the kernel: a volume can be read-only, and root may write to any other."""
     return os.access(directory, os.W_OK | os.X_OK)
 
 
@@ -122,7 +122,7 @@ def history_problem(path: Path) -> str:
 
 
 def free_spaces(places: Iterable[tuple[str, Path]]) -> tuple[FreeSpace, ...]:
-    """Return the free bytes of each volume once, with what is written there; a path may not exist yet."""
+    """Return the free bytes of each volume once, with what is written there; paths may not exist yet."""
     found: dict[int, FreeSpace] = {}
     for what, place in places:
         path = _existing(place)
@@ -131,12 +131,12 @@ def free_spaces(places: Iterable[tuple[str, Path]]) -> tuple[FreeSpace, ...]:
 
 
 def _existing(path: Path) -> Path:
-    """Return the path, or what is above it and exists."""
+    """Return the path, or the nearest existing folder above it."""
     return next((each for each in (path, *path.parents) if each.exists()), Path("/"))
 
 
 def clock_behind_s(paths: StatePaths) -> float | None:
-    """Return by how much the youngest file of emberd is younger than now, None if there is none."""
+    """Return by how much emberd's newest file is ahead of the clock, None if there is none."""
     times = [path.stat().st_mtime for path in (paths.record, paths.history, paths.output) if path.exists()]
     return max(times) - time.time() if times else None
 
@@ -148,9 +148,9 @@ def most_open_files() -> int | None:
 
 
 def psutil_failure(ask: Callable[[], Any] = psutil.virtual_memory) -> str:
-    """Return psutil's version and what it raises for this system's memory, empty if it answers.
+    """Return psutil's version and its error for this system's memory, empty if it answers.
 
-    Up to 7.2.2 its buffer is shorter than macOS 26 wants: RuntimeError, in nine of ten calls (psutil issue 2853).
+    Up to 7.2.2 its buffer is too short for macOS 26: RuntimeError in nine of ten calls (psutil issue 2853).
     """
     for _ in range(5):
         try:
@@ -164,13 +164,13 @@ def psutil_failure(ask: Callable[[], Any] = psutil.virtual_memory) -> str:
 
 _SERVERS = re.compile(r"(koboldcpp|ollama|llama-server|lm[ -]studio|lms$|llamafile|mlx_lm)", re.IGNORECASE)
 _INTERPRETER = re.compile(r"python[\d.]*$", re.IGNORECASE)
-"""What it runs counts by the script's name; an editor that has the script open does not."""
+"""Interpreters: a process counts by its script's name; an editor that has the script open does not."""
 _MANAGERS = frozenset({"systemd", "launchd"})
-"""They hold emberd's socket themselves."""
+"""Service managers, which hold emberd's socket themselves."""
 
 
 def other_servers(own: set[int | None]) -> list[Program]:
-    """Return other programs here that serve models, without `own` processes and their children."""
+    """Return other programs that serve models, without the processes `own` and their children."""
     found = []
     for process in psutil.process_iter(["pid", "ppid", "name", "cmdline", "memory_info"]):
         info = process.info
@@ -186,13 +186,13 @@ def other_servers(own: set[int | None]) -> list[Program]:
 
 
 def try_port(host: str, port: int) -> tuple[Program | None, str]:
-    """Bind the endpoint's port as emberd would, and let it go.
+    """Bind the endpoint's port as emberd would, and close it.
 
-    Nothing connects to it: a connection would start an emberd whose socket a service manager holds.
+    Nothing connects, because a connection would start an emberd whose socket a service manager holds.
 
     Returns:
-        Who listens there already, and why the address cannot be used; None and empty if emberd could start.
-        A program of another user has no name (the system does not tell it).
+        The program that listens there, and why the address cannot be used; None and empty if emberd could start.
+        The system does not name another user's program.
     """
     try:
         bind(host, port).close()

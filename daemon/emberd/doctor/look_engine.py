@@ -1,4 +1,4 @@
-"""The model's file, the engine's program and its log as a doctor sees them; nothing is started."""
+"""Looks at the model's file, the engine's program and its log; starts nothing."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _NETWORK = frozenset(
 )
 _EXTERNAL = ("/Volumes/", "/media/", "/run/media/")
 _SF_DATALESS = 0x40000000
-"""st_flags of a file whose content is elsewhere (xnu, bsd/sys/stat.h)."""
+"""In st_flags of a file whose content is elsewhere (xnu, bsd/sys/stat.h)."""
 _PROTECTED = ("Documents", "Desktop", "Downloads", "Library/Mobile Documents")
-"""What macOS' privacy control guards (TCC)."""
+"""Folders that macOS' privacy control protects (TCC)."""
 _SYNCED = ("Library/Mobile Documents", "Library/CloudStorage", "Dropbox", "OneDrive", "Google Drive", "Nextcloud")
-"""Where the services put their folders by default; macOS has had Library/CloudStorage since 12.3."""
+"""Where cloud services put their folders by default; macOS has had Library/CloudStorage since 12.3."""
 
 
 def examine_model(text: str, system: str) -> ModelHealth:
-    """Open, read and measure the model that `model.path` names; blocks on the disk."""
+    """Open, read and measure the model in `model.path`; blocks on the disk."""
     try:
         path = check_model(text)
         found = ModelHealth(str(path), weights_bytes=_measure(path))
@@ -85,7 +85,7 @@ def _problem(text: str, error: ModelError) -> ModelProblem:
 
 
 def _where(found: ModelHealth, system: str) -> ModelHealth:
-    """Add what the place of the file means, as far as the path leads anywhere."""
+    """Add facts on the file's place, if it exists."""
     path, flags = Path(found.path).expanduser(), None
     try:
         flags = getattr(path.stat(), "st_flags", None)
@@ -125,17 +125,17 @@ def volume_of(path: Path, mounts: Iterable[tuple[str, str]]) -> Volume | None:
 
 
 def is_protected(path: Path, home: Path) -> bool:
-    """Return True if macOS denies background programs the folder."""
+    """Return True if macOS denies background programs this folder."""
     return any(path.is_relative_to(home / folder) for folder in _PROTECTED)
 
 
 def is_synced(path: Path, home: Path) -> bool:
-    """Return True if a cloud service keeps the folder in step, by the services' own names for it."""
+    """Return True if a cloud service syncs the folder, by the usual folder names."""
     return any(path.is_relative_to(home / folder) for folder in _SYNCED)
 
 
 def changed_after_start_s(path: Path, started_at: float) -> float | None:
-    """Return by how much a file was written after a time of the wall clock, None if it cannot be asked."""
+    """Return how long after a time of the wall clock a file was written, None if unknown."""
     try:
         return path.stat().st_mtime - started_at
     except OSError:
@@ -191,7 +191,7 @@ def _is_of_this_processor(path: Path, machine: str | None) -> EngineHealth | Non
 
 
 def machines_of(path: Path) -> frozenset[str]:
-    """Return the processors that a program is built for, in uname's words; none if it is no ELF and no Mach-O.
+    """Return the processors for which a program is built, in uname's words; none if it is neither ELF nor Mach-O.
 
     Layouts: elf(5); <mach-o/loader.h>, <mach-o/fat.h>.
     """
@@ -220,20 +220,20 @@ _NO_METAL = "failed to initialize Metal backend"
 
 
 def printed_version(log: str) -> str:
-    """Return the version that KoboldCPP has printed last, empty if none."""
+    """Return the last version that KoboldCPP printed, empty if none."""
     found = _VERSION.findall(log)
     return str(found[-1]) if found else ""
 
 
 def last_start(log: str) -> str:
-    """Return the part of the engine's log that tells of its last start, all of it if none is told of."""
+    """Return the part of the engine's log since its last start, all of it if that is not found."""
     before, _, after = log.rpartition(_LOADING)
     version = printed_version(before)
     return f"Welcome to KoboldCpp - Version {version}\n{after}" if version else after
 
 
 def has_gpu(log: str, *, is_mac: bool) -> bool | None:
-    """Return True if the log of a start says that the GPU is used; None if nothing was loaded."""
+    """Return True if the log of a start says that the GPU is used, None if nothing was loaded."""
     offloaded = _OFFLOADED.findall(log)
     if _NO_METAL in log:
         return False
@@ -243,6 +243,6 @@ def has_gpu(log: str, *, is_mac: bool) -> bool | None:
 
 
 def is_mapped(log: str) -> bool | None:
-    """Return True if the weights are pages of the file; None if the log does not tell (1.76 has no such line)."""
+    """Return True if the weights are pages of the file, None if the log does not tell (1.76 has no such line)."""
     found = re.findall(r"\(mmap = (true|false)\)", log)
     return found[-1] == "true" if found else None

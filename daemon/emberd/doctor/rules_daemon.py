@@ -1,4 +1,4 @@
-"""Conditions of emberd's settings, port, files and process, and of what starts it. Pure."""
+"""Conditions of emberd's settings, port, files and process, and of its service. Pure."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _NO_MODEL = tuple(each.code for each in ModelProblem)
 _NO_ENGINE = tuple(each.code for each in EngineProblem if each is not EngineProblem.REFUSES)
 _CANNOT_START = (*_NO_SETTINGS, *_NO_ENGINE, EngineProblem.REFUSES.code, *_NO_MODEL)
 _SWAPPED_LEAST_BYTES = 64 << 20
-"""Python's and the loader's own memory is swapped out rightly once the model serves."""
+"""Python's and the loader's own memory may be swapped out once the model serves."""
 _MOVE_IT = "Move it to a folder such as ~/Models and set model.path."
 _MEND = "Mend the cause, then: emberd restart. What it printed: emberd logs --category engine."
 
@@ -26,7 +26,7 @@ KINDS = Kinds()
 
 
 def _of_problem(problem: Problem, facts: Facts) -> Seen:
-    """Yield what a look has found that kept the model or the engine from being used."""
+    """Yield the problem that keeps the model or the engine from being used."""
     for found in (facts.model, facts.engine):
         if found.problem is problem:
             yield found.message, found.remedy

@@ -1,4 +1,4 @@
-"""Conditions of memory: room, swap, who else holds it, what emberd does with it, and the lock. Pure."""
+"""Conditions of memory: room, swap, other programs, emberd's own part, and the lock. Pure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 SWAP_NEARLY_FULL = 0.9
-"""Above this share the next program that needs memory is ended, or the system stops to answer."""
+"""Above this share the next program that needs memory is ended, or the system stops answering."""
 COLD_SHARE = 0.98
-"""Below this share of resident weights a reply waits for the disk; fewer cold pages are chance."""
+"""Below this share of resident weights a reply waits for the disk; above it, cold pages are chance."""
 USUAL_SWAPPINESS = 60
 """Linux' own default (Documentation/admin-guide/sysctl/vm.rst)."""
 _TOO_SMALL = ("RAM_TOO_SMALL", "CGROUP_TOO_SMALL")

@@ -1,7 +1,6 @@
 """One request to an engine and its reply, byte by byte: h11 on a socket of asyncio's.
 
-httpx serves where an answer is read whole (`engine.http`). For what passes through, its pool, its locks and its
-time-outs for each token were half of the daemon's time (scripts/bench-endpoint).
+httpx's pool, locks and time-outs for each token took half of the daemon's time (scripts/bench-endpoint).
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ if TYPE_CHECKING:
 
 _CONNECT_TIMEOUT_S = 5.0
 _WRITE_TIMEOUT_S = 120.0
-"""An engine reads a body as soon as it has the head; one that does not for so long is hung."""
+"""An engine reads a body as soon as it has the head; if it does not for so long, it hangs."""
 _LARGEST_HEAD_BYTES = 128 * 1024
 _LEAST_ERROR = 400
 _READ_BYTES = 256 * 1024
 
 
 class EngineRefused(Exception):
-    """No connection came about; nothing was sent."""
+    """No connection was made; nothing was sent."""
 
 
 class EngineBrokeOff(Exception):
-    """The connection ended, or made no sense, before the reply was whole."""
+    """The connection ended, or broke the protocol, before the reply was whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +36,9 @@ class EngineRequest:
     """What to send.
 
     Attributes:
-        target: path and query as they stand in the request line.
+        target: path and query as in the request line.
         headers: in order; a length or `transfer-encoding: chunked` among them if there is a body.
-        body: whole, or as it comes.
+        body: the whole body, or its parts as they come.
     """
 
     method: bytes
@@ -61,22 +60,18 @@ class ReplyHead:
 
 
 class _Reader(asyncio.StreamReader):
-    """Gives what had come when the connection was lost before it tells of the loss."""
+    """Gives out what had come before it reports that the connection was lost."""
 
     lost: Exception | None = None
 
     def set_exception(self, exc: Exception) -> None:
-        """Hear of the loss."""
+        """Note the loss."""
         self.lost = exc
         self.feed_eof()
 
 
 class EngineConnection:
-    """A connection that serves one request; KoboldCPP gives every open one of its 24 threads, so none is kept.
-
-    Args:
-        port: the engine's, on 127.0.0.1.
-    """
+    """A connection for one request; none is kept open, because each takes one of KoboldCPP's 24 threads."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -105,7 +100,7 @@ class EngineConnection:
                 event = await self._next_event()
                 if isinstance(event, h11.Response):
                     if event.status_code >= _LEAST_ERROR:
-                        self._ends_with_loss = True  # it may not have read all of what it refuses
+                        self._ends_with_loss = True  # it may not have read all of the body that it refuses
                     return ReplyHead(event.status_code, list(event.headers))
                 if not isinstance(event, h11.InformationalResponse):
                     raise EngineBrokeOff
@@ -113,7 +108,7 @@ class EngineConnection:
             raise EngineBrokeOff from error
 
     async def parts(self) -> AsyncIterator[bytes]:
-        """Yield the reply's body as it comes; what arrived together stays together.
+        """Yield the reply's body as it comes; bytes that arrived together stay together.
 
         Raises:
             EngineBrokeOff: it ended too early, as far as its headers tell.
@@ -133,14 +128,14 @@ class EngineConnection:
             raise EngineBrokeOff from error
 
     async def outlast(self) -> None:
-        """Take what the engine still says, unread, until it closes the connection."""
+        """Read and discard the rest of the reply."""
         if self._writer is not None:
             with contextlib.suppress(ConnectionError):
                 while await self._reader.read(_READ_BYTES):
                     pass
 
     def close(self) -> None:
-        """Close at once; an engine that is still at work sees that nobody waits for it."""
+        """Close at once; an engine that still works sees that nobody waits."""
         if self._writer is not None:
             self._writer.transport.abort()
 

@@ -1,7 +1,7 @@
 """The embedded engine: llama.cpp's own server, run through xllamacpp in a process of its own.
 
 The daemon starts it as `python -m emberd.engine.embedded`; the model never lives in the daemon.
-SIGTERM and SIGINT keep their default actions: there is nothing to save, and the kernel frees the memory.
+SIGTERM and SIGINT keep their default actions, because there is nothing to save.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until a signal ends the process; returns only when the model cannot be loaded."""
+    """Serve until a signal ends the process; return only if the model cannot be loaded."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     if not options.model.is_file():
         sys.stderr.write(f"error: no such model: {options.model}\n")

@@ -1,7 +1,7 @@
 """Small questions to an engine over HTTP: bounded, without keep-alive, never raising.
 
-An idle engine is asked every few seconds whether it lives. Through httpx one such question took 3.5 ms of processor
-time, this way 1.7, and the daemon was 3 MiB larger.
+An idle engine is probed every few seconds. With httpx one probe took 3.5 ms of processor time, this way 1.7, and
+the daemon was 3 MiB larger.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HTTP_OK = 200
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back.
+    """The engine's answer.
 
     Attributes:
         status: HTTP status; 0 if nothing listens; None if it did not answer in time or broke off.
@@ -33,7 +33,7 @@ class Answer:
     content: Any = None
 
     def get(self, *path: str | int) -> Any:
-        """Return the value at a path of keys and indices, None if it is not there."""
+        """Return the value at a path of keys and indices, None if there is none."""
         value = self.content
         for step in path:
             try:
@@ -44,7 +44,7 @@ class Answer:
 
     @property
     def object_if_ok(self) -> Mapping[str, Any] | None:
-        """The JSON object of an answer that went well (an empty one for other content), None for any other."""
+        """The JSON object of a successful answer (empty for other content), None for any other answer."""
         if self.status != _HTTP_OK:
             return None
         return self.content if isinstance(self.content, dict) else {}
@@ -56,8 +56,7 @@ NOTHING_LISTENS = 0
 class EngineHttp:
     """Asks one engine on a loopback port.
 
-    A connection is opened for each question and closed after it: KoboldCPP gives every open connection one of
-    its 24 threads, for ever.
+    Each question has its own connection: KoboldCPP gives every open connection one of its 24 threads, for ever.
     """
 
     async def get(self, port: int, path: str, timeout_s: float, password: str = "") -> Answer:

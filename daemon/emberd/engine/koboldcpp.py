@@ -44,14 +44,15 @@ USUAL_NAMES = ("koboldcpp", "koboldcpp-mac-arm64", "koboldcpp-linux-x64", "kobol
 _SCRIPT = "koboldcpp.py"
 _HTTP_OK = 200
 _PRIVATE = re.compile(r"Namespace\(|Body Err:|^(?:Input|Output):|password='")
-"""`Namespace(` shows passwords and `Body Err:` whole request bodies, both also under --quiet. Either can stand
-behind the counts of a generation, whose line is ended only by the next one (1.104, 1.115)."""
+"""`Namespace(` shows passwords and `Body Err:` whole request bodies, both even with --quiet. Either can follow
+the counts of a generation, whose line ends only with the next one (1.104, 1.115)."""
 _WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bind")
 """1.104 then spins on the unbound socket for ever; 1.76 exits with 1, later builds with 0."""
 _PROTECTED_MODEL = "koboldcpp/protected-model"
 CONTINUES_TURNS = (1, 104)
 _MOST_CONNECTIONS = 16
-"""KoboldCPP has 24 threads, one connection each, no time-outs: eight are left for emberd's own questions."""
+"""KoboldCPP has 24 threads, one for each connection, and no time-outs; eight are left for emberd's own
+questions."""
 _LIGHT_POSTS = (
     "/api/extra/tokencount",
     "/api/extra/tokenize",
@@ -69,7 +70,7 @@ _LIGHT_POSTS = (
 )
 """POSTs that do not wait for the model (1.76 to 1.104, `do_POST`)."""
 _UNITS_OF_A_GENERATION = 1_000_000
-"""Keeps the count of finished generations above any length of a running reply."""
+"""Makes the count of finished generations exceed any length of a running reply."""
 _DEFAULT_LENGTH_TOKENS = 1024
 """Above 896, 1.104's (`--defaultgenamt`), and what older versions take."""
 
@@ -78,11 +79,7 @@ class KoboldCpp:
     """Adapter for KoboldCPP.
 
     Args:
-        settings: emberd's settings.
-        host: this computer.
-        http: asks the engine.
-        asker: asks the program about its options.
-        scratch: folder used as its TMPDIR, so that no neighbour deletes what it unpacked.
+        scratch: folder for its TMPDIR, so that no other KoboldCPP deletes what it unpacked.
         kcpps_target: where merged settings are written.
     """
 
@@ -109,22 +106,23 @@ class KoboldCpp:
         self.password = ""
 
     refusals = frozenset({500})
-    """It cannot read the request, or that is too long (1.104, do_POST); within a generation it fails silently."""
+    """The request is unreadable or too long (1.104, do_POST); within a generation it fails silently."""
     room = CacheRoom()
     most_at_work = 1
-    """It works on one. Six more may wait in its queue, further ones get 503; `--multiuser` varies that."""
+    """It works on one request. Six more may wait in its queue, further ones get 503; `--multiuser` changes
+    that."""
 
     def is_work(self, method: str, path: str) -> bool:
-        """Tell whether a request goes through the lock: every POST does that is not known to be light."""
+        """Return True if a request waits for the model: every POST that is not known to be light."""
         return method == "POST" and not path.rstrip("/").endswith(_LIGHT_POSTS) and "/api/extra/data/" not in path
 
     @property
     def most_connections(self) -> int:
-        """Return what the settings say, but no more than this server can serve."""
+        """Return the setting, but no more than this server can serve."""
         return min(self._settings.endpoint.max_concurrent, _MOST_CONNECTIONS)
 
     def model_path(self) -> Path | None:
-        """Return the model of model.path, else the one that the .kcpps file names."""
+        """Return model.path, or else the model that the .kcpps file names."""
         named = self._settings.model.path
         if not named:
             try:
@@ -134,19 +132,19 @@ class KoboldCpp:
         return Path(named).expanduser().absolute() if named else None
 
     def wishes(self) -> OwnerWishes:
-        """Return what extra_args and the .kcpps file say; of a file that cannot be read `plan` tells."""
+        """Return what extra_args and the .kcpps file ask for; `plan` reports an unreadable file."""
         file: Mapping[str, object] = {}
         with contextlib.suppress(ConfigError):
             file = self._read_kcpps() or {}
         return of_koboldcpp(self._settings.engine.extra_args, file)
 
     async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
-        """Compose the command line from what this build offers.
+        """Compose the command line from this build's options.
 
         Raises:
             EngineNotUsable: the program is missing or cannot run.
             ModelError: the model cannot be used.
-            ConfigError: an argument that this build refuses, or that would undo the job.
+            ConfigError: an argument that this build refuses, or that would undo emberd's work.
         """
         engine = self._settings.engine
         program, command = self._command()
@@ -198,10 +196,10 @@ class KoboldCpp:
         return Readiness.READY if self._is_our_model(name) else Readiness.STRANGER
 
     async def probe_activity(self, port: int, timeout_s: float) -> Activity:
-        """Ask /api/extra/perf, and for the length of the running reply while there is one.
+        """Ask /api/extra/perf, and for the length of a running reply.
 
-        `idle` is trusted and `idletime` is not: it counts from the start of the last generation and so grows
-        while a long one runs.
+        It uses `idle` and not `idletime`, which counts from the start of the last generation and so grows while a
+        long one runs.
         """
         perf = await self._http.get(port, "/api/extra/perf", timeout_s)
         idle = perf.get("idle")
@@ -220,12 +218,12 @@ class KoboldCpp:
         )
 
     async def abort(self, port: int, key: str, timeout_s: float) -> bool:
-        """Ask /api/extra/abort; an empty key ends whatever runs if nothing waits in the engine."""
+        """Ask /api/extra/abort; an empty key ends whatever runs, if nothing waits in the engine."""
         answer = await self._http.post(port, "/api/extra/abort", {"genkey": key}, timeout_s, self.password)
         return answer.status == _HTTP_OK
 
     async def count_tokens(self, port: int, text: str, timeout_s: float) -> int | None:
-        """Ask /api/extra/tokencount, which also counts the token before every text."""
+        """Ask /api/extra/tokencount, which also counts the token before each text."""
         counts = []
         for each in ("", text):
             asked = {"prompt": each}
@@ -247,19 +245,19 @@ class KoboldCpp:
         return None if counted is None else fits(turn, counted, told, default, keeps_a_fifth=keeps_a_fifth)
 
     async def continues_turns(self, port: int, timeout_s: float) -> bool:
-        """Tell whether `continue_assistant_turn` is known (1.104; not in 1.76)."""
+        """Return True if `continue_assistant_turn` is known (1.104; not in 1.76)."""
         version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
         return read_version(version) >= CONTINUES_TURNS
 
     async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
-        """Tell whether a reply can be taken up; a chat needs an open turn."""
+        """Return True if a reply can be continued; a chat needs an open turn."""
         return generation.dialect is not Dialect.CHAT or await self.continues_turns(port, timeout_s)
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
         """POST it.
 
-        Who gives up waiting leaves the answer to be taken all the same: where KoboldCPP cannot send one, the next
-        request waits another 0.25 s (1.104, `time.sleep` in do_POST with the model's lock held).
+        The answer is read even if the caller stops waiting: if KoboldCPP cannot send it, the next request waits
+        another 0.25 s (1.104, `time.sleep` in do_POST with the model's lock held).
         """
         asked = self._http.post(port, request.path, request.body, timeout_s, self.password)
         asking = asyncio.create_task(asked)
@@ -268,11 +266,11 @@ class KoboldCpp:
         return (await asyncio.shield(asking)).object_if_ok
 
     def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:  # noqa: ARG002  # the Engine protocol
-        """Return nothing: a reply tells the length of its prompt and not what was reused of it (up to 1.115)."""
+        """Return nothing: a reply has the length of its prompt, but not how much was reused (up to 1.115)."""
         return UNTOLD
 
     def counts_in_line(self, line: str) -> PromptCounts | None:
-        """Read the line at the end of each generation, which is printed with --quiet too."""
+        """Read the line at the end of each generation, which is printed even with --quiet."""
         return read_counts(line)
 
     def read_progress(self, line: str) -> LoadProgress | None:
@@ -288,13 +286,13 @@ class KoboldCpp:
         return any(text in line for text in _WILL_NEVER_SERVE)
 
     def _is_our_model(self, name: str) -> bool:
-        """Compare names, unless the model is named elsewhere or --hordemodelname renames it."""
+        """Compare names, unless the model is named elsewhere or renamed by --hordemodelname."""
         path = self._settings.model.path
         is_renamed = bool(self._settings.engine.kcpps) or self.wishes().is_renamed
         return is_renamed or not path or name in {model_name(path), _PROTECTED_MODEL}
 
     def _command(self) -> tuple[Path, tuple[str, ...]]:
-        """Return the program's file and the words that start it."""
+        """Return the program's file and the command that starts it."""
         found = find_program(self._settings.engine.path, USUAL_NAMES, "KoboldCPP's binary, or its koboldcpp.py")
         program = found / _SCRIPT if found.is_dir() and (found / _SCRIPT).is_file() else found
         if program.suffix == ".py":
@@ -304,7 +302,7 @@ class KoboldCpp:
 
     def _environment(self) -> Mapping[str, str]:
         return {
-            # Its stdout is block-buffered into a file: the first lines would come minutes late.
+            # Its stdout is block-buffered into a file, so the first lines would come minutes late.
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(self._scratch),
             **self._host.engine_environment(self._settings.engine.metal_keep_alive_s),
@@ -341,9 +339,9 @@ _BATCHED = re.compile(r"\] BatchRequest:\d+, Prompt:(?P<prompt>\d+), Generated:(
 def read_counts(line: str) -> PromptCounts | None:
     """Read the counts at the end of a generation, None from any other line (gpttype_adapter.cpp).
 
-    1.104 and before print the seconds, to a hundredth, and the tokens in a second, to a hundredth: their product is
-    the count of processed tokens, 0.005 s times the rate too much or too little. 1.115 prints the count. A request
-    of its continuous batching has its whole prompt processed.
+    1.104 and before print seconds and tokens a second, each to a hundredth: their product is the count of
+    processed tokens, off by at most 0.005 s times the rate. 1.115 prints the count. Its continuous batching
+    processes a request's whole prompt.
     """
     found = _BATCHED.search(line)
     if found:

@@ -1,11 +1,11 @@
-"""KoboldCPP's command line and merged settings file, composed from everybody's wishes.
+"""KoboldCPP's command line and merged settings file, composed from three sources.
 
-Three parties have wishes: emberd's settings, the owner's engine.extra_args and the owner's .kcpps file. The
-first named wins, and whoever loses a wish that was meant is told.
+emberd's settings win over the owner's engine.extra_args, which win over the owner's .kcpps file. A notice names
+each intended wish that loses.
 
-KoboldCPP lets a key of the file win over the command line unless the exact word `--key` stands there (tested
-with 1.76 and 1.104): `--contextsize=1024`, `-c 1024` and `--mlock` lose to it. A key that is not in the file
-cannot win, so emberd takes out every key that its settings or the owner's arguments decide.
+In KoboldCPP a key of the file wins over the command line, unless the exact word `--key` is there (tested with
+1.76 and 1.104): `--contextsize=1024`, `-c 1024` and `--mlock` lose to it. So emberd removes every key from the
+file that its settings or the owner's arguments decide.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Wishes:
         port: loopback TCP port that emberd chose for the engine.
         lock: ask for the model to be locked in memory.
         context_size: tokens; None leaves it to extra_args, the file or the engine.
-        gpu_layers: layers on the GPU; None as above.
+        gpu_layers: layers on the GPU; None as for context_size.
         extra_args: the owner's own arguments, one word each.
         kcpps: content of the owner's .kcpps file; None if there is none.
-        kcpps_target: path at which the caller writes the merged file.
+        kcpps_target: path of the merged file, which the caller writes.
         is_metal: the engine runs on Apple's Metal.
     """
 
@@ -74,11 +74,11 @@ class CommandLine:
 
     Attributes:
         arguments: everything behind the executable.
-        kcpps: settings to write to Wishes.kcpps_target: the owner's and their passwords; None if there are none.
+        kcpps: settings to write to Wishes.kcpps_target, passwords included; None if there are none.
         notices: what the owner should know.
-        hidden: passwords, and the words they are part of.
-        model: the model that will be loaded, as it was named.
-        password: what the engine will ask its clients for, empty for nothing.
+        hidden: passwords, and the words that contain them.
+        model: the model that will be loaded, as named.
+        password: the password that clients of the engine need, empty for none.
     """
 
     arguments: tuple[str, ...]
@@ -92,7 +92,7 @@ class CommandLine:
 def compose(build: Build, wishes: Wishes) -> CommandLine:
     """Compose the command line and the merged settings file.
 
-    The owner's arguments come first and emberd's own behind them; no option of theirs is given twice.
+    The owner's arguments come first, then emberd's own; no option is given twice.
 
     Raises:
         ConfigError: an argument or a key that emberd cannot serve with, or no model.
@@ -148,7 +148,7 @@ def _decided_by_settings(wishes: Wishes) -> Decided:
 
 
 def _stray_word(word: str, before: Sequence[Given]) -> ConfigError:
-    """Return the refusal of a word that KoboldCPP would take for a model file or a port."""
+    """Return the error for a word that KoboldCPP would take for a model file or a port."""
     follows_a_secret = bool(before) and before[-1].dest in SECRETS
     named = "A word" if follows_a_secret else f'"{word}"'
     remedy = "Set model.path to choose the model."
@@ -181,10 +181,10 @@ def _judge_argument(given: Given, decided: Decided) -> tuple[Act, list[Notice]]:
 
 
 def _choose_model(wished: str | None, file: Mapping[str, object]) -> tuple[str, list[Notice]]:
-    """Return the model to load and what to say about it.
+    """Return the model to load, and notices.
 
     Raises:
-        ConfigError: nobody names one, or it would have to be downloaded.
+        ConfigError: no model is named, or it would have to be downloaded.
     """
     in_file = model_of_file(file)
     model = wished or in_file
@@ -198,7 +198,7 @@ def _choose_model(wished: str | None, file: Mapping[str, object]) -> tuple[str, 
 
 
 def _memory_notices(kept: Sequence[Given], wishes: Wishes) -> Iterator[Notice]:
-    """Say what it means that the owner does not want the model mapped."""
+    """Yield notices for an owner who does not want the model mapped."""
     unmapped = next((given.spelling for given in kept if given.dest == "nommap"), None)
     if unmapped is None:
         return
@@ -218,7 +218,7 @@ def _memory_notices(kept: Sequence[Given], wishes: Wishes) -> Iterator[Notice]:
 def _own_arguments(
     kept: Sequence[Given], wishes: Wishes, model: str, *, has_file: bool
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield destination and values of what emberd asks for, without what the owner has asked for already.
+    """Yield destination and values of emberd's own options, without those that the owner already gave.
 
     The two-word form with the destination is the only one that wins over a file.
     """
@@ -232,7 +232,7 @@ def _own_arguments(
     if wishes.lock:
         own["usemlock"] = ()
     if "nommap" not in given:
-        own["usemmap"] = ()  # older builds do not offer it: they map unless told not to
+        own["usemmap"] = ()  # older builds do not offer it: they map by default
     own["model"] = (model,)
     if wishes.context_size is not None:
         own["contextsize"] = (str(wishes.context_size),)
@@ -253,7 +253,7 @@ def _secrets(kept: Sequence[Given], merged: Mapping[str, object]) -> Iterator[st
 
 
 def model_of_file(file: Mapping[str, object]) -> str | None:
-    """Return the model that KoboldCPP would load from this file; the order is its own."""
+    """Return the model that KoboldCPP would load from this file, in its own order."""
     for key in ("model_param", "model"):
         value = file.get(key)
         first = value[0] if isinstance(value, list) and value else value
@@ -265,7 +265,7 @@ def model_of_file(file: Mapping[str, object]) -> str | None:
 def merge(
     build: Build, file: Mapping[str, object], kept: Sequence[Given], decided: Decided
 ) -> tuple[dict[str, object], list[Notice]]:
-    """Return the owner's file without the keys that are decided elsewhere, and what to say about them.
+    """Return the owner's file without the keys that are decided elsewhere, and notices about them.
 
     Raises:
         ConfigError: a key is refused.
@@ -292,7 +292,7 @@ def merge(
 
 
 def _winner(dest: str, kept: Sequence[Given], decided: Decided) -> tuple[str, object] | None:
-    """Return who decides an option over the file, and on which value; None if nobody does."""
+    """Return what decides an option over the file, and its value; None if nothing does."""
     if dest in decided:
         setting, chosen = decided[dest]
         return f"{setting} ({shown(chosen)})", chosen
@@ -306,6 +306,6 @@ def _winner(dest: str, kept: Sequence[Given], decided: Decided) -> tuple[str, ob
 
 
 def conflict(key: str, value: object, winner: str) -> Notice:
-    """Name a key of the file that loses; a password's value stays unnamed."""
+    """Return the notice of a key of the file that loses; a password's value is not named."""
     was = "" if key in SECRETS else f" is {shown(value)}"
     return Notice("kcpps_conflict", f'"{key}"{was} in {FILE}, but {winner} decides.')

@@ -1,9 +1,9 @@
-"""What one build of KoboldCPP understands, learned from its own `--help` and from its own refusals.
+"""The options of one build of KoboldCPP, from its own `--help` and its own refusals.
 
 KoboldCPP's options differ between releases (`--usemmap` is an error in 1.76, `--nommap` a hidden no-op in
-1.104), and a version number says nothing about forks. So the build is asked: `--help` lists every option that
-is not hidden, and one run with an argument that cannot exist makes argparse name everything it does not know,
-before any model is touched. Here is the reading of both answers; running the program is the caller's part.
+1.104), and a version number says nothing about forks. So the build is asked: `--help` lists every option that is
+not hidden, and one run with an impossible argument makes argparse name every word that it does not know, before
+any model is touched. This file reads both answers; the caller runs the program.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 PROBE_ARGUMENT = "--emberd-argument-probe"
-"""No build knows this one: appended to a command line it makes argparse stop and list all unknown words."""
+"""No build knows this argument: appended to a command line, it makes argparse stop and list all unknown words."""
 
 MANY = sys.maxsize
 """The option takes every following word that does not look like an option."""
@@ -40,7 +40,7 @@ HIDDEN_OPTIONS = {
 _ARGUMENT_ERROR_EXIT = 2  # argparse's exit status for every usage error
 _STDERR_LINES_SHOWN = 5
 _EVERY_BUILD_HAS = frozenset({"model", "port", "usemlock", "contextsize"})
-_OPTION_LINE = re.compile(r"^ {2}(-\S.*)$")  # exactly two spaces: help texts stand deeper
+_OPTION_LINE = re.compile(r"^ {2}(-\S.*)$")  # exactly two spaces: help texts are indented more
 _VERSION = re.compile(r"\bVersion\s+(\d\S*)")  # a narrow terminal breaks the line before the number
 _ERROR_LINE = re.compile(r"^\S.*?: error: (.*)$")
 _NEGATIVE_NUMBER = re.compile(r"^-\d+$|^-\d*\.\d+$")
@@ -54,7 +54,7 @@ class Build:
     Attributes:
         spellings: every option word that the help shows, with argparse's name for it (its destination).
         widths: destination -> most values it takes: 0 for a switch, MANY without a limit.
-        version: as the help prints it, a fork's suffix included; None if it prints none.
+        version: as the help prints it, with a fork's suffix; None if it prints none.
     """
 
     spellings: Mapping[str, str]
@@ -62,7 +62,7 @@ class Build:
     version: str | None
 
     def offers(self, dest: str) -> bool:
-        """Return whether the help shows an option with this destination."""
+        """Return True if the help shows an option with this destination."""
         return dest in self.widths
 
     def destination_of_key(self, key: str) -> str:
@@ -76,7 +76,7 @@ class Given:
     """One option of a command line with its values, or one word that belongs to no option.
 
     Attributes:
-        words: exactly as they were written.
+        words: exactly as written.
         dest: argparse's name for the option; a guess from the spelling if the build does not show it, and
             empty for a word that belongs to no option.
         values: the values alone.
@@ -93,7 +93,7 @@ class Given:
 
     @property
     def value(self) -> object:
-        """What it says: True for a bare option, its word, or the list of its words."""
+        """Its value: True for a bare option, its word, or the list of its words."""
         if not self.values:
             return True
         return self.values[0] if len(self.values) == 1 else list(self.values)
@@ -146,15 +146,15 @@ def unknown_arguments(build: Build, extra_args: Sequence[str]) -> tuple[str, ...
 
 
 def read_probe(build: Build, extra_args: Sequence[str], exit_code: int, stderr: str) -> None:
-    """Judge a run of the build on the user's arguments with PROBE_ARGUMENT behind them.
+    """Judge a run of the build on the user's arguments, followed by PROBE_ARGUMENT.
 
-    Returns if the probe is the only argument that the build refuses.
+    Returns normally if the probe is the only argument that the build refuses.
 
     Args:
-        build: the one that was run.
-        extra_args: the user's own arguments. A mistyped option that takes a value (`--contextsise 4096`) is
-            not what argparse complains of first: the value is taken for a model file. So the words that the
-            help does not show are named beside the build's sentence.
+        build: the build that was run.
+        extra_args: the user's own arguments. Of a mistyped option with a value (`--contextsise 4096`) argparse
+            first takes the value for a model file. So the words that the help does not show are named beside the
+            build's sentence.
         exit_code: of the run.
         stderr: of the run.
 
@@ -187,7 +187,7 @@ def read_probe(build: Build, extra_args: Sequence[str], exit_code: int, stderr: 
 
 
 def _advice(build: Build, words: Sequence[str]) -> str:
-    """Return the remedy for arguments that the build refuses, with the nearest word it knows for each."""
+    """Return the remedy for arguments that the build refuses, with the nearest known word for each."""
     hints = [hint for word in words if (hint := _hint(build, word))]
     return " ".join(["Correct engine.extra_args.", *hints])
 
@@ -203,16 +203,16 @@ def _hint(build: Build, word: str) -> str:
 
 
 def _destination(words: Sequence[str]) -> str:
-    """Name an option as argparse does: its first long spelling, else its first."""
+    """Return argparse's name of an option: its first long spelling, else its first."""
     named = next((word for word in words if word.startswith("--")), words[0])
     return named.lstrip("-").replace("-", "_")
 
 
 def _most_values(placeholder: str) -> int:
-    """Count the values that a placeholder of the help stands for.
+    """Return how many values a placeholder of the help means.
 
-    argparse ends a repeated placeholder with ` ...]`. Brackets do not tell an optional value from a necessary
-    one here, as KoboldCPP's own placeholders have them, so both count as one.
+    argparse ends a repeated placeholder with ` ...]`. Brackets do not mean an optional value, because KoboldCPP's
+    own placeholders have them, so with or without brackets it counts as one.
     """
     if re.search(r" \.\.\.\]+$", placeholder):
         return MANY
@@ -230,7 +230,7 @@ def _shown_options(build: Build) -> dict[str, tuple[str, int]]:
 
 
 def _known_options(build: Build) -> dict[str, tuple[str, int]]:
-    """Return the shown options and those that are known to hide."""
+    """Return the shown options and the known hidden ones."""
     return HIDDEN_OPTIONS | _shown_options(build)
 
 
@@ -243,7 +243,7 @@ def _split(build: Build, arguments: Sequence[str]) -> Iterator[Given]:
         if not _looks_like_an_option(word):
             yield Given((word,), "")
             continue
-        # What is not known takes its values along: `--contextsise 4096` is one mistake, not two.
+        # An unknown option takes its values along: `--contextsise 4096` is one mistake, not two.
         name, equals, after_equals = word.partition("=")
         unknown = (_destination([name]), MANY, after_equals if equals else None)
         dest, width, attached = _find(known, word) or unknown
@@ -257,7 +257,7 @@ def _split(build: Build, arguments: Sequence[str]) -> Iterator[Given]:
 
 
 def _looks_like_an_option(word: str) -> bool:
-    """Tell options from values as argparse does; `--` is neither and stays a word of its own."""
+    """Return True if argparse takes the word for an option; `--` is neither option nor value."""
     is_dashed = len(word) > 1 and word.startswith("-") and word != "--"
     return is_dashed and " " not in word.partition("=")[0] and not _NEGATIVE_NUMBER.match(word)
 

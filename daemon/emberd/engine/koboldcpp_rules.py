@@ -1,4 +1,4 @@
-"""What emberd does about single options of KoboldCPP: one table, for the command line and for the file.
+"""What emberd does about single options of KoboldCPP: one table for command line and file.
 
 The effects were read in, and mostly tested with, KoboldCPP 1.76 and 1.104; options of later releases
 (`adminunloadtimeout`, `autoswapmode`) are known from their documentation.
@@ -30,7 +30,7 @@ RIVALS = (
     frozenset({"sdvae", "sdvaeauto"}),
     frozenset({"sdquant", "sdlora"}),
 )
-"""Options of which one may be given: one on the command line pushes the others out of the file."""
+"""Only one of these options may be given: one on the command line removes the others from the file."""
 
 _UNTOUCHED_DEFAULTS = {"port": 5001, "port_param": 5001, "gpulayers": -1}
 
@@ -42,34 +42,34 @@ class Act(Enum):
     WARN = auto()
     """It stays, and the owner is told what it does."""
     DROP = auto()
-    """It goes, silently: emberd says the same, or KoboldCPP would ignore it."""
+    """It is left out silently: emberd says the same, or KoboldCPP would ignore it."""
     REPLACE = auto()
-    """It goes, and the owner is told why."""
+    """It is left out, and the owner is told why."""
     REFUSE = auto()
     """emberd does not start the engine."""
 
 
 def is_on(value: object) -> bool:
-    """Return whether a value asks for something, be it a word of a command line or JSON."""
+    """Return True if a value, a word of a command line or JSON, asks for something."""
     if isinstance(value, list):
         return any(is_on(item) for item in value)
     return bool(value) and value != "0"
 
 
 def is_wish(dest: str, value: object) -> bool:
-    """Return whether a value in a file was meant: an exported file carries every key with its default."""
+    """Return True if a value in a file is intended: an exported file has every key with its default."""
     if dest in BACKENDS or dest == "gpulayers":  # device 0, no device at all, and 0 layers are wishes too
         return value is not None and value is not False and value != _UNTOUCHED_DEFAULTS.get(dest)
     return is_on(value) and value != _UNTOUCHED_DEFAULTS.get(dest)
 
 
 def is_verbose(value: object) -> bool:
-    """Return whether a --debugmode prints more; -1 prints less."""
+    """Return True if a --debugmode prints more; -1 prints less."""
     return is_on(value) and str(value) != "-1"
 
 
 def is_public(host: object) -> bool:
-    """Return whether an address to listen on can be reached from other machines."""
+    """Return True if other computers can reach an address to listen on."""
     try:
         return not ipaddress.ip_address(str(host)).is_loopback
     except ValueError:
@@ -83,10 +83,10 @@ class Rule:
     Attributes:
         on_command_line: what becomes of it in engine.extra_args.
         in_file: what becomes of it in the .kcpps file.
-        text: what it does, or why emberd decides it.
+        text: its effect, or why emberd decides it.
         code: of the notice.
         remedy: of the refusal.
-        concerns: the values that the owner is told of, or refused.
+        concerns: the values that are told to the owner, or refused.
     """
 
     on_command_line: Act
@@ -100,7 +100,7 @@ class Rule:
 OWNERS_BUSINESS = Rule(Act.KEEP, Act.KEEP)
 
 _NO_SERVER = Rule(Act.REFUSE, Act.REFUSE, "With it KoboldCPP does its work without serving anybody.")
-# KoboldCPP acts on these before it reads a file, and an exported file carries the path of its own export.
+# KoboldCPP acts on these before it reads a file, and an exported file has the path of its own export.
 _NO_SERVER_FROM_WORDS = Rule(Act.REFUSE, Act.DROP, _NO_SERVER.text)
 _PORT = Rule(
     Act.REPLACE, Act.REPLACE, "emberd chooses the engine's port; clients use endpoint.port.", "port_ignored"
@@ -143,7 +143,7 @@ RULES: Mapping[str, Rule] = {
     "testmemory": _NO_SERVER_FROM_WORDS,
     "unpack": _NO_SERVER_FROM_WORDS,
     "version": _NO_SERVER_FROM_WORDS,
-    # In a file it only says that no model is no error, and emberd always names one.
+    # In a file it only allows a start without a model, and emberd always names one.
     "nomodel": Rule(Act.REFUSE, Act.DROP, "Without a model there is nothing to keep warm."),
     # Privacy.
     "debugmode": Rule(
@@ -183,11 +183,11 @@ RULES: Mapping[str, Rule] = {
         "smart_context",
     ),
 }
-"""By destination; an option that is not here is its owner's business."""
+"""By destination; other options are passed on."""
 
 
 def say(where: str, act: Act, code: str, text: str) -> list[Notice]:
-    """Return the notice of an act that the owner is told of; none for the others."""
+    """Return the notice of an act that the owner is told of, none for other acts."""
     fate = {Act.WARN: "is kept", Act.REPLACE: "is left out"}.get(act)
     return [Notice(code, f"{where} {fate}. {text}")] if fate else []
 
@@ -197,12 +197,12 @@ def _text(value: object) -> str:
 
 
 def is_same(one: object, other: object) -> bool:
-    """Return whether JSON and words of a command line say the same."""
+    """Return True if JSON and words of a command line say the same."""
     return _text(one) == _text(other)
 
 
 def shown(value: object) -> str:
-    """Return a value as a notice shows it."""
+    """Return a value as notices show it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return _text(value) or "on"

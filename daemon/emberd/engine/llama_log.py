@@ -47,11 +47,11 @@ _CAUSES = (
     re.compile(r"(?P<cause>GGML_ASSERT.*)"),
     re.compile(r"^(?:\S+: )?error: (?P<cause>.+)"),
 )
-"""In the order of how much they tell."""
+"""The most informative first."""
 
 
 def find_cause(lines: Sequence[str]) -> str | None:
-    """Return what the engine itself gives as the cause of a failure, None if it names none.
+    """Return the cause of a failure that the engine itself names, None if it names none.
 
     Exit statuses say little (a broken model is SIGSEGV); one line of the log says why.
     """
@@ -84,8 +84,8 @@ _REPACKED_NAMES = ("REPACK", "AARCH64", "AMX", "KLEIDIAI", "RISCV64")
 def read_mlock_warning(line: str) -> MlockWarning | None:
     """Recognise a lock that failed, None for any other line.
 
-    The words are those of src/llama-mmap.cpp (src/llama.cpp before 2025), unchanged since 2023. The
-    suggestion that may follow on a line of its own is not read: it is missing where it would matter, on macOS.
+    The words are those of src/llama-mmap.cpp (src/llama.cpp before 2025), unchanged since 2023. The suggestion
+    that may follow on the next line is not read, because it is missing where it would matter, on macOS.
     """
     found = _MLOCK.search(line)
     if found:
@@ -113,10 +113,10 @@ def _place(name: str) -> Place:
 
 
 def note(facts: LoadFacts, line: str) -> LoadFacts:
-    """Return what is known of the load after one more line; the same object if the line tells nothing.
+    """Return the load facts after one more line; the same object if the line tells nothing.
 
-    A model that is read again (KoboldCPP's reload, a first pass that only measures) starts afresh; another
-    one (a draft model, a projector) adds to what is there.
+    A model that is read again (KoboldCPP's reload, a first pass that only measures) starts anew; another model (a
+    draft model, a projector) adds to the facts.
     """
     warning = read_mlock_warning(line)
     if warning is not None:
@@ -132,7 +132,7 @@ def note(facts: LoadFacts, line: str) -> LoadFacts:
     found = _MAPPED.search(line)
     if found:
         is_mapped = found["is_mapped"] == "true"
-        # One part that is copied is enough for weights that can be swapped.
+        # One copied part is enough: weights can then be swapped.
         return replace(facts, is_mapped=is_mapped and facts.is_mapped is not False)
     return _note_metal(_note_cache(facts, line), line)
 

@@ -47,18 +47,12 @@ _MODES_WITHOUT_SERVER = frozenset({"-h", "--help", "--usage", "--version", "--co
 _VERBOSE = frozenset({"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"})
 _HELP_COLUMN = 40
 _OWN_THREADS = 8
-"""HTTP threads beyond those that wait for a reply. By itself the server has four more than slots (llama.cpp,
-tools/server, `n_threads_http`), and requests that wait for a slot would take them all from /health."""
+"""HTTP threads beyond those that wait for a reply. By default the server has four more than slots (llama.cpp,
+tools/server, `n_threads_http`), and requests that wait for a slot would leave none for /health."""
 
 
 class LlamaServer:
-    """The HTTP and log side that the external and the embedded server share.
-
-    Args:
-        settings: emberd's settings.
-        host: this computer.
-        http: asks the engine.
-    """
+    """HTTP and log, as the external and the embedded server share them."""
 
     name = "llama-server"
     stop_signals = STOP_SIGNALS
@@ -72,30 +66,30 @@ class LlamaServer:
 
     @property
     def most_connections(self) -> int:
-        """Return what the settings say: the server is told to have so many threads, and some to spare."""
+        """Return the setting: the server is told to have as many threads, and some to spare."""
         return self._settings.endpoint.max_concurrent
 
     @property
     def most_at_work(self) -> int:
-        """Return the same: its own queue is as long as it has to be."""
+        """Return the same: its own queue is long enough."""
         return self.most_connections
 
     def is_work(self, method: str, path: str) -> bool:  # noqa: ARG002  # the Engine protocol
-        """Return False: it tells slots and queue apart by itself."""
+        """Return False: the server manages slots and queue itself."""
         return False
 
     @property
     def password(self) -> str:
-        """Return nothing: an --api-key of the owner's is passed on as the client sends it."""
+        """Return nothing: clients send an --api-key of the owner's themselves."""
         return ""
 
     def model_path(self) -> Path | None:
-        """Return the model of model.path."""
+        """Return model.path."""
         named = self._settings.model.path
         return Path(named).expanduser().absolute() if named else None
 
     def wishes(self) -> OwnerWishes:
-        """Return nothing: the embedded engine takes no options of its owner's."""
+        """Return nothing: the embedded engine takes no options from its owner."""
         return OwnerWishes()
 
     async def probe_readiness(self, port: int, timeout_s: float) -> Readiness:
@@ -128,9 +122,9 @@ class LlamaServer:
     async def abort(self, port: int, key: str, timeout_s: float) -> bool:  # noqa: ARG002  # the Engine protocol
         """Return False: the server ends a generation whose connection was closed, and has no call for it.
 
-        A stream ends with its next token. A reply that is not streamed is looked after once a second (llama.cpp,
-        tools/server, HTTP_POLLING_SECONDS; measured 0.02 to 1.02 s), and a result for anyone starts that second
-        anew: beside busy slots it runs to its end.
+        A stream ends with its next token. For other replies the server checks the connection once a second
+        (llama.cpp, tools/server, HTTP_POLLING_SECONDS; measured 0.02 to 1.02 s), but any slot's result starts
+        that second anew: beside busy slots the reply runs to its end.
         """
         return False
 
@@ -157,9 +151,9 @@ class LlamaServer:
         return (await self._http.post(port, request.path, request.body, timeout_s)).object_if_ok
 
     def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:
-        """Read `timings` (cache_n, prompt_n, predicted_n), else the `usage` of OpenAI or Anthropic.
+        """Read `timings` (cache_n, prompt_n, predicted_n), or else the `usage` of OpenAI or Anthropic.
 
-        Anthropic's `input_tokens` are those that were not in the cache (its API reference), Responses' are all.
+        Anthropic's `input_tokens` are those not found in the cache (its API reference), Responses' are all.
         """
         said = Answer(_HTTP_OK, told)
         if (found := _as_count(said.get("usage", "cache_read_input_tokens"))) is not None:
@@ -190,7 +184,7 @@ class LlamaServer:
         return PromptCounts(reused, processed, generated)
 
     def counts_in_line(self, line: str) -> PromptCounts | None:  # noqa: ARG002  # the Engine protocol
-        """Return None: the replies tell."""
+        """Return None: the replies have the counts."""
         return None
 
     def read_progress(self, line: str) -> LoadProgress | None:
@@ -272,11 +266,11 @@ class ExternalServer(LlamaServer):
         self._asker = asker
 
     def wishes(self) -> OwnerWishes:
-        """Return what extra_args and llama.cpp's own variables say, which the engine inherits."""
+        """Return what extra_args and llama.cpp's own variables, which the engine inherits, ask for."""
         return of_llama_server(self._settings.engine.extra_args, os.environ)
 
     async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
-        """Compose the command line from what this build's --help offers.
+        """Compose the command line from this build's --help.
 
         Raises:
             EngineNotUsable: the program is missing or cannot run.
@@ -306,7 +300,7 @@ class ExternalServer(LlamaServer):
         return LaunchPlan(tuple(arguments), environment, port, notices)
 
     def _lock_arguments(self, offered: frozenset[str], *, will_lock: bool) -> list[str]:
-        """Since 2026 one option names the load mode; before, mmap was the default and --mlock a switch."""
+        """Return the option of the load mode (since 2026), or --mlock; before, mmap was the default."""
         wishes = self.wishes()
         if wishes.locks is not None or wishes.maps is not None:
             return []  # the owner decides
@@ -323,8 +317,8 @@ def _sizes(context_size: int, gpu_layers: int) -> list[str]:
 def read_options(help_text: str) -> frozenset[str]:
     """Return every option word that llama-server's --help shows.
 
-    A line that describes options begins in the first column with a dash. Descriptions stand from column 40 on, or
-    on lines of their own where the options need more room (llama.cpp, common/arg.cpp, `common_arg::to_string`).
+    A line that describes options begins in the first column with a dash. Descriptions begin at column 40, or on
+    the next line if the options need more room (llama.cpp, common/arg.cpp, `common_arg::to_string`).
     """
     words: set[str] = set()
     for line in help_text.splitlines():
@@ -337,7 +331,7 @@ def read_options(help_text: str) -> frozenset[str]:
 
 
 def check_arguments(extra_args: Sequence[str], offered: frozenset[str]) -> None:
-    """Refuse words that the build does not know or that emberd owns.
+    """Refuse words that the build does not know or that emberd decides.
 
     Raises:
         ConfigError: with the nearest known word, or what to set instead.
@@ -361,7 +355,7 @@ def check_arguments(extra_args: Sequence[str], offered: frozenset[str]) -> None:
 
 
 def notices_of(wishes: OwnerWishes) -> tuple[Notice, ...]:
-    """Name what an owner asks for that undoes the job."""
+    """Return notices of wishes that undo emberd's work."""
     notices: list[Notice] = []
     if wishes.unloads_by:
         undoes = f"{wishes.unloads_by} unloads the model when it idles, which undoes keep-warm"

@@ -1,8 +1,8 @@
 """The engine's output: a file that the engine writes and emberd follows.
 
-A file and not a pipe, so that the engine outlives emberd and never blocks on a reader. KoboldCPP prints
-passwords at its start and unparsable request bodies even with `--quiet`, so private lines are overwritten
-in place as soon as they are read: bytes once written are never touched again by a writer in append mode.
+It is a file and not a pipe, so that the engine outlives emberd and never blocks on a reader. Even with `--quiet`
+KoboldCPP prints passwords and unparsable request bodies, so private lines are overwritten in place as soon as
+they are read. This is safe, because a writer in append mode never touches old bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 64 * 1024
 _LONGEST_LINE_BYTES = 8 * 1024
-"""Longer lines are cut: one event stays one line that a person can read."""
+"""Longer lines are cut, so that a person can read them."""
 TAIL_LINES = 50
 """llama.cpp names the cause of a failed load within its last 50 lines (docs/engines.md)."""
 
@@ -32,7 +32,7 @@ class OutputFollower:
 
     Args:
         path: the output file.
-        is_private: tells whether a line must not stay on disk nor be passed on.
+        is_private: returns True if a line must neither stay on disk nor be passed on.
         rotate_bytes: size at which the file is rotated.
         kept_files: rotated files to keep (`path.1` is the newest).
     """
@@ -53,12 +53,12 @@ class OutputFollower:
         self._is_private, self._rotate_bytes, self._kept_files = is_private, rotate_bytes, kept_files
 
     def skip_to_end(self) -> None:
-        """Begin behind what is there; what an earlier engine left is scrubbed, not reported."""
+        """Begin at the end of the file; lines of an earlier engine are scrubbed, not reported."""
         self.read_lines()
         self.tail.clear()
 
     def read_lines(self) -> list[str]:
-        r"""Return the complete lines written since the last call, private ones left out.
+        r"""Return the complete lines written since the last call, without private ones.
 
         Progress bars use carriage returns, so both `\r` and `\n` end a line. Lines are also kept in `tail`.
         """
@@ -81,7 +81,7 @@ class OutputFollower:
         return lines
 
     def last_words(self, count: int) -> list[str]:
-        """Return the last lines for a person, a final one without a line end included."""
+        """Return the last lines for a person, an unfinished one included."""
         unfinished = self.unfinished
         lines = [*self.tail, *([unfinished] if unfinished else [])]
         return lines[-count:]
@@ -117,9 +117,9 @@ class OutputFollower:
         return lines
 
     def _rotate(self) -> None:
-        """Copy what was read (and scrubbed) aside and empty the file; its writer goes on at the new end.
+        """Copy what was read (and scrubbed) aside, and empty the file; its writer goes on at the new end.
 
-        What is written between the last look and the truncation is lost: microseconds, and only chatter.
+        Lines written between the last read and the truncation, some microseconds, are lost.
         """
         for number in range(self._kept_files, 1, -1):
             older = self._path.with_name(f"{self._path.name}.{number - 1}")
@@ -130,13 +130,13 @@ class OutputFollower:
             try:
                 self._copy(newest)
             except OSError:
-                # A full disk must not keep the file growing: its content is given up instead.
+                # On a full disk the file must not go on growing: its content is given up.
                 newest.unlink(missing_ok=True)
         os.truncate(self._path, 0)
         self._offset, self._pending = 0, b""
 
     def _copy(self, target: Path) -> None:
-        """Copy no further than was read: bytes beyond have not been looked at for private lines."""
+        """Copy no further than was read: later bytes may hold private lines."""
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as copy, self._path.open("rb") as source:
             left = self._offset

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from emberd.core.types import LaunchPlan
 
 KILL_WAIT_S = 5.0
-"""How long the kernel may take to bury a killed process; tens of GB of locked memory are freed in this time."""
+"""How long the kernel may take to end a killed process, which includes freeing tens of GB of locked memory."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""What the engines obey, in turn; the first is what they handle best."""
+"""The signals of a stop, in order; engines handle the first best."""
 FIRST_SIGNAL_S = 3.0
-"""How long a signal that is not the last may take. KoboldCPP obeys SIGINT in 0.1 s when idle, but in a streamed
-generation only at its end."""
+"""How long a signal that is not the last may take. An idle KoboldCPP obeys SIGINT in 0.1 s; in a streamed
+generation it obeys only at the end."""
 
 
 class ProcessTree:
-    """A main process that leads (or led) a session of its own, and everything that it started.
+    """A main process that leads (or led) its own session, and all that it started.
 
     Args:
         pid: the main process; its pid is also the process group, which outlives it while a worker does.
@@ -58,7 +58,7 @@ class ProcessTree:
         return sorted(pid for pid in found if is_alive(pid))
 
     def has_group(self) -> bool:
-        """Tell cheaply whether anything of the process group is left, zombies included."""
+        """Return True if anything of the process group is left, zombies included; cheap."""
         try:
             os.killpg(self.pid, 0)
         except ProcessLookupError:
@@ -79,7 +79,8 @@ class ProcessTree:
     async def terminate(self, signals: Sequence[signal.Signals], timeout_s: float) -> tuple[int, ...]:
         """End the whole tree: each signal in turn, then SIGKILL, within `timeout_s` plus KILL_WAIT_S.
 
-        Each goes to the group, since a signal to the parent alone orphans a worker (KoboldCPP with --admin).
+        Each signal goes to the group, since a signal to the parent alone orphans a worker (KoboldCPP with
+        --admin).
 
         Returns:
             The pids that had to be killed, empty if all ended by themselves.
@@ -143,7 +144,7 @@ class EngineProcess(ProcessTree):
     def __init__(self, pid: int, host: Host, child: subprocess.Popen[bytes] | None = None) -> None:
         super().__init__(pid, host)
         self.status: int | None = None
-        """Exit code or negative signal number; None while it lives, and for ever if it is no child of ours."""
+        """Exit code or negative signal number; None while it lives, and for ever if it is no child of emberd."""
         self.has_ended = False
         self.started_s = time.monotonic()
         self._child = child
@@ -156,7 +157,7 @@ class EngineProcess(ProcessTree):
             self._note_end()
 
     async def terminate(self, signals: Sequence[signal.Signals], timeout_s: float) -> tuple[int, ...]:
-        """End the tree as ProcessTree does, and take note of the main process's status."""
+        """End the tree as ProcessTree does, and note the main process's status."""
         killed = await super().terminate(signals, timeout_s)
         if not self.has_ended and not is_alive(self.pid):
             self._note_end()
@@ -174,12 +175,12 @@ class EngineProcess(ProcessTree):
                 self.status = os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
-        """Let go of the watch; the process is not touched."""
+        """Stop watching; the process is not touched."""
         self._watch.close()
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process lives; one that has ended and was not yet waited for does not."""
+    """Return True if a process lives; a zombie does not."""
     try:
         status: str = psutil.Process(pid).status()
     except psutil.Error:
@@ -188,7 +189,7 @@ def is_alive(pid: int) -> bool:
 
 
 def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
-    """Start the engine in a session of its own, its output going to the descriptor `output`.
+    """Start the engine in its own session, with its output going to the descriptor `output`.
 
     emberd itself handles SIGINT, SIGTERM and SIGHUP, so the child gets their default actions back; a shell's
     background job would pass on an ignored SIGINT, which KoboldCPP needs.

@@ -1,4 +1,4 @@
-"""Finding an engine's program, and asking it about itself."""
+"""Finds an engine's program, and asks it about itself."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ ASK_TIMEOUT_S = 120.0
 """KoboldCPP's single-file binary unpacks itself before it answers --help: 26 to 72 s are reported (issue 1406)."""
 _CACHE_ENTRIES = 16
 _ANSWERED = frozenset({0, 2})
-"""Help, and argparse's refusal; anything else may have passed by the next time (a missing module, a full disk)."""
+"""The codes of help and of argparse's refusal; other failures may have passed next time (a missing module, a full
+disk)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a program printed when it was asked about itself."""
+    """A program's answer about itself."""
 
     exit_code: int
     out: str
@@ -74,7 +75,7 @@ def check_executable(path: Path, host: Host) -> None:
     if not mode & (stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH) or not os.access(path, os.X_OK):
         raise EngineNotUsable(f"not executable: {path}", f"Run: chmod +x {path}")
     if host.quarantine(path):
-        # Started from launchd there is no window to approve it in: it would die by SIGKILL, without a word.
+        # Under launchd there is no window to approve it in: it would silently die by SIGKILL.
         raise EngineNotUsable(
             f"quarantined by macOS: {path}",
             f"If you trust it, run: xattr -d com.apple.quarantine {path}",
@@ -82,11 +83,7 @@ def check_executable(path: Path, host: Host) -> None:
 
 
 class Asker:
-    """Asks programs about themselves and remembers the answers on disk, by path, size and mtime.
-
-    Args:
-        cache: JSON file of remembered answers.
-    """
+    """Asks programs about themselves and remembers the answers in a JSON file, by path, size and mtime."""
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
@@ -115,7 +112,7 @@ class Asker:
         remembered[key] = said
         newest = dict(list(remembered.items())[-_CACHE_ENTRIES:])
         self._remembered = newest
-        with contextlib.suppress(StateUnusable):  # asking again is slow, not wrong
+        with contextlib.suppress(StateUnusable):  # asking again is slow, but not wrong
             write_atomically(self._cache, json.dumps({key: asdict(said) for key, said in newest.items()}))
         return said
 

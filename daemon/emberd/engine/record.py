@@ -1,4 +1,4 @@
-"""What emberd remembers of a running engine, so that the next emberd can adopt it, or it can be ended."""
+"""The record of a running engine, so that the next emberd can adopt it or end it."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class EngineRecord:
         pid: process id, which is also its process group (it leads a session of its own).
         start_token: text that tells it from a later process with the same pid (Host.start_token).
         command_digest: SHA-256 of the command line as the kernel shows it (it may hold a password), None until
-            the engine is loaded. Before, the line may be a wrapper's that has yet to become the engine, or empty:
-            Linux lets the caller of `execve` go before the new arguments are in place (fs/exec.c, begin_new_exec;
-            read at once on two busy cores, 89 % of 150,000 lines were empty).
+            the engine is loaded. Before that the line may be a wrapper's that has yet to become the engine, or
+            empty: Linux releases the caller of `execve` before the new arguments are in place (fs/exec.c,
+            begin_new_exec; read at once on two busy cores, 89 % of 150,000 lines were empty).
         command: the command line for people, secrets masked.
-        plan_digest: SHA-256 of what it was started with, to see whether settings have changed since.
+        plan_digest: SHA-256 of its plan, to see whether settings have changed since.
         port: loopback TCP port it was told to listen on.
         engine: name of the adapter.
         will_lock: the engine was asked to lock the model.
         started_at: wall-clock time of the start, seconds since the epoch, for display only.
-        is_mapped: whether the weights are pages of the file, None if its log did not tell.
+        is_mapped: the weights are pages of the file; None if its log did not tell.
     """
 
     pid: int
@@ -82,9 +82,9 @@ def save(path: Path, record: EngineRecord) -> None:
 
 
 def load(path: Path) -> EngineRecord | None:
-    """Read the state file; None if there is none, or none that this version understands.
+    """Read the state file; return None if there is none that this version understands.
 
-    A file that cannot be understood is renamed to `*.unreadable`, so that nothing is lost.
+    A file that it does not understand is renamed to `*.unreadable`, so that nothing is lost.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -110,20 +110,20 @@ def load(path: Path) -> EngineRecord | None:
 
 
 class Claim(Enum):
-    """What the process behind a record is."""
+    """The process behind a record."""
 
     OURS = "ours"
-    """The engine that was started; it can be adopted."""
+    """The recorded engine; it can be adopted."""
     CHANGED = "changed"
-    """The process that was started, but not as it was written down; ours to end, not to adopt."""
+    """The recorded process with another command line; it can be ended, not adopted."""
     ENDED = "ended"
     """It has ended; what it started may live on in its process group."""
     STRANGER = "stranger"
-    """Another process that got the same pid; it must not be touched."""
+    """Another process with the same pid; it must not be touched."""
 
 
 def claim(record: EngineRecord, host: Host) -> Claim:
-    """Compare the process behind `record` with what was written down: start time, then command line if known."""
+    """Compare the process behind `record` with it: start time, then command line if known."""
     token = host.start_token(record.pid)
     if token is None:
         return Claim.ENDED
@@ -138,12 +138,12 @@ def claim(record: EngineRecord, host: Host) -> Claim:
 
 
 async def end_leftover(paths: StatePaths, host: Host, timeout_s: float) -> int | None:
-    """End the engine of an emberd that was killed, and forget it: nobody may be to come to adopt it.
+    """End the engine of an emberd that was killed, and forget it: maybe no next emberd adopts it.
 
-    What has not ended by itself after `timeout_s` is killed.
+    Processes that have not ended by themselves after `timeout_s` are killed.
 
     Returns:
-        Its pid; None if there is none, or an emberd runs, or the process is a stranger's that got the same pid.
+        Its pid; None if there is none, an emberd runs, or the pid belongs to another process.
 
     Raises:
         StateUnusable: the state directory cannot be written.

@@ -1,7 +1,7 @@
-"""The one reader of what an owner asks of the engine: engine.extra_args, the .kcpps file, LLAMA_ARG_* variables.
+"""The one reader of the owner's wishes for the engine: engine.extra_args, the .kcpps file, LLAMA_ARG_* variables.
 
-KoboldCPP's options are argparse's, with llama.cpp's spellings beside its own from 1.102 on (koboldcpp.py); a key of
-a .kcpps file is the option's name. llama-server's are those of common/arg.cpp (build 11434), each with a variable;
+KoboldCPP's options are argparse's, from 1.102 on also with llama.cpp's spellings (koboldcpp.py); a key of a
+.kcpps file is the option's name. llama-server's are those of common/arg.cpp (build 11434), each with a variable;
 an argument wins over it.
 """
 
@@ -114,12 +114,12 @@ _Given = tuple[str, tuple[str, ...]]
 
 
 def of_koboldcpp(extra_args: Sequence[str], file: Mapping[str, object]) -> OwnerWishes:
-    """Return what is asked of KoboldCPP; an argument wins over the file (emberd merges it so)."""
+    """Return the wishes for KoboldCPP; an argument wins over the file, as in the merged one."""
     return _answer(_KOBOLDCPP, [*_of_file(file), *given(extra_args)])
 
 
 def of_llama_server(extra_args: Sequence[str], environment: Mapping[str, str]) -> OwnerWishes:
-    """Return what is asked of llama-server."""
+    """Return the wishes for llama-server."""
     said = [(option, (environment[name],)) for name, option in _VARIABLES.items() if environment.get(name)]
     return _answer(_LLAMA_SERVER, [*said, *given(extra_args)])
 
@@ -137,7 +137,7 @@ def given(words: Sequence[str]) -> list[_Given]:
 
 
 def _of_file(file: Mapping[str, object]) -> Iterator[_Given]:
-    """Yield what a .kcpps file says; an exported one has every key, most with nothing in it."""
+    """Yield what a .kcpps file says; an exported one has every key, most of them empty."""
     for key, value in file.items():
         values = value if isinstance(value, list) else [value]
         said = tuple("" if each is True else str(each) for each in values if each not in (None, False, ""))

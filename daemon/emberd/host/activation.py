@@ -42,7 +42,7 @@ def from_environment() -> list[socket.socket]:
 
 
 def were_bound_by_emberd() -> bool:
-    """Tell whether the sockets come from an emberd that had bound them itself; ask before they are taken."""
+    """Return True if the sockets come from an emberd that had bound them itself; ask before they are taken."""
     return os.environ.get("LISTEN_FDNAMES", "").split(":")[0] == _OWN
 
 

@@ -86,7 +86,7 @@ class DarwinHost(PosixHost):
         return self._log
 
     def stderr_is_launchds(self) -> bool:
-        """Tell whether this process is a job of launchd: its child, with the label in XPC_SERVICE_NAME.
+        """Return True if this process is a job of launchd: its child, with the label in XPC_SERVICE_NAME.
 
         In a terminal the variable is "0", or the terminal's own `application.` and so on.
         """

@@ -115,11 +115,11 @@ class PosixHost:
         return wanted
 
     def stderr_is_journal(self) -> bool:
-        """Tell whether standard error leads into the journal of systemd; elsewhere there is none."""
+        """Return True if standard error leads into the journal of systemd; elsewhere there is none."""
         return False
 
     def stderr_is_launchds(self) -> bool:
-        """Tell whether launchd keeps what standard error gets; elsewhere there is none."""
+        """Return True if launchd keeps what standard error gets; elsewhere there is none."""
         return False
 
     def listeners(self, pids: Sequence[int]) -> frozenset[int] | None:

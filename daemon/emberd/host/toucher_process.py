@@ -147,7 +147,7 @@ class Mapping:
         return address
 
     def is_current(self) -> bool:
-        """Tell whether the path still leads to the file that is mapped, unchanged."""
+        """Return True if the path still leads to the file that is mapped, unchanged."""
         try:
             return identity(os.stat(self.path)) == self.identity  # noqa: PTH116  # no pathlib here
         except OSError:
@@ -166,7 +166,7 @@ def identity(facts: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def is_told(path: str, facts: os.stat_result) -> bool:
-    """Tell whether mincore answers truthfully.
+    """Return True if mincore answers truthfully.
 
     To who neither owns the file nor may write it, Linux says "resident" of every page (mincore(2), since 5.2).
     """

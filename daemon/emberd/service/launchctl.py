@@ -46,7 +46,7 @@ def judge(exit_code: int, words: str = "") -> Outcome:
 def is_headless(*, has_ssh: bool, owns_console: bool, is_sudo: bool, has_other_uid: bool) -> bool:
     """Return True if the domain user/UID is better than gui/UID, as Homebrew's services judge.
 
-    Who owns /dev/console is logged in at the screen too; the effective user may differ from the real one.
+    The owner of /dev/console is logged in at the screen too; the effective user may differ from the real one.
     """
     return (has_ssh and not owns_console) or is_sudo or has_other_uid
 

@@ -1,4 +1,4 @@
-"""The daily accounts as the services use them, off the event loop, and what keeping warm has spent."""
+"""The daily accounts, used off the event loop, and what keeping warm has cost."""
 
 from __future__ import annotations
 
@@ -22,16 +22,11 @@ if TYPE_CHECKING:
     from emberd.services.history import Account, History
 
 _SAVE_S = 3600.0
-"""The cost goes to disk so often, and at the end."""
+"""How often the cost goes to disk, besides at the end."""
 
 
 class Accounts:
-    """Opens its file when something is added, or when there is one and somebody asks.
-
-    Args:
-        path: the SQLite file.
-        log: events go here.
-    """
+    """Opens its SQLite file when something is added, or when the file exists and somebody asks."""
 
     def __init__(self, path: Path, log: FilteringBoundLogger) -> None:
         self._path = path
@@ -68,7 +63,7 @@ def _today() -> dt.date:
 
 
 class Spending:
-    """Adds up what keeping warm has cost: since the start, today, and the last ten minutes against a budget."""
+    """Adds up what keeping warm costs: since the start, today, and against the budget of ten minutes."""
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
@@ -77,7 +72,7 @@ class Spending:
         self._recent: deque[tuple[float, float]] = deque()
 
     def add(self, cost: WarmthCost, *, counts: bool = True) -> None:
-        """Add a cost; `counts` is whether against the budget, too: not where memory had been taken."""
+        """Add a cost; `counts` is False where memory had been taken: the budget then does not change."""
         self._total += cost
         self._unsaved += cost
         if cost.cpu_ms and counts:
@@ -87,27 +82,27 @@ class Spending:
                 self._recent.popleft()
 
     def excuse(self) -> None:
-        """Memory was taken from the model: what was spent before was not for nothing."""
+        """Memory was taken from the model, so earlier costs no longer count against the budget."""
         self._recent.clear()
 
     @property
     def wait_s(self) -> float:
-        """How long keep-warm has to wait until it is within its budget again."""
+        """Seconds until keep-warm is within its budget again."""
         return budget_wait_s(self._recent, time.monotonic())
 
     async def save(self, *, is_due: bool = True) -> None:
-        """Put what is not on disk yet there; without `is_due` only once an hour."""
+        """Save costs that are not on disk yet; without `is_due` only once an hour."""
         if is_due or time.monotonic() - self._saved_s > _SAVE_S:
             unsaved, self._unsaved, self._saved_s = self._unsaved, WarmthCost(), time.monotonic()
             await self._accounts.add(unsaved)
 
     async def status(self) -> tuple[CostStatus, CostStatus]:
-        """Return what it was since emberd's start, and today."""
+        """Return the cost since emberd's start, and today's."""
         return _describe(self._total), _describe(await self._accounts.today(WarmthCost) + self._unsaved)
 
 
 def cpu_s(*pids: int | None) -> float:
-    """Return the processor time of these processes so far, in seconds; of one that does not exist, 0."""
+    """Return the processor time of these processes so far, in seconds; 0 for one that does not exist."""
     return sum(_cpu_s(pid) for pid in pids if pid is not None)
 
 

@@ -1,4 +1,4 @@
-"""Makes the services of an emberd that serves, tells each what it needs, and has them hear of new settings."""
+"""Makes the services of an emberd that serves, and reloads their settings."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from emberd.host.paths import StatePaths
 
 _FIXED = ("endpoint.host", "endpoint.port", "state.directory")
-"""What cannot change while emberd runs."""
+"""Settings that cannot change while emberd runs."""
 
 
 class SettingsInForce:
-    """The services ask for a setting each time they need it, and so hear of a reload."""
+    """The services ask for a setting each time they need it, so a reload reaches them."""
 
     def __init__(self, settings: Settings, path: Path, key: str) -> None:
         self.now = settings
@@ -51,7 +51,7 @@ class SettingsInForce:
         self._option = str(path) if path.exists() else None
 
     async def reload(self, supervisor: Supervisor, host: ThisHost, paths: StatePaths) -> dict[str, Any]:
-        """Read the file again and return what becomes of it.
+        """Read the file again and return what the new settings restart.
 
         Raises:
             EmberdError: the file is wrong, or the engine cannot run with it; nothing has changed.
@@ -75,7 +75,7 @@ class SettingsInForce:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What works while emberd serves; `keepwarm`, `sleep`, `supervisor` and `swap` are to be run."""
+    """The services of an emberd that serves; the caller runs `keepwarm`, `sleep`, `supervisor` and `swap`."""
 
     supervisor: Supervisor
     proxy: Proxy
@@ -89,14 +89,14 @@ class Services:
     sleep: SleepBlocker
 
     async def close(self) -> None:
-        """Save what is not on disk yet, and end the toucher."""
+        """Save what is not yet on disk, and end the toucher."""
         await self.keepwarm.close()
         await self.accounts.close()
         await self.residency.close()
 
 
 def build(settings: SettingsInForce, host: ThisHost, paths: StatePaths) -> Services:
-    """Return the services. Logging has been set up."""
+    """Return the services. Logging must be set up before."""
     engine = choose_engine(settings.now, host, paths)
     run_paths = Paths(paths.record, paths.output, paths.scratch)
     supervisor = Supervisor(settings.now, engine, host, run_paths, logger("supervisor"))

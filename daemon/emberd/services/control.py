@@ -30,7 +30,7 @@ _LONGEST_LINE_BYTES = 1024 * 1024
 _REQUEST_LIMIT_S = 5.0
 ASK_LIMIT_S = 10.0
 SLOW_ASK_LIMIT_S = 180.0
-"""A reload may ask an engine's program about itself, which is given 120 s."""
+"""A reload may ask an engine's program about itself, which may take 120 s."""
 
 
 class ControlServer:

@@ -1,4 +1,4 @@
-"""The emberd process as others know it, whether it serves an engine (app.py) or stands by (standby.py)."""
+"""The emberd process as others see it, whether it serves an engine (app.py) or stands by (standby.py)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _OWN_FILES = 64
 
 
 class Daemon:
-    """What serving and standing by share: signals, control socket, endpoint, service manager, the end."""
+    """What serving and standing by share: signals, control socket, endpoint, messages to systemd, the end."""
 
     def __init__(self, settings: Settings, settings_file: Path, instance: Instance, host: ThisHost) -> None:
         self.instance = instance
@@ -69,7 +69,7 @@ class Daemon:
 
     @property
     def uptime_s(self) -> float:
-        """Since this program began to serve or to stand by, in whole milliseconds."""
+        """Seconds since this program began to serve or to stand by, in whole milliseconds."""
         return round(time.monotonic() - self._began_s, 3)
 
     def status(self, model: str) -> dict[str, Any]:
@@ -99,14 +99,14 @@ class Daemon:
         await self.endpoint.serve(make_app(proxy, state, is_warm), self.instance.listeners)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
-        """Have work go on until it ends or this process does."""
+        """Run this work in a task until it or this process ends."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def end_tasks(self) -> None:
-        """End what goes on; returns when it has."""
+        """End all tasks; return when they have ended."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -119,9 +119,9 @@ class Daemon:
             self.ending.set_result(why)
 
     def take_signals(self, reload: Callable[[], object], hurry: Callable[[], object] = lambda: None) -> None:
-        """End at SIGTERM and SIGINT, `hurry` if they come again, and `reload` at SIGHUP.
+        """End at SIGTERM and SIGINT, call `hurry` if they come again, and `reload` at SIGHUP.
 
-        A SIGHUP that says that the terminal emberd was started on has gone ends it too.
+        A SIGHUP also ends emberd if the terminal on which it was started has gone.
         """
         had_terminal, interrupts = sys.stderr.isatty(), itertools.count()
 

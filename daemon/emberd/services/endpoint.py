@@ -1,4 +1,4 @@
-"""The HTTP server inside the daemon: uvicorn on a socket that exists already, without ticks and without signals."""
+"""The HTTP server inside the daemon: uvicorn on an existing socket, without ticks and signals."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 _KEEP_ALIVE_S = 75
-"""Clients poll; reopening a connection for each poll costs them more than an idle one costs us."""
+"""Clients poll; reopening a connection for each poll costs more than an idle connection."""
 MOST_CONNECTIONS = 1024
 _LARGEST_HEAD_BYTES = 128 * 1024
 """KoboldCPP takes request lines of 64 KiB (Python's http.server), and its /noscript page puts prompts there."""
 _CANCEL_LIMIT_S = 1.0
 _SHUTDOWN_POLL_S = 0.01
 _FIRST_WORDS_S = 0.05
-"""Who was let in last may have a request on its way; closed without it, that connection would be a lost request."""
+"""The newest connection may have a request on its way, which closing it would lose."""
 UNREAD_S = 30.0
-"""A connection that is to be closed is ended when its client has read nothing for so long."""
+"""A closing connection is cut when its client has read nothing for this long."""
 _TRUNCATED = "ASGI callable returned without completing response."
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Drop what the proxy reports itself: a reply that broke off with its engine."""
+    """Drop a reply that broke off with its engine: the proxy reports that itself."""
     return record.getMessage() != _TRUNCATED
 
 
 class _Protocol(H11Protocol):
-    """One client's connection; uvicorn limits its silence only after a reply, here also before and within a head.
+    """One client's connection; uvicorn limits its silence only after a reply, this also before and within a head.
 
-    A silent connection costs a file descriptor, and launchd gives a daemon 256 of them. Where there are too many,
+    A silent connection costs a file descriptor, and launchd gives a daemon 256 of them. If there are too many,
     the one that has been silent for the longest time makes room.
     """
 
@@ -70,7 +70,7 @@ class _Protocol(H11Protocol):
         if self._is_busy:
             self._has_begun_head = False
             return
-        if not self._has_begun_head:  # once: who sends a byte a minute would stay for ever
+        if not self._has_begun_head:  # once: a client that sends a byte a minute would stay for ever
             self.silent_since_s = self.loop.time()
             self._has_begun_head = True
         self._limit_silence()
@@ -81,9 +81,9 @@ class _Protocol(H11Protocol):
             self.silent_since_s = None
 
     def send_400_response(self, msg: str) -> None:
-        """Answer garbage with 400 where that is still possible, and end the connection.
+        """Answer garbage with 400 if that is still possible, and end the connection.
 
-        uvicorn raises within a reply that has begun and after HEAD, and lets the app answer behind its 400.
+        uvicorn raises within a reply and after HEAD, and lets the app answer after its 400.
         """
         with contextlib.suppress(h11.LocalProtocolError):
             super().send_400_response(msg)
@@ -119,11 +119,7 @@ class _Protocol(H11Protocol):
             self.timeout_keep_alive_task = self.loop.call_at(end_s, self.timeout_keep_alive_handler)
 
     def _look_after_unread(self, before_bytes: int | None) -> None:
-        """End what is to be closed: asyncio would wait as long as a client that reads nothing lives.
-
-        Args:
-            before_bytes: what was unread UNREAD_S ago.
-        """
+        """Cut a closing connection whose client reads nothing: `before_bytes` was unread UNREAD_S ago."""
         self._looks_after_unread = None
         unread_bytes = self.transport.get_write_buffer_size()
         if self.transport.is_closing() and unread_bytes == before_bytes:
@@ -138,8 +134,8 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """uvicorn's server, woken by an event.
 
-    uvicorn ticks ten times a second to refresh a date header that is not sent here; a daemon that idles at 0.2 % of
-    a core has no such ticks. Signals belong to the daemon.
+    uvicorn ticks ten times a second to refresh a date header that is not sent here; the idle daemon takes 0.2 %
+    of a core without such ticks. Signals belong to the daemon.
     """
 
     def __init__(self, config: uvicorn.Config, accepting: asyncio.Event, stopping: asyncio.Event) -> None:
@@ -169,10 +165,10 @@ class _Server(uvicorn.Server):
         await self._await_end(_CANCEL_LIMIT_S)
         for connection in list(self.server_state.connections):
             if connection.transport is not None:
-                connection.transport.abort()  # what is left is a client that reads nothing
+                connection.transport.abort()  # only clients that read nothing are left
 
     async def _await_end(self, limit_s: float) -> None:
-        """Return when no request runs and every reply is on its way, at the latest after `limit_s`."""
+        """Return when no request runs and every reply is on its way, or after `limit_s`."""
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + limit_s
         state = self.server_state
@@ -184,8 +180,8 @@ class Endpoint:
     """Serves one ASGI app.
 
     Args:
-        silence_s: how long a connection may say nothing before and between requests, whole seconds.
-        most_connections: how many may be open; beyond them silent ones are closed, then requests get 503.
+        silence_s: the longest silence of a connection before and between requests, whole seconds.
+        most_connections: how many may be open; beyond that silent ones are closed, then requests get 503.
     """
 
     def __init__(self, silence_s: int = _KEEP_ALIVE_S, most_connections: int = MOST_CONNECTIONS) -> None:
@@ -198,9 +194,9 @@ class Endpoint:
         self._ended = asyncio.Event()
 
     async def serve(self, app: ASGIApp, listeners: Sequence[socket.socket]) -> None:
-        """Serve until `stop`; returns when running requests have ended or were cut. Cancelled, it cuts at once.
+        """Serve until `stop`; return when running requests have ended or were cut. Cancelling cuts at once.
 
-        The listeners stay open: who comes after the end waits in their backlog until they are closed.
+        The listeners stay open: clients that come after the end wait in their backlog until they are closed.
         """
         logging.getLogger("uvicorn.error").addFilter(_is_news)
         server = self._server = _Server(
@@ -229,7 +225,7 @@ class Endpoint:
             self._ended.set()
 
     async def stop(self, timeout_s: float) -> None:
-        """Accept no more, give running requests `timeout_s`, then cut them; a later `serve` ends at once."""
+        """Stop accepting, give running requests `timeout_s`, then cut them; a later `serve` ends at once."""
         self._stopping.set()
         if self._server is not None:
             self._server.patience_s = timeout_s

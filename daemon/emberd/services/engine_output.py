@@ -1,4 +1,4 @@
-"""What the engine prints, as it comes: how far loading is, its memory, its counts, and that it cannot serve."""
+"""The engine's output as it comes: loading progress, memory, token counts, and that it cannot serve."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from emberd.services.lock_meter import LockMeter
 
 _REST_S = 0.02
-"""Between two looks: an engine that prints line by line wakes emberd fifty times a second, not ten thousand."""
+"""Pause between two reads: an engine that prints much wakes emberd fifty times a second, not ten thousand."""
 _POLL_S = 1.0
 _TAIL_IN_MESSAGE = 8
 
@@ -31,11 +31,6 @@ class EngineOutput:
     """Follows the file that the engine writes its output to.
 
     Args:
-        path: the file.
-        settings: of the log.
-        engine: understands the lines.
-        host: this computer.
-        log: events go here.
         meter: takes what lines tell about memory.
         cannot_serve: told, with the last words, when the engine says that it will never serve.
     """
@@ -59,9 +54,9 @@ class EngineOutput:
         self._follower = OutputFollower(path, engine.is_private, *_limits(settings))
         self._counts, self._old_words = UNTOLD, ""
         self.progress: LoadProgress | None = None
-        """How far loading is, None before it has begun and after it."""
+        """Loading progress, None before and after loading."""
         self.has_progressed = asyncio.Event()
-        """Set when loading is a step further."""
+        """Set when a step of loading is done."""
 
     def use(self, engine: Engine, settings: LogSettings) -> None:
         """Take over new settings; they count from the next line on."""
@@ -69,22 +64,22 @@ class EngineOutput:
         self._follower.set_limits(engine.is_private, *_limits(settings))
 
     def skip_to_end(self) -> None:
-        """Begin behind what is there; what an earlier engine left is scrubbed, not reported."""
+        """Begin at the end of the file; lines of an earlier engine are scrubbed, not reported."""
         self._follower.skip_to_end()
         self.progress = None
 
     @property
     def has_said_anything(self) -> bool:
-        """Whether there was a line."""
+        """Whether the engine has printed a line."""
         return bool(self._follower.tail)
 
     @property
     def cause(self) -> str | None:
-        """What the engine itself gives as the cause of a failure, None if it names none."""
+        """The cause of a failure that the engine itself names, None if it names none."""
         return find_cause(self._follower.tail)
 
     def with_last_words(self, text: str) -> str:
-        """Return a text with the engine's last lines below it."""
+        """Return the text with the engine's last lines below it."""
         return "\n".join([text, *(f"  | {line}" for line in self._follower.last_words(_TAIL_IN_MESSAGE))])
 
     async def follow(self) -> None:
@@ -121,19 +116,19 @@ class EngineOutput:
                 self._cannot_serve(self.with_last_words("the engine says that it cannot serve"))
 
     def forget_counts(self) -> None:
-        """A generation is about to be sent: what is told from now on is of that one."""
+        """Forget earlier counts: a generation is about to be sent."""
         self._read_for_counts()
-        # KoboldCPP ends a line when it begins the next one.
+        # KoboldCPP ends a line only when it begins the next one.
         self._counts, self._old_words = UNTOLD, self._follower.unfinished
 
     def counts(self) -> PromptCounts:
-        """Return what was told of the generation that has just ended."""
+        """Return the counts of the generation that has just ended."""
         self._read_for_counts()
         new_words = "" if self._old_words else self._follower.unfinished
         return self._engine.counts_in_line(new_words) or self._counts
 
     def _read_for_counts(self) -> None:
-        """Read; a request must not fail because a full disk or too many open files keep the log from being read."""
+        """Read the log; a full disk or too many open files must not fail a request."""
         try:
             self.read()
         except OSError as error:

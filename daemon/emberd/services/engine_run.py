@@ -1,4 +1,4 @@
-"""One engine process: started or adopted, written down, judged, ended, and its memory given back."""
+"""One engine process: its start or adoption, its record, its end, and the release of its memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _IS_A_STRANGER = "its pid belongs to another process now"
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Files that are kept of the engine in the state directory."""
+    """The engine's files in the state directory."""
 
     record: Path
     output: Path
@@ -47,17 +47,7 @@ class Paths:
 
 
 class EngineRun:
-    """The process; the supervisor decides when it begins and ends.
-
-    Args:
-        settings: tells emberd's settings.
-        host: this computer.
-        paths: where state is kept.
-        log: events go here.
-        gate: told what the engine is.
-        meter: judges its lock.
-        output: follows what it prints.
-    """
+    """One engine process at a time; the supervisor decides when it begins and ends."""
 
     def __init__(
         self,
@@ -81,7 +71,7 @@ class EngineRun:
         self._died_s: float | None = None
         self.process: EngineProcess | None = None
         self.notices: tuple[Notice, ...] = ()
-        """What its owner should know of its settings."""
+        """What the owner should know of the engine's settings."""
         self.starts = 0
         """Engines that were started so far."""
         self.last_exit = ""
@@ -90,7 +80,7 @@ class EngineRun:
     # --- begin ----------------------------------------------------------------------------------------------
 
     async def wait_for_release(self) -> None:
-        """See locked memory fall before the next start: loading on top of it would choke the machine."""
+        """Wait until locked memory has fallen: loading on top of it would choke the computer."""
         began_s = time.monotonic()
         while True:
             released = is_released(self._wired_before, self._wired_loaded, self._wired_bytes())
@@ -106,7 +96,7 @@ class EngineRun:
         self._wired_before, self._wired_loaded = self._wired_bytes(), None
 
     async def decide_lock(self) -> tuple[bool, tuple[Notice, ...]]:
-        """Return whether to ask for the lock, and what the owner should know about it."""
+        """Return whether to ask for the lock, and notices about it."""
         try:
             decision = await self._meter.decide(
                 self._settings(), self._gate.engine.wishes(), self._gate.engine.model_path()
@@ -117,8 +107,8 @@ class EngineRun:
         return decision.will_lock and not self._gate.must_not_lock, decision.reasons
 
     def start(self, plan: LaunchPlan, *, will_lock: bool) -> None:
-        """Start the process and write down what is needed to adopt it, in this order and without a pause."""
-        shutil.rmtree(self._paths.scratch, ignore_errors=True)  # no engine lives: what a killed one left is garbage
+        """Start the process and write its record, without a pause between."""
+        shutil.rmtree(self._paths.scratch, ignore_errors=True)  # no engine lives: it holds only leftovers
         make_private_folder(self._paths.scratch)
         for name, text in plan.files.items():
             write_atomically(Path(name), text)
@@ -156,7 +146,7 @@ class EngineRun:
         self._gate.change(record=record, pids=(process.pid,), is_adopted=is_adopted)
 
     def note_ready(self) -> None:
-        """Write down what only a loaded engine shows: a wrapper script has become the engine by now."""
+        """Record what only a loaded engine shows: a wrapper script has become the engine by now."""
         self._wired_loaded = self._wired_bytes()
         if self._gate.now.record is None:
             return
@@ -176,14 +166,14 @@ class EngineRun:
         try:
             records.save(self._paths.record, self._gate.now.record)
         except StateUnusable as error:
-            # The engine serves all the same; only a crash of emberd would now cost a reload.
+            # The engine still serves; but after a crash of emberd the model would be loaded again.
             self._log.error("state_not_saved", error=error.message, remedy=error.remedy)
 
     async def adopt(self) -> bool:
         """Take over the engine that an earlier emberd left running.
 
         Returns:
-            False if there is none, or what is there is not it; a stranger is left alone.
+            False if there is none. Another process with its pid is left alone.
         """
         record = records.load(self._paths.record)
         if record is None:
@@ -199,7 +189,7 @@ class EngineRun:
         if process is None:
             self._log.info("engine_not_adopted", pid=record.pid, reason=refusal)
             if refusal != _IS_A_STRANGER and tree.members():
-                # Ours, but of no use: a model loaded beside it would choke the machine.
+                # It is ours but of no use: a model loaded beside it would choke the computer.
                 self._log.warning("engine_left_processes", pid=record.pid)
                 await tree.terminate(self._gate.engine.stop_signals, self._settings().lifecycle.stop_timeout_s)
             self._paths.record.unlink(missing_ok=True)
@@ -211,7 +201,7 @@ class EngineRun:
         return True
 
     def _why_not_adopt(self, record: records.EngineRecord, tree: ProcessTree) -> str | None:
-        """Return why the process of the state file is not adopted, None if it is."""
+        """Return why the process in the state file is not adopted, None if it is."""
         match records.claim(record, self._host):
             case records.Claim.STRANGER:
                 return _IS_A_STRANGER
@@ -230,12 +220,7 @@ class EngineRun:
     # --- watch ----------------------------------------------------------------------------------------------
 
     async def wait_for_exit(self, process: EngineProcess, is_asked: Callable[[], bool]) -> str:
-        """Return when the process has ended, with its status and last words.
-
-        Args:
-            process: the engine's.
-            is_asked: tells whether it was told to stop.
-        """
+        """Return the exit when the process has ended; `is_asked` tells whether it was told to stop."""
         await process.wait()
         self._died_s = time.monotonic()
         self._output.read()
@@ -254,12 +239,12 @@ class EngineRun:
         return self._output.with_last_words(self.last_exit)
 
     def is_ours(self, port: int) -> bool:
-        """Return True if the listener belongs to the process tree, or that cannot be told."""
+        """Return True if the listener belongs to the process tree, or if that is unknown."""
         listening = self._host.listeners(self.process.members()) if self.process else None
         return listening is None or port in listening
 
     def judge_lock(self, *, is_asked: bool) -> None:
-        """Weigh whether the lock holds, and say it when that has changed: a lock can be lost."""
+        """Judge whether the lock holds, and log a change: a lock can be lost."""
         try:
             pids = tuple(self.process.members()) if self.process else ()
             self._gate.change(pids=pids)
@@ -276,13 +261,13 @@ class EngineRun:
     # --- end ------------------------------------------------------------------------------------------------
 
     async def sweep(self) -> None:
-        """End what a main process that died by itself left behind (a worker under --admin)."""
+        """End what a dead main process left behind (a worker under --admin)."""
         if self.process is not None and self.process.has_ended and self.process.has_group():
             self._log.warning("engine_left_processes", pid=self.process.pid)
             await self.end_tree()
 
     async def end_tree(self) -> None:
-        """Signal the process and its descendants until they have ended, or the kernel holds them."""
+        """Signal the process and its descendants until they have ended, or hang in the kernel."""
         process = self.process
         if process is None:
             return
@@ -303,7 +288,7 @@ class EngineRun:
             self._log.error("engine_will_not_die", pids=left, message="waiting in the kernel; look at its disk")
 
     def forget(self) -> None:
-        """Let go of a process that has ended, and of what was written down of it."""
+        """Forget a process that has ended, and its record."""
         if self.process is not None:
             self.process.close()
         self.process = None
@@ -320,7 +305,7 @@ class EngineRun:
 
 
 def plan_digest(plan: LaunchPlan) -> str:
-    """Digest what an engine was started with, its port and emberd's own Python aside.
+    """Return a digest of what an engine was started with, without its port and emberd's own Python.
 
     An upgrade may bring another Python; that alone is no reason to load the model again.
     """

@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from emberd.services.turns import Turns
 
 _MOST_SENDS = 3
-"""How often one request may meet an engine that ends before it gives anything new."""
+"""How many engines in a row may end before they give a request anything new."""
 _RETRY_BUSY_S = 1
 _PAUSE_AFTER_REFUSAL_S = 0.05
-"""The supervisor looks meanwhile; without a pause a closed port would be asked thousands of times a second."""
+"""Meanwhile the supervisor looks; without a pause a closed port would be tried thousands of times a second."""
 _LONGEST_ABORT_S = 10.0
-"""A batch of the prompt is processed to its end before an abort is seen."""
+"""An abort is seen only after the current batch of the prompt."""
 _ABORT_AGAIN_S = 0.1
 _ASK_S = 2.0
-"""Questions between two streams: what is this text in tokens, can this engine continue."""
+"""For questions between two streams: how many tokens is this text, can this engine continue."""
 _HTTP_OK, _HTTP_UNAVAILABLE = 200, 503
 
 
@@ -54,11 +54,8 @@ class Exchange:
     """One request and its reply.
 
     Args:
-        gate: the way to the engine.
-        places: connections to the engine, of which there are few.
-        turns: remembers what the engine's cache holds.
         log: events go here; never a header, a path's query or a body.
-        hold_timeout_s: how long to wait for an engine, seconds; anew after each cut.
+        hold_timeout_s: seconds to wait for an engine, anew after each cut.
     """
 
     def __init__(
@@ -118,7 +115,7 @@ class Exchange:
                         self._log.warning("reply_cut", can_continue=True)
                     except EngineBrokeOff as error:
                         sends += 1
-                        patience.renew()  # what the engine took to compute is no time of waiting for one
+                        patience.renew()  # time in which an engine computed is not time spent waiting for one
                         self._log.warning("request_failed", error=_cause(error), was_sent=sends)
                     self._gate.doubt(port)
                 if not patience.left_s:
@@ -135,10 +132,11 @@ class Exchange:
     async def _abandon(self, connection: EngineConnection) -> None:
         """End the work for a client that has left, and keep the place until the engine is free.
 
-        KoboldCPP is told, and what it still says is taken: it ends a stream 0.4 s after its client's end, a reply
-        that is not streamed never, and holds up the next request by 0.25 s after one it could not send (1.104).
-        Other engines look at the connection. Without a key KoboldCPP aborts whatever runs, which can be nobody
-        else's as long as this request has its turn; who came before the end would find a full queue there, and 503.
+        KoboldCPP (1.104) must be told: by itself it ends a stream 0.4 s after its client has left, and never ends
+        a reply that is not streamed. The rest of its reply is read, because a reply that it cannot send holds up
+        the next request by 0.25 s. Other engines watch the connection. Without a key KoboldCPP aborts whatever
+        runs; that is this request as long as it keeps its place. A request sent earlier would find a full queue,
+        and get 503.
         """
         engine = self._gate.engine
         key = self._generation.key if self._generation is not None else ""
@@ -225,7 +223,7 @@ class Exchange:
         await client.end()
 
     def _was_refused(self) -> bool:
-        """Tell whether the engine answered without having begun to work: the client's mistake, or it is busy."""
+        """Return True if the engine answered before it began to work: the client's mistake, or it is busy."""
         status = self._status
         if status is None:
             return False
@@ -233,7 +231,7 @@ class Exchange:
         return is_mistake or status == _HTTP_UNAVAILABLE or status in self._gate.engine.refusals
 
     def _taken(self, chunk: bytes) -> bytes:
-        """Follow what the engine says; return what the client is to be sent now."""
+        """Follow a piece of the reply; return what to send the client now."""
         if self._stream is None:
             if self._whole is not None:
                 self._whole = self._turns.with_room(self._whole, chunk)
@@ -244,7 +242,7 @@ class Exchange:
         return self._stream.take(chunk)
 
     def _watch(self, head: ReplyHead) -> None:
-        """Follow what a generation says, to continue it and to remember it."""
+        """Follow the reply of a generation, to continue and to remember it."""
         generation = self._generation
         if generation is None or head.status != _HTTP_OK:
             return
@@ -254,7 +252,7 @@ class Exchange:
             self._whole = bytearray()
 
     async def _break_off(self, client: Client, error_name: str, error: Exception | None = None) -> None:
-        """Decide what a cut reply means; one that lacks no word ends as if nothing had happened.
+        """Decide what a cut reply means; a reply that lacks no word ends as if nothing had happened.
 
         Raises:
             _Cut: it can be continued.
@@ -277,7 +275,7 @@ class Exchange:
         raise ReplyBrokenOff from error
 
     async def _rest_to_ask(self, port: int) -> bytes | None:
-        """Return the body that asks for the rest of a cut reply, None if none was cut or there is no rest."""
+        """Return the body that asks for the rest of a cut reply, None if no reply was cut or none is missing."""
         stream = self._stream
         if stream is None:
             return None
@@ -299,7 +297,7 @@ class Exchange:
         return json.dumps(content).encode()
 
     async def _end_early(self, stream: StreamedReply, client: Client) -> None:
-        """End a cut reply that needs or gets no more."""
+        """End a cut reply that is not continued."""
         if stream.obstacle:
             await self._give_up(client, None)
             return
@@ -335,6 +333,6 @@ def _is_stream(head: ReplyHead) -> bool:
 
 
 def _tells_its_length(head: ReplyHead) -> bool:
-    """Tell whether a cut reply shows by itself; KoboldCPP's streams and errors end by closing, as a death does."""
+    """Return True if a cut can be seen. KoboldCPP's streams and errors just close, as at its death."""
     framed = head.get(b"content-length") or head.get(b"transfer-encoding")
     return framed is not None or head.status in {204, 304}

@@ -1,4 +1,4 @@
-"""Foretells the next first token, and holds that against what its user then saw."""
+"""Forecasts the next first token, and compares the forecast with what the user then saw."""
 
 from __future__ import annotations
 
@@ -20,16 +20,13 @@ if TYPE_CHECKING:
 
 _LOOK_AGAIN_S = 60.0
 _LEAST_READ_BYTES = 64 << 20
-"""Less is over too soon to tell a speed."""
+"""Less is read too soon to tell a speed."""
 
 
 class Forecaster:
-    """Remembers what this engine took on this computer, for as long as emberd runs.
+    """Remembers how long this engine took on this computer, for as long as emberd runs.
 
     Args:
-        log: events go here.
-        observer: reads the engine's memory.
-        turns: knows when a user's reply began.
         residency: tells how much of the weights is in memory; None without an engine.
     """
 
@@ -56,11 +53,11 @@ class Forecaster:
         return self._experience.hot_replay_s
 
     def status(self) -> ForecastStatus:
-        """Return the forecast, and the last one with what then happened."""
+        """Return the forecast, and the last one with its outcome."""
         return ForecastStatus(self._forecast.temperature.value, self._forecast.seconds, self._judged)
 
     async def look(self) -> None:
-        """Look at what is missing of the model now."""
+        """Look how much of the model is missing now."""
         self._looked_s = time.monotonic()
         seen = await self._residency()
         if seen is None or seen.total_bytes is None or seen.resident_bytes is None:
@@ -72,11 +69,7 @@ class Forecaster:
         self._forecast = forecast(condition, self._experience)
 
     async def learn(self, *, may_look: bool) -> None:
-        """Judge the forecast by the last reply; look again now and then.
-
-        Args:
-            may_look: nobody uses the model.
-        """
+        """Judge the forecast by the last reply; look again now and then if nobody uses the model (`may_look`)."""
         took_s = self._turns.first_token_s
         if self._streamed != self._turns.streamed and took_s is not None:
             self._streamed = self._turns.streamed
@@ -89,12 +82,12 @@ class Forecaster:
             await self.look()
 
     def note_replay(self, seconds: float) -> float | None:
-        """Hear how long a replay took; return that divided by a hot one, None for the first."""
+        """Learn a replay's time; return it divided by a hot one, None for the first."""
         hot_s = self._experience.hot_replay_s
         self._experience = replace(self._experience, hot_replay_s=min(hot_s or seconds, seconds))
         return seconds / hot_s if hot_s else None
 
     def note_reading(self, cold_bytes: int | None, seconds: float) -> None:
-        """Hear how long bringing pages back took."""
+        """Learn how long it took to bring pages back."""
         if cold_bytes and cold_bytes >= _LEAST_READ_BYTES and seconds > 0:
             self._experience = replace(self._experience, read_bytes_per_s=cold_bytes / seconds)

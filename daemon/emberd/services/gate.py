@@ -1,4 +1,4 @@
-"""What requests and warmth may ask of the engine: whether it is ready, a way in, and what it tells."""
+"""The gate to the engine: whether it is ready, a way in, and what it tells."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class EngineNow:
         pids: that process and its descendants.
         is_adopted: it served before this emberd was there.
         room: what its KV cache holds.
-        has_begun: an event has been dealt with; before, an engine may yet be adopted, and nobody is refused.
+        has_begun: an event was handled; before that an engine may still be adopted, and nobody is refused.
         is_closing: emberd is shutting down.
     """
 
@@ -56,13 +56,10 @@ class EngineNow:
 
 
 class Gate:
-    """The way to the engine. The supervisor tells it what the engine is; requests are counted here.
+    """Through it requests and keep-warm ask the engine; it counts requests. The supervisor keeps it up to date.
 
     Args:
-        engine: the adapter.
-        now: the engine at first.
-        meter: knows its weights and its lock.
-        output: knows what it prints.
+        now: the engine at the start.
         post: hands an event to the supervisor.
     """
 
@@ -81,24 +78,24 @@ class Gate:
         self._post = post
         self._changed = asyncio.Event()
         self.must_not_lock = False
-        """Until emberd is restarted, the engine is not asked to lock."""
+        """Whether the engine is no longer asked to lock, until emberd is restarted."""
         self.in_flight = 0
-        """Requests that are on their way to the engine."""
+        """Requests on their way to the engine."""
         self.held = 0
-        """Those that wait for it to be ready."""
+        """Requests that wait until it is ready."""
         self.requests = 0
-        """Those that were sent so far."""
+        """Requests sent so far."""
         self.flowed_bytes = 0
         """Bytes of replies so far: a sign of life."""
 
     # --- what the engine is ---------------------------------------------------------------------------------
 
     def change(self, **changes: Any) -> None:
-        """Take what has changed of the engine."""
+        """Take over what has changed of the engine."""
         self.now = replace(self.now, **changes)
 
     def wake_waiters(self) -> None:
-        """An event has been dealt with, whether or not the state is another."""
+        """Wake everybody who waits: an event was handled, whether or not the state has changed."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -109,7 +106,7 @@ class Gate:
 
     @property
     def since_s(self) -> float:
-        """Since when the engine is in this state, on the monotonic clock."""
+        """When this state began, on the monotonic clock."""
         return self.now.life.since_s
 
     @property
@@ -135,7 +132,7 @@ class Gate:
 
     @property
     def will_lock(self) -> bool:
-        """Whether the engine was asked to lock: there is room for it, and its owner wants it."""
+        """Whether the engine was asked to lock: there is room, and the owner wants it."""
         return self.now.record is not None and self.now.record.will_lock
 
     @property
@@ -144,7 +141,7 @@ class Gate:
         return replace(self.now.room, is_shared=self._meter.is_cache_shared is not False)
 
     def sample(self) -> EngineSample:
-        """Return what the engine is at this moment, for those who measure it."""
+        """Return the engine at this moment, for measurements."""
         return EngineSample(
             key=self.engine_key,
             pids=self.now.pids if self.state in lifecycle.HAS_PROCESS else (),
@@ -163,7 +160,7 @@ class Gate:
         return self.state
 
     async def wait_for_change(self) -> None:
-        """Return when an event has been dealt with, whether or not the state is another."""
+        """Return when an event was handled, whether or not the state has changed."""
         await self._changed.wait()
 
     # --- requests -------------------------------------------------------------------------------------------
@@ -200,7 +197,7 @@ class Gate:
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[Callable[[int], None]]:
-        """Count a request on its way to the engine; yields what is told of reply bytes that pass."""
+        """Count a request on its way to the engine; yield a function that counts the bytes of its reply."""
         self.in_flight += 1
         self.requests += 1
         try:
@@ -216,7 +213,7 @@ class Gate:
     async def is_alive(self, port: int) -> bool:
         """Return True if the engine on `port` outlived the reply that has just ended.
 
-        A dying process closes its connections a moment before its listener, and its end is noticed later still:
+        A dying process closes its connections a moment before its listener, and its end is noticed even later. So
         only an answer proves life, and only the end of the process proves death.
         """
         record = self.now.record
@@ -234,16 +231,16 @@ class Gate:
         return self.now.record is record and self.state in SERVING
 
     def doubt(self, port: int) -> None:
-        """The engine on `port` refused or broke a connection: it is loading again, or has just died."""
+        """The engine on `port` refused or broke a connection: it loads again, or has just died."""
         if self.now.record and port == self.now.record.port:
             self._post(lifecycle.LostReadiness())
 
     def forget_counts(self) -> None:
-        """A generation is about to be sent: what the engine's log tells from now on is of that one."""
+        """Forget counts in the engine's log: a generation is about to be sent."""
         self._output.forget_counts()
 
     def counts_in_log(self) -> PromptCounts:
-        """Return what the engine's log tells of the generation that has just ended."""
+        """Return the counts in the engine's log of the generation that has just ended."""
         return self._output.counts()
 
     def restart_without_lock(self) -> None:

@@ -1,7 +1,7 @@
-"""What emberd remembers over days: what was written to swap, what keeping warm cost, in a small SQLite file.
+"""The history: bytes written to swap and the cost of keeping warm, by day, in a small SQLite file.
 
-Nothing here may stop the daemon. What cannot be written stays in memory and is written with the next; a file that
-cannot be understood is set aside, never guessed at and never deleted. All methods block: call them off the event
+Nothing here may stop the daemon. An account that cannot be written stays in memory and is written with the next
+one. A file that cannot be understood is set aside, never deleted. All methods block: call them off the event
 loop.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 KEPT_DAYS = 366
-"""Days with writes, not days of the calendar: a clock that is wrong for an hour must not delete a year."""
+"""Days with writes, not calendar days: a clock that is wrong for an hour must not delete a year."""
 _BUSY_TIMEOUT_S = 2.0
 _PAGE_LIMIT = 1024
 """4 MiB with SQLite's pages of 4 KiB; a year of days takes less than 64 KiB."""
@@ -85,7 +85,7 @@ _BOOKS: dict[type[Any], _Book] = {
 
 
 class _NotUnderstood(Exception):
-    """The file is no history of this emberd's."""
+    """The file is no history that this emberd understands."""
 
 
 class History:
@@ -95,7 +95,6 @@ class History:
 
     Args:
         path: the SQLite file; its folder must exist.
-        log: events go here.
         page_limit: bound on the size of the file, in SQLite's pages.
     """
 
@@ -124,7 +123,7 @@ class History:
             return self._flush()
 
     def days(self, since: date, kind: type[Account]) -> Mapping[date, Account]:
-        """Return the accounts of a kind from a day on, those included that wait in memory."""
+        """Return the accounts of a kind from a day on, also those that wait in memory."""
         with self._lock:
             found: dict[date, Account] = {}
             connection = self._ready()
@@ -140,7 +139,7 @@ class History:
             return dict(sorted(found.items()))
 
     def close(self) -> None:
-        """Write what waits, if that is possible, and close the file. It opens again when it is used again."""
+        """Write what waits, if possible, and close the file. It opens again at the next use."""
         with self._lock:
             if self._has_pending:
                 self._flush()
@@ -153,7 +152,7 @@ class History:
         return any(self._pending.values())
 
     def _flush(self) -> bool:
-        # The second try is for a file that turns out to be damaged and has been set aside.
+        # The second try is for a damaged file that was set aside.
         if self._has_pending and not self._write_pending() and not self._write_pending():
             return False
         if self._trouble and self._connection is not None:
@@ -166,7 +165,7 @@ class History:
         if connection is None:
             return False
         try:
-            # One transaction: after an error nothing of it is there, and all of it is still pending.
+            # One transaction: after an error nothing is written, and everything is still pending.
             with connection:
                 for kind, pending in self._pending.items():
                     accounts = [(day.isoformat(), *astuple(account)) for day, account in pending.items()]
@@ -181,9 +180,9 @@ class History:
         return True
 
     def _ready(self) -> sqlite3.Connection | None:
-        """Return an open connection, None if there is none to be had now."""
+        """Return an open connection, None if there can be none now."""
         if self._connection is not None and not self._is_our_file():
-            # Deleted or replaced under our feet: what is written to the old one is lost to everybody.
+            # The file was deleted or replaced: writes to the old one would be lost.
             self._disconnect()
         if self._connection is None:
             try:
@@ -208,8 +207,8 @@ class History:
             return self._open()
 
     def _open(self) -> sqlite3.Connection:
-        # SQLite would make the file with the umask's mode; its -wal and -shm take over the mode of the file. One
-        # that is there is not opened here: closing it again would drop locks on it (sqlite.org/howtocorrupt.html).
+        # SQLite would make the file with the umask's mode; -wal and -shm take over the file's mode. An existing
+        # file is not opened here: closing it would drop locks on it (sqlite.org/howtocorrupt.html).
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE_FILE_MODE))
         with contextlib.suppress(PermissionError):
@@ -245,7 +244,7 @@ class History:
                 connection.execute(f"PRAGMA user_version = {step}")
 
     def _set_aside(self, reason: str) -> None:
-        """Move the file out of the way, with the journal that belongs to it."""
+        """Rename the file and its journal."""
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         aside = self._path.with_name(f"{self._path.name}.unreadable-{stamp}")
         for suffix in ("", "-wal", "-shm"):
@@ -272,7 +271,7 @@ class History:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Tell a file that is no use from one that cannot be used right now (full disk, no permission, busy)."""
+    """Return True if the file is damaged, not just unusable now (full disk, no permission, busy)."""
     if isinstance(error, _NotUnderstood):
         return True
     code = getattr(error, "sqlite_errorcode", None)

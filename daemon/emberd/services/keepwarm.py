@@ -1,4 +1,4 @@
-"""Keeps the idle model warm: looks, asks core/warmth.py what to do, has it done, and plans the next look."""
+"""Keeps the idle model warm: looks, decides by core/warmth.py, acts, and plans the next look."""
 
 from __future__ import annotations
 
@@ -29,21 +29,11 @@ if TYPE_CHECKING:
     from emberd.services.warming import Warming
 
 _PASSING = frozenset({Reason.NOT_READY, Reason.BUSY, Reason.PRESSURE})
-"""Obstacles that pass by themselves; what a look was for is then still to be done."""
+"""Obstacles that pass by themselves; the purpose of the look remains."""
 
 
 class KeepWarm:
-    """The keep-warm service.
-
-    Args:
-        log: events go here.
-        settings: tells the settings of warmth.
-        gate: the way to the engine.
-        observer: reads memory.
-        warming: does what is decided.
-        watch: tells what happens between two looks.
-        knocks: tells that somebody is there.
-    """
+    """The keep-warm service."""
 
     def __init__(
         self,
@@ -74,7 +64,7 @@ class KeepWarm:
         watch.wake = self.wake
 
     async def run(self) -> None:
-        """Keep warm until cancelled; lets go of what is locked at the end."""
+        """Keep warm until cancelled; let go of the outside lock at the end."""
         self._schedule.begin()
         watching = asyncio.create_task(self._watch.run(self._after_reading))
         try:
@@ -91,7 +81,7 @@ class KeepWarm:
         self._schedule.wake(trigger)
 
     async def warm(self) -> dict[str, Any]:
-        """Warm everything now, whatever the time; return what was done and why."""
+        """Warm everything now; return what was done and why."""
         self._pauses.end()
         self._schedule.ask()
         before = self._last
@@ -149,12 +139,12 @@ class KeepWarm:
 
     @property
     def progress(self) -> dict[str, int]:
-        """How far a pass over the weights is; zeros while there is none."""
+        """Progress of a pass over the weights; zeros while there is none."""
         return to_plain(self._warming.weights.progress or ProgressStatus())
 
     @property
     def is_warm(self) -> bool:
-        """Whether a pass or a user has used the model a short time ago."""
+        """Whether a pass or a user has recently used the model."""
         warmed = [when for when in (self._use.last_pass_s, self._turns.ended_s) if when is not None]
         if not warmed or self._gate.port is None:
             return False
@@ -183,7 +173,7 @@ class KeepWarm:
                 self._schedule.plan(self._settings().max_interval_s)
 
     async def _snapshot(self) -> Snapshot:
-        """Return what is now, and what made emberd look."""
+        """Return the present, and what made emberd look."""
         self._pauses.note_use(self._turns.ended_s)
         power, settings = await self._watch.power(), self._settings()
         seen = self._consider(self._observer.look(), power)
@@ -193,7 +183,7 @@ class KeepWarm:
         return replace(seen, trigger=self._schedule.take_trigger())
 
     def _consider(self, seen: Observation, power: Power, found: Found | None = None) -> Snapshot:
-        """Return all that is decided on; nothing is awaited: all of it is of one moment."""
+        """Return the snapshot to decide on; nothing is awaited here, so that all of it is of one moment."""
         settings, weights, replays = self._settings(), self._warming.weights, self._warming.replays
         return Snapshot(
             now_s=time.monotonic(),
@@ -228,7 +218,7 @@ class KeepWarm:
     # --- between two looks ----------------------------------------------------------------------------------
 
     async def _after_reading(self) -> None:
-        """Touch while a storm goes on; learn from the last reply; save the cost now and then."""
+        """Touch while a storm lasts, learn from the last reply, save the cost now and then."""
         spending = self._warming.spending
         if self._watch.is_storming:
             spending.excuse()
@@ -246,7 +236,7 @@ class KeepWarm:
     # --- acting ---------------------------------------------------------------------------------------------
 
     def _note(self, decision: Decision, budget_wait_s: float) -> None:
-        """Log once why nothing is done, and that keep-warm took too much of a processor for nothing."""
+        """Log once why nothing is done, and when keep-warm is over its budget."""
         is_over_budget = decision.reason is Reason.OVER_BUDGET
         if is_over_budget and not self._is_over_budget:
             self._log.warning("keepwarm_over_budget", wait_s=round(budget_wait_s, 1))
@@ -257,7 +247,7 @@ class KeepWarm:
             self._rest = decision.reason.value
 
     async def _act(self, decision: Decision, seen: Snapshot) -> Decision:
-        """Have the steps done; return what follows from what they found."""
+        """Carry out the steps; return the decision that follows from what they found."""
         warming, losses = self._warming, self._watch.losses
         began_s, cpu_s = time.monotonic(), warming.cpu_s()
         warming.replays.has_primed = False
@@ -267,7 +257,7 @@ class KeepWarm:
         is_for_loss = seen.trigger is Trigger.EVICTING and not self._touching.is_on
         found = replace(found, major_faults=losses.major_faults(now), was_for_loss=is_for_loss)
         is_complete = len(done) == len(decision.steps)
-        # What failed although nobody came is tried again after the interval, not at once.
+        # A step that failed without a user is tried again after the interval, not at once.
         is_pass = is_warming and (is_complete or self._use.is_free)
         if is_pass:
             self._use.last_pass_s = time.monotonic()
@@ -299,11 +289,11 @@ class KeepWarm:
         return after
 
     async def _do(self, decision: Decision, found: Found, *, is_warming: bool) -> tuple[list[str], Found]:
-        """Have the steps done, until one cannot be; return the names of those that were, and what they found."""
+        """Carry out the steps until one fails; return the names of those that were done, and what they found."""
         done = list[str]()
         for step in decision.steps:
             if step in {Step.REPLAY, Step.TINY} and not self._use.is_free:
-                break  # a user is here: the generation warms better than any replay
+                break  # a user is here: the generation warms better than a replay
             if is_warming and self._use.letting_go.is_set():
                 break
             outcome = await self._warming.do(step, is_thorough=decision.is_thorough)

@@ -1,4 +1,4 @@
-"""What the model needs of this computer, and what the kernel holds of it: preflight and lock verdict."""
+"""Preflight and lock verdict: what the model needs of this computer, and how much is locked."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 
 
 class LockMeter:
-    """Follows one engine from before its start: shall it lock, and does the lock hold?
-
-    Args:
-        host: this computer.
-    """
+    """Follows one engine from before its start: is it to lock, and does the lock hold?"""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -53,7 +49,7 @@ class LockMeter:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether the model is known to keep a state that cannot be cut back."""
+        """Whether the model keeps a state that cannot be cut back, as far as is known."""
         return self._info is not None and keeps_state(self._info.metadata)
 
     @property
@@ -67,7 +63,7 @@ class LockMeter:
         return self._load.is_cache_shared
 
     async def decide(self, settings: Settings, wishes: OwnerWishes, model: Path | None) -> Preflight:
-        """Decide before a start whether the engine shall lock, and begin to follow it."""
+        """Decide before a start whether the engine is to lock, and begin to follow it."""
         info = self._info = await self._model_info(model)
         memory = self._host.system_memory()
         self._load, self._was_held, self.verdict = LoadFacts(), False, None
@@ -88,17 +84,17 @@ class LockMeter:
         )
 
     async def adopt(self, model: Path | None, *, is_mapped: bool | None) -> None:
-        """Begin to follow an engine that runs already; of what its log told only `is_mapped` is still known."""
+        """Begin to follow an engine that already runs; of its log only `is_mapped` is still known."""
         self._info = await self._model_info(model)
         self._load, self._was_held, self.verdict = LoadFacts(is_mapped=is_mapped), False, None
         self._wired_before = self._refusals_before = None
 
     def note(self, line: str) -> None:
-        """Take what a line of the engine's log tells about its memory."""
+        """Note what a line of the engine's log tells about memory."""
         self._load = llama_log.note(self._load, line)
 
     def judge(self, pids: Sequence[int], *, is_asked: bool) -> bool:
-        """Weigh the evidence anew; True if the verdict has changed its state or reason."""
+        """Judge the lock again; return True if the verdict has another state or reason."""
         refusals = self._host.wire_refusals()
         before = self._refusals_before
         verdict = judge_lock(
@@ -123,7 +119,7 @@ class LockMeter:
         return None if verdict.state is KeepAliveState.UNKNOWN else verdict
 
     async def _model_info(self, model: Path | None) -> ModelInfo | None:
-        """Return the model's numbers, read once for each version of the file; None if they cannot be read."""
+        """Return the model's numbers, read once for each version of the file, None if they cannot be read."""
         if model is None:
             return None
         try:

@@ -1,6 +1,6 @@
 """Structured logs: an event name and fields, on their way to standard error, the system's log and a file.
 
-What is decided stands in `core/log_lines.py`: where, in which form, how often.
+`core/log_lines.py` decides where, in which form, and how often.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from emberd.core.ports import Host, SystemLog
     from emberd.core.settings import LogSettings, Settings
 
-# structlog.dev imports rich: 5 MiB (PSS, Linux, CPython 3.11), of which 3.7 remain saved once uvicorn and starlette
-# are loaded, which share modules with it. The command line needs rich, so it is installed, and hidden only here.
+# structlog.dev imports rich: 5 MiB (PSS, Linux, CPython 3.11), of which 3.7 are saved even with uvicorn and
+# starlette, which share modules with it. The command line needs rich, so it is installed, and hidden only here.
 _hides_rich = "rich" not in sys.modules
 if _hides_rich:
     sys.modules["rich"] = None  # type: ignore[assignment]  # makes the import fail, as documented
@@ -42,12 +42,12 @@ finally:
 
 _EVENT_WIDTH = 20
 _TELL_S = 10.0
-"""After a flood it takes so long until it is told what was left out, if nothing else is logged before."""
+"""After a flood, the longest time until the log says what was left out."""
 _TRACEBACK_FRAMES = 30
 
 
 class _StandardError:
-    """Standard error, except that a full disk or a terminal that went away loses lines, not the daemon."""
+    """Standard error; a full disk or a lost terminal costs lines, not the daemon."""
 
     name = "stderr"
     lost = 0
@@ -78,7 +78,7 @@ class _StandardError:
 
 
 class _Log:
-    """Hands each event that does not come too often to every sink, from whatever thread, and says what was lost."""
+    """Hands each event to every sink, from any thread, unless it comes too often; says what was left out."""
 
     def __init__(self) -> None:
         self.sinks: list[SystemLog] = []
@@ -121,7 +121,7 @@ class _Log:
             self._loop.call_later(_TELL_S, self._tell_later)
 
     def tell(self, *, all_of_it: bool = False) -> None:
-        """Log what was left out, as far as it is time to."""
+        """Log what was left out, if it is time."""
         with self._lock:
             told = self._rate.told(time.monotonic(), all_of_it=all_of_it)
         for each in told:
@@ -164,7 +164,7 @@ _log = _Log()
 
 
 class _ForwardToStructlog(logging.Handler):
-    """Carries what libraries say through the standard logging module, from WARNING on."""
+    """Takes over what libraries log through the standard module, from WARNING on."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -187,7 +187,7 @@ def logger(category: str) -> FilteringBoundLogger:
 
 
 def configure_for(settings: Settings, host: Host) -> None:
-    """Set up logging as the settings say, in the places that belong to this emberd."""
+    """Set up logging as the settings say, with the sinks of this emberd."""
     configure(settings.log, host, log_file(settings, host.name), instance_name(settings))
 
 
@@ -195,10 +195,10 @@ def configure(settings: LogSettings, host: Host, file: Path, instance: str) -> N
     """Set up logging; called again, it takes over new settings.
 
     Args:
-        settings: what a person wants.
-        host: has the system's log.
+        settings: the settings of the log.
+        host: this computer.
         file: the log file, if one is written.
-        instance: the name of this emberd in a log that it shares with others, empty for the usual one.
+        instance: name of this emberd in a shared log, empty for the usual emberd.
     """
     close()
     system = host.system_log() if settings.sink in {"auto", "system"} else None
@@ -239,7 +239,7 @@ def places() -> list[str]:
 
 
 def close() -> None:
-    """Say what was left out, and let go of the sinks."""
+    """Log what was left out, and close the sinks."""
     _log.close()
 
 
@@ -260,10 +260,10 @@ def _hand_over(_: object, __: str, event: MutableMapping[str, Any]) -> tuple[tup
 
 
 def _traceback_of(error: BaseException) -> str:
-    """Return a traceback without what may quote a request.
+    """Return a traceback without text that may quote a request.
 
-    `invalid literal for int()` quotes what it met, and what a client sent is none of the log's business: messages
-    are kept of emberd's own errors and the system's only. Lines of code remain, without the values of variables.
+    `invalid literal for int()` quotes its input, and a client's text must not be logged. So only the messages of
+    emberd's own errors and the system's remain, and lines of code without the values of variables.
     """
     parts: list[str] = []
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""What is taken from the engine between two passes, and what never comes back."""
+"""What is taken from the engine between two passes, and what a pass does not bring back."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ class Losses:
         self._faults: int | None = None
 
     def watch(self, seen: Observation, *, is_idle: bool) -> bool:
-        """Return True if memory was taken from the engine since it was at its best.
+        """Return True if memory was taken from the idle engine since it was at its best.
 
-        Args:
-            seen: what is now.
-            is_idle: neither a user nor emberd is at work: what a generation needed and gave back was not taken.
+        While a user or emberd uses the engine nothing counts: what a generation needed and gave back was not
+        taken.
         """
         memory = self._of_this_engine(seen)
         swapped_bytes = memory.swapped_bytes or 0
@@ -45,27 +44,24 @@ class Losses:
         return Found(swapped_bytes=swapped_bytes, buffers_bytes=buffers_bytes, engine_bytes=memory.footprint_bytes)
 
     def note_pass(self, seen: Observation, *, is_thorough: bool) -> None:
-        """Remember what a whole pass has left in swap: the next one would not bring it back either.
+        """Remember what a whole pass has left in swap: the next pass would not bring it back either.
 
-        After a replay nobody uses it: some 100 MiB of KoboldCPP's own memory, from loading the model. Without a
-        replay it may be a cache that emberd cannot reach.
-
-        Args:
-            seen: what is now.
-            is_thorough: the pass used the buffers for several tokens, too; what others leave may yet be needed.
+        Nobody uses what is left after a replay: some 100 MiB of KoboldCPP's own memory, from loading the model.
+        Without a replay it may be a cache that emberd cannot reach. A pass that is not thorough may leave buffers
+        in swap that are still needed.
         """
         self._unused_swap_bytes = self._of_this_engine(seen).swapped_bytes or 0
         if is_thorough:
             self._useless_swap_bytes = self._unused_swap_bytes
 
     def major_faults(self, seen: Observation) -> int | None:
-        """Return the engine's major faults since the last question, None if they are not told."""
+        """Return the engine's major faults since the last call, None if unknown."""
         count = self._of_this_engine(seen).major_faults
         before, self._faults = self._faults, count
         return None if count is None or before is None else count - before
 
     def _of_this_engine(self, seen: Observation) -> EngineMemory:
-        """Return its memory; of another engine than the last one nothing is known."""
+        """Return the engine's memory; forget everything if it is another engine than the last one."""
         if seen.engine.key != self._key:
             self._key, self._best, self._faults = seen.engine.key, None, None
             self._unused_swap_bytes = self._useless_swap_bytes = 0

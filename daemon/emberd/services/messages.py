@@ -1,4 +1,4 @@
-"""The two ends of a request: what comes from the client, and what goes back. Bytes pass as they come."""
+"""The two ends of a request: the client's body, and the way back to the client. Bytes pass as they come."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _HOP_BY_HOP = frozenset(
         b"expect",
     }
 )
-"""Headers between two neighbours (RFC 9110, 7.6.1), besides proxy-*; `expect` is answered here, before the engine
-is asked."""
+"""Hop-by-hop headers (RFC 9110, 7.6.1), besides proxy-*; `expect` is answered here, before the engine is
+asked."""
 CLIENT_SILENCE_S = 60.0
-"""Longest pause within a request's body, and the longest time that a client may read nothing of its reply: either
-holds one of the engine's few connections."""
+"""Longest pause within a request's body, and longest time that a client may read nothing of its reply. Both
+occupy one of the engine's few connections."""
 
 
 class ClientGone(Exception):
@@ -45,12 +45,7 @@ class ClientSilent(Exception):
 
 
 class Client:
-    """The way back to the client: knows whether an answer has begun, and gives up a client that reads nothing.
-
-    Args:
-        send: ASGI's.
-        path: of the request; the dialect of errors follows from it.
-    """
+    """The way back to the client; gives up a client that reads nothing."""
 
     def __init__(self, send: Send, path: str) -> None:
         self._send = send
@@ -59,14 +54,14 @@ class Client:
         self.has_begun = False
 
     async def send(self, message: Message) -> None:
-        """Send one part of the answer; returns when the client has room for it, which `wait_beside` limits."""
+        """Send one part of the answer; return when the client has room for it, which `wait_beside` limits."""
         self.has_begun = True
         self._waits_since_s = time.monotonic()
         await self._send(message)
         self._waits_since_s = None
 
     async def wait_beside(self, tasks: Collection[asyncio.Task[None]]) -> None:
-        """Return when one of the tasks has ended, or when the client takes nothing for CLIENT_SILENCE_S.
+        """Return when one of the tasks has ended, or when the client has read nothing for CLIENT_SILENCE_S.
 
         One clock for the whole reply: a time-out for each token took an eighth of the daemon's time.
         """
@@ -100,8 +95,8 @@ class Client:
     ) -> None:
         """Answer with an error in the client's dialect.
 
-        Clients of OpenAI find the message in `error.message`, KoboldCPP's in `detail.msg`, Ollama's in `error`;
-        Anthropic's know an error by its `type` beside it.
+        OpenAI's clients find the message in `error.message`, KoboldCPP's in `detail.msg`, Ollama's in `error`;
+        Anthropic's know an error by the `type` beside it.
         """
         error = {"type": kind, "code": kind, "state": state, "message": message}
         content: dict[str, Any] = (
@@ -127,7 +122,7 @@ class Client:
 
 
 class Body:
-    """A request's body: its first part in hand, the rest as it comes.
+    """A request's body: the first part in hand, the rest as it comes.
 
     Args:
         receive: ASGI's.
@@ -144,7 +139,7 @@ class Body:
 
     @property
     def can_be_sent_again(self) -> bool:
-        """Whether everything is still in hand."""
+        """Whether the whole body is still in hand."""
         return not self._rest_was_taken
 
     async def read_first_part(self) -> None:
@@ -158,11 +153,11 @@ class Body:
         return self._first if self._is_complete else None
 
     def let_go(self) -> None:
-        """Hear that the engine has answered: it wants no more of the body, whatever the client still sends."""
+        """Drop the rest of the body: the engine has answered."""
         self._is_free.set()
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Yield the first part and then the rest as it comes; only once."""
+        """Yield the first part, then the rest as it comes; only once."""
         self._rest_was_taken = True
         yield self._first
         while not self._is_complete:
@@ -190,7 +185,7 @@ class Body:
 
 
 def engine_request(scope: Scope, body: Body, port: int, content: bytes | None = None) -> EngineRequest:
-    """Return the same request for the engine; the target is passed byte by byte.
+    """Return the same request for the engine, with the target byte by byte.
 
     Args:
         scope: ASGI's.
@@ -207,7 +202,7 @@ def engine_request(scope: Scope, body: Body, port: int, content: bytes | None = 
         headers.insert(0, (b"host", f"127.0.0.1:{port}".encode()))
     whole = body.in_hand if content is None else content
     if b"transfer-encoding" in names or content is not None:
-        # A length beside chunks is untrue (RFC 9112, 6.3); the engine must not believe it.
+        # A length beside chunks is invalid (RFC 9112, 6.3); the engine must not see it.
         headers = [(name, value) for name, value in headers if name != b"content-length"]
         headers.append(
             (b"transfer-encoding", b"chunked") if whole is None else (b"content-length", b"%d" % len(whole))
@@ -216,8 +211,8 @@ def engine_request(scope: Scope, body: Body, port: int, content: bytes | None = 
 
 
 def end_to_end(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Drop the headers that are meant for the next neighbour only, those named by `Connection` included."""
+    """Drop hop-by-hop headers, those named by `Connection` included."""
     named = {word.strip().lower() for name, value in headers if name == b"connection" for word in value.split(b",")}
-    # Some engines name `close` or `keep-alive` there, some name headers; content-length is never a hop's business.
+    # Some engines name `close` or `keep-alive` there, some name headers; content-length is always end-to-end.
     hops = _HOP_BY_HOP | (named - {b"content-length", b"content-type", b"host"})
     return [(name, value) for name, value in headers if name not in hops and not name.startswith(b"proxy-")]

@@ -11,22 +11,17 @@ if TYPE_CHECKING:
 
 
 class ModelUse:
-    """Tells who is at work, and ends a pass for a user or for the thrash guard.
-
-    Args:
-        gate: the way to the engine.
-        places: tells who waits.
-    """
+    """Knows which users and passes use the model; ends a pass for a user or for the thrash guard."""
 
     def __init__(self, gate: Gate, places: Places) -> None:
         self._gate = gate
         self._places = places
         self.letting_go = asyncio.Event()
-        """Set while nothing may be brought back: a pass that is under way ends."""
+        """Set while nothing may be brought back; ends a pass under way."""
         self.passing = asyncio.Lock()
-        """Held by a pass, which is one at a time."""
+        """Held by a pass: only one runs at a time."""
         self.last_pass_s: float | None = None
-        """When a pass that warmed everything ended last, on the monotonic clock; None for never."""
+        """When the last pass that warmed everything ended, on the monotonic clock; None for never."""
 
     @property
     def is_free(self) -> bool:
@@ -35,21 +30,21 @@ class ModelUse:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the same is true of passes."""
+        """Whether, besides, no pass runs."""
         return self.is_free and not self.passing.locked()
 
     @property
     def requests(self) -> int:
-        """Requests of users that run or wait; those that run count as one."""
+        """Users' requests that run or wait; those that run count as one."""
         return (0 if self._gate.sample().is_idle else 1) + self._places.waiting
 
     def interruption(self) -> asyncio.Task[None]:
-        """Wait for a user who comes from now on, or for the guard to let go."""
+        """Wait until a user comes or the thrash guard lets go."""
         return asyncio.create_task(_first_of(self._places.next_arrival, self.letting_go))
 
 
 async def _first_of(*events: asyncio.Event) -> None:
-    """Return when one of them is set."""
+    """Return when one of the events is set."""
     waiting = [asyncio.create_task(event.wait()) for event in events]
     try:
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

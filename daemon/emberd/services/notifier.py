@@ -1,4 +1,4 @@
-"""Telling systemd how emberd is (sd_notify(3)): that it is ready, its state, and that it works."""
+"""Messages to systemd (sd_notify(3)): emberd is ready, its state, and that it works."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from emberd.host.notify_socket import NotifySocket
 
 _FED_PER_LIMIT = 2
-"""Half of the limit between two signs of life is what sd_watchdog_enabled(3) recommends."""
+"""sd_watchdog_enabled(3) recommends half of the limit between two signs of life."""
 
 
 class Notifier:
-    """Speaks for the daemon; says nothing where nobody listens."""
+    """Speaks for the daemon; without a service manager it says nothing."""
 
     def __init__(self, socket: NotifySocket, log: FilteringBoundLogger) -> None:
         self._socket = socket
@@ -30,9 +30,9 @@ class Notifier:
     def ready(self) -> None:
         """Say that the service is up: clients are served.
 
-        That is when the endpoint accepts, not when the model is loaded. From then on a client is held, not refused,
-        so what is ordered behind the unit may start; and a model that takes minutes would run into
-        TimeoutStartSec, after which systemd kills and starts anew what was loading.
+        The endpoint accepts then; the model need not be loaded. From then on clients wait and are not refused, so
+        units ordered after this one may start. Waiting for a large model would run into TimeoutStartSec, after
+        which systemd kills the emberd that was loading it.
         """
         self._socket.tell("READY=1")
 
@@ -44,14 +44,14 @@ class Notifier:
             self._socket.tell(f"STATUS={line}")
 
     def replacing(self) -> None:
-        """Say that another program takes this one's place under the same pid; its `ready` is the end of that."""
+        """Say that another program takes this one's place under the same pid, until its `ready`."""
         self._socket.tell("RELOADING=1", f"MONOTONIC_USEC={monotonic_usec()}")
 
     def stopping(self, limit_s: float) -> None:
-        """Say that the service ends, and how long that may take: running replies may finish.
+        """Say that the service ends, and how long that may take.
 
-        systemd takes the longer of this and TimeoutStopSec. Two datagrams: the first begins the state whose time
-        the second extends.
+        systemd takes the longer of this and TimeoutStopSec. It needs two datagrams: the first begins the state
+        whose time the second extends.
         """
         self._socket.tell("STOPPING=1")
         self._socket.tell(f"EXTEND_TIMEOUT_USEC={in_usec(limit_s)}")
@@ -63,10 +63,10 @@ class Notifier:
             await changed()
 
     async def feed_watchdog(self, prove: Callable[[], Awaitable[None]]) -> None:
-        """Say that emberd works, as often as the manager wants, each time `prove` has returned; until cancelled.
+        """Say as often as the manager wants that emberd works, after `prove` has returned; until cancelled.
 
-        A proof that does not come is logged once, and nothing more is sent: the manager then kills emberd, and the
-        next one adopts the engine.
+        If a proof does not come, that is logged once and nothing more is sent: the manager then kills emberd, and
+        the next one adopts the engine.
         """
         limit_s = self._socket.watchdog_s
         if limit_s is None:

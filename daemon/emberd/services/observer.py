@@ -22,19 +22,13 @@ if TYPE_CHECKING:
 
 _APART_S = 10.0
 _KEPT = 3
-"""Rates are told over the last 20 to 30 s."""
+"""Rates are those of the last 20 to 30 s."""
 _FRESH_S = 1.0
-"""What is asked for together, such as the parts of a status, shares an observation of this age."""
+"""Questions asked together, such as the parts of a status, share an observation up to this age."""
 
 
 class Observer:
-    """Looks; logs changes of memory pressure.
-
-    Args:
-        host: this computer.
-        log: events go here.
-        sample: tells what the engine is.
-    """
+    """Reads the memory of engine and computer; logs changes of memory pressure."""
 
     def __init__(self, host: Host, log: FilteringBoundLogger, sample: Callable[[], EngineSample]) -> None:
         self._host = host
@@ -57,13 +51,13 @@ class Observer:
         return seen
 
     def recent(self) -> Observation:
-        """Return the last observation if it is fresh and of the same engine, else look."""
+        """Return the last observation if it is fresh and of the same engine, otherwise look."""
         last = self._last
         is_fresh = last is not None and time.monotonic() - last.at_s < _FRESH_S
         return last if last is not None and is_fresh and last.engine.key == self.sample().key else self.look()
 
     async def status(self) -> MemoryStatus:
-        """Look, and return it all. What the system does not tell is None."""
+        """Return all of a new observation. What the system does not tell is None."""
         oldest = self._readings[0] if self._readings else None
         seen = self.look()
         rates = SwapRates() if oldest is None else swap_rates(oldest[1], seen.system, seen.at_s - oldest[0])

@@ -17,32 +17,28 @@ if TYPE_CHECKING:
 
 _RETRY_BUSY_S = 1
 _LONGEST_IN_LINE_S = 3600.0
-"""An engine would let a request wait for its turn without end; the supervisor sees to it that the turns go on."""
+"""An engine may let a request wait for its turn without end; the supervisor ends engines that hang."""
 
 
 class Patience:
-    """How long a request still waits for an engine that is not ready.
-
-    Args:
-        seconds: in one go; time in line behind other requests does not count.
-    """
+    """How long a request still waits for an engine that is not ready; time in line does not count."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self.renew()
 
     def renew(self) -> None:
-        """Begin again."""
+        """Start the time again."""
         self._end_s = time.monotonic() + self._seconds
 
     @property
     def left_s(self) -> float:
-        """What is left of it, never negative."""
+        """Seconds left, never negative."""
         return max(self._end_s - time.monotonic(), 0.0)
 
 
 class Line:
-    """Who comes first is served first, except for who was served already and lost it.
+    """First come, first served; a request whose engine died goes to the front.
 
     Args:
         limit: how many are served at once.
@@ -54,11 +50,11 @@ class Line:
 
     @property
     def is_free(self) -> bool:
-        """Whether the next is served at once."""
+        """Whether a newcomer is served at once."""
         return self._free > 0
 
     async def enter(self, *, goes_first: bool = False) -> None:
-        """Return when it is one's turn; leave afterwards."""
+        """Return when it is the caller's turn, who must `leave` afterwards."""
         if self._free > 0:
             self._free -= 1
             return
@@ -87,12 +83,11 @@ class Line:
 class Places:
     """A bounded number of places at the engine, and a bounded queue before them.
 
-    An engine that works on few requests at a time refuses what is too much for its own queue (KoboldCPP: one at a
-    time, and 503 beyond six more). So those requests wait here, and hold no connection meanwhile.
+    Some engines work on few requests at a time and refuse what is too much for their queue (KoboldCPP: one at a
+    time, and 503 beyond six more). So those requests wait here, without a connection.
 
     Args:
-        gate: the way to the engine.
-        most_waiting: tells how many requests may wait for an engine or for a place.
+        most_waiting: returns how many requests may wait for an engine or for a place.
     """
 
     def __init__(self, gate: Gate, most_waiting: Callable[[], int]) -> None:
@@ -102,7 +97,7 @@ class Places:
         self._turns = Line(gate.engine.most_at_work)
         self._since: dict[object, float] = {}
         self.next_arrival = asyncio.Event()
-        """Set when the next request for the model comes; another one stands here then."""
+        """Set when the next request for the model comes; a new event then takes its place."""
 
     @property
     def waiting(self) -> int:
@@ -111,23 +106,23 @@ class Places:
 
     @property
     def longest_wait_s(self) -> float:
-        """How long the first of them has waited."""
+        """Seconds that the first of them has waited."""
         return time.monotonic() - min(self._since.values()) if self._since else 0.0
 
     @asynccontextmanager
     async def taken(
         self, patience: Patience, *, is_work: bool, goes_first: bool, uses_model: bool = True
     ) -> AsyncIterator[int]:
-        """Wait for a ready engine and for a place; yields the engine's port, and leaves the place at the end.
+        """Wait for a ready engine and a place; yield the engine's port; give the place back at the end.
 
         Args:
             patience: how long to wait for an engine that is not ready.
-            is_work: the engine works on few such requests at a time.
-            goes_first: it was cut, and others came later.
-            uses_model: it is somebody who waits for the model, not a page that polls.
+            is_work: whether the engine works on few such requests at a time.
+            goes_first: its reply was cut, so it goes to the front.
+            uses_model: a user waits for the model, not a page that polls.
 
         Raises:
-            NotReady: there is no engine in time, or too many wait already.
+            NotReady: no engine in time, or too many requests already wait.
         """
         if uses_model:
             arrival, self.next_arrival = self.next_arrival, asyncio.Event()
@@ -191,7 +186,7 @@ class Places:
         return await self._gate.ensure_ready(patience.left_s)
 
     def _refuse_a_crowd(self) -> None:
-        """Refuse a request that would have to wait behind too many others."""
+        """Refuse a request behind which too many others wait already."""
         others = len(self._since) - 1
         if others >= self._most_waiting():
             raise NotReady("BUSY", f"{others} requests wait already", _RETRY_BUSY_S)

@@ -1,4 +1,4 @@
-"""Watches what flips between two looks: memory pressure, swapping, sleep, power, losses of the idle engine."""
+"""Watches what changes between two looks: memory pressure, swapping, sleep, power, losses of the idle engine."""
 
 from __future__ import annotations
 
@@ -27,30 +27,20 @@ if TYPE_CHECKING:
     from emberd.services.weights import Weights
 
 WATCH_INTERVAL_S = 2.0
-"""A storm writes 220 MB to swap in a second (6.6 GB in 30 s, measured): the longest one may go unnoticed."""
+"""The longest that a storm may go unnoticed: it writes 220 MB to swap in a second (6.6 GB in 30 s, measured)."""
 CALM_WATCH_INTERVAL_S = 10
-"""The same where the kernel tells of stalls by itself. Each reading takes almost a millisecond, with cold caches:
-at every two seconds they were half of what the idle daemon took."""
+"""The same if the kernel itself reports stalls. A reading takes almost a millisecond with cold caches: one every
+two seconds was half of the idle daemon's processor time."""
 _CALM_AFTER_S = 30.0
 _POWER_S = 30.0
-"""Power is read so often: on macOS it takes some 10 ms."""
+"""How often power is read: on macOS that takes some 10 ms."""
 _SLEPT_S = 5.0
-"""The computer slept if the clocks moved apart by so much."""
+"""The computer slept if the clocks moved apart by this much."""
 _TIGHT = frozenset({Pressure.WARN, Pressure.CRITICAL})
 
 
 class PressureWatch:
-    """Owns the thrash guard, and tells keep-warm when to look.
-
-    Args:
-        host: this computer.
-        log: events go here.
-        settings: tells the settings of warmth.
-        gate: the way to the engine.
-        observer: reads memory.
-        weights: tell what is held of them.
-        use: tells who is at work.
-    """
+    """Owns the thrash guard, and tells keep-warm when to look."""
 
     def __init__(
         self,
@@ -80,16 +70,16 @@ class PressureWatch:
         self.guard = thrash.ThrashGuard()
         self.last_critical_s: float | None = None
         self.wake: Callable[[Trigger], None] = lambda _: None
-        """Told when keep-warm is to look at once."""
+        """Called when keep-warm is to look at once."""
 
     @property
     def is_storming(self) -> bool:
-        """Whether the computer takes memory from its programs, as it tells itself."""
+        """Whether the computer takes memory from its programs now, by its own signs."""
         return time.monotonic() - self._storm_s < STORM_LASTS_S
 
     @property
     def is_swapping(self) -> bool:
-        """Whether the computer writes to swap in it."""
+        """Whether the computer writes to swap in this storm."""
         return time.monotonic() - self._swapping_s < STORM_LASTS_S
 
     @property
@@ -98,11 +88,11 @@ class PressureWatch:
         return self.is_storming or (self._seen is not None and self._seen.system.pressure in _TIGHT)
 
     def latest(self) -> Observation:
-        """Return what was seen last; before that, what is now."""
+        """Return the last observation; if there is none, a new one."""
         return self._observer.look() if self._seen is None else self._seen
 
     def status(self) -> WarmthStatus:
-        """Return what the guard holds, and how letting go has helped; keep-warm adds the rest."""
+        """Return the thrash guard's part of the status; keep-warm adds the rest."""
         guard = self.guard
         return WarmthStatus(
             hold=guard.hold.value,
@@ -112,11 +102,7 @@ class PressureWatch:
         )
 
     async def run(self, after_reading: Callable[[], Awaitable[None]]) -> None:
-        """Watch until cancelled.
-
-        Args:
-            after_reading: called behind each.
-        """
+        """Watch until cancelled; call `after_reading` after each reading."""
         following = asyncio.create_task(self._follow_engine())
         try:
             await self._keep_watch(after_reading)
@@ -131,7 +117,7 @@ class PressureWatch:
         return self._power[1]
 
     async def _keep_watch(self, after_reading: Callable[[], Awaitable[None]]) -> None:
-        """Read every WATCH_INTERVAL_S, or when the kernel says that there is reason to."""
+        """Read every WATCH_INTERVAL_S, or when the kernel reports a stall."""
         while True:
             stalls = self._host.watch_stalls(CALM_WATCH_INTERVAL_S) if self._is_calm() else None
             if stalls is None:
@@ -191,7 +177,7 @@ class PressureWatch:
         if self.guard.hold is thrash.HoldLevel.ALL and memory.pressure is not Pressure.CRITICAL:
             self._use.letting_go.clear()
         else:
-            self._use.letting_go.set()  # a pass that is under way would bring back gigabytes yet
+            self._use.letting_go.set()  # a pass under way would still bring back gigabytes
         pressure_was = before.pressure if before else Pressure.UNKNOWN
         if memory.pressure is Pressure.CRITICAL:
             self.last_critical_s = seen.at_s
@@ -215,7 +201,7 @@ class PressureWatch:
             self.wake(Trigger.TIMER)  # the next look is planned by that clock
 
     def _recall_own_memory(self) -> None:
-        """Keep emberd itself in memory while there is pressure; reading swap can take long: nobody waits for it."""
+        """Keep emberd itself in memory under pressure; reading swap can take long, so nobody waits."""
         is_recalling = self._recalling is not None and not self._recalling.done()
         if not is_recalling and (self.is_tight or self._weights.is_kept_touched):
             self._recalling = asyncio.create_task(asyncio.to_thread(self._host.recall_own_memory))
@@ -243,7 +229,7 @@ class PressureWatch:
             self.wake(Trigger.RELIEVED if now.hold is thrash.HoldLevel.ALL else Trigger.TIMER)
 
     def _has_let_go(self) -> bool:
-        """Return True if what the guard has let go is gone, and no request of a user's uses it all the same."""
+        """Return True if what the thrash guard let go has left memory, and no user's request uses it."""
         is_locked = self._gate.lock_state in {LockState.HELD, LockState.PARTIAL}
         match self.guard.hold:
             case thrash.HoldLevel.NOTHING if is_locked or self._gate.port is None:
@@ -259,7 +245,7 @@ class PressureWatch:
             self.wake(Trigger.RESTARTED)
 
     def _watch_engine(self, seen: Observation) -> bool:
-        """Have a look taken at once when memory of the idle engine is taken, which is returned."""
+        """Make keep-warm look at once if memory of the idle engine was taken; return whether it was."""
         self._notice_engine()
         is_evicting = self.losses.watch(seen, is_idle=self._use.is_idle)
         if is_evicting:
@@ -268,7 +254,7 @@ class PressureWatch:
 
 
 def clock_gap_s() -> float:
-    """Return how far the wall clock is ahead of the monotonic one, which stands still while the computer sleeps.
+    """Return how far the wall clock is ahead of the monotonic one, which stops while the computer sleeps.
 
     A wall clock that is set forward looks the same, and costs one pass.
     """

@@ -1,4 +1,4 @@
-"""Asks the engine whether it is ready, and then again and again whether it lives."""
+"""Asks the engine whether it is ready, then repeatedly whether it lives."""
 
 from __future__ import annotations
 
@@ -30,16 +30,7 @@ _JUDGE_LOCK_S = 60.0
 
 
 class Probing:
-    """Probes one engine after another.
-
-    Args:
-        settings: tells the settings of the lifecycle.
-        log: events go here.
-        gate: the way to the engine.
-        run: its process.
-        output: what it prints.
-        post: hands an event to the supervisor.
-    """
+    """Probes one engine after another."""
 
     def __init__(
         self,
@@ -59,7 +50,7 @@ class Probing:
         self._generated_units = 0
 
     async def earn_ready(self, record: EngineRecord) -> bool:
-        """Ask until the engine is ready; return False if another program answers in its place."""
+        """Probe until the engine is ready; return False if another program answers in its place."""
         pause_s = _FIRST_PROBE_S
         while True:
             seen = await self._gate.engine.probe_readiness(record.port, PROBE_TIMEOUT_S)
@@ -75,13 +66,13 @@ class Probing:
                 async with asyncio.timeout(pause_s):
                     await self._output.has_progressed.wait()
             pause_s = min(pause_s * 1.5, _SLOWEST_PROBE_S)
-        self._output.read()  # what it said of its memory while it loaded: the verdict and the record rest on it
+        self._output.read()  # the loading lines about memory: the verdict and the record need them
         self._run.judge_lock(is_asked=record.will_lock)
         self._gate.change(room=self._gate.engine.room)
         return True
 
     async def prove_alive(self, record: EngineRecord) -> None:
-        """Ask again and again whether the engine lives; returns when it hangs, which is posted."""
+        """Probe repeatedly whether the engine lives; post and return when it hangs."""
         port = record.port
         watch = liveness.begin(time.monotonic())
         judged_s = time.monotonic()

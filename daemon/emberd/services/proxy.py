@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from emberd.services.turns import Knocks, Turns
 
 _FIRST_PART_BYTES = 256 * 1024
-"""Read before the engine is connected: a client that sends nothing must not hold one of its few threads. A body
-that ends within it can be sent again when the engine dies before it answers."""
+"""So much of a body is read before the engine is connected: a client that sends nothing must not occupy one of
+its few threads. A body that ends within this can be sent again when the engine dies before it answers."""
 _PROMPT_BYTES = 8 * 1024 * 1024
-"""The same for requests for text: their bodies repeat the whole conversation."""
+"""The same for requests for text, whose bodies repeat the whole conversation."""
 _RETRY_STOPPING_S = 5
 
 
@@ -45,11 +45,8 @@ class Proxy:
     """The ASGI app that passes requests on.
 
     Args:
-        gate: the way to the engine.
-        settings: tells the settings of the endpoint.
-        rules: tells whom to let in.
-        turns: remembers what the engine's cache holds.
-        knocks: hears that somebody is there.
+        rules: returns whom to let in.
+        knocks: hears that a user is there.
         log: events go here; never a header, a path's query or a body.
     """
 
@@ -97,7 +94,7 @@ class Proxy:
                 message = f"no more of the request came within {CLIENT_SILENCE_S:g} s"
                 await client.answer(408, "request_timeout", message, headers={"connection": "close"})
         except asyncio.CancelledError:
-            # Only the endpoint's end cancels; it waits for this task, and passing it on would be logged as a bug.
+            # Only the end of the endpoint cancels, which waits for this task; raising would be logged as a bug.
             if not client.has_begun:
                 await client.refuse(NotReady("STOPPING", "emberd is shutting down", _RETRY_STOPPING_S))
 
@@ -118,7 +115,7 @@ class Proxy:
 
 
 def _change_key(scope: Scope, password: str) -> None:
-    """Take emberd's key out of a request, and put the engine's in: it is no business of the engine's."""
+    """Replace emberd's key in a request, which is not for the engine, by the engine's password."""
     headers = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
     if password:
         headers.append((b"authorization", f"Bearer {password}".encode()))
@@ -130,13 +127,7 @@ def _asks_for_websocket(scope: Scope) -> bool:
 
 
 def make_app(proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> ASGIApp:
-    """Return the front port's app: everything under /emberd is emberd's own, everything else the engine's.
-
-    Args:
-        proxy: passes requests on.
-        state: tells the name of the engine's state.
-        is_warm: tells whether the model has been used or warmed a short time ago.
-    """
+    """Return the front port's app: /emberd is emberd's own, everything else the engine's."""
 
     async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "live"})

@@ -1,4 +1,4 @@
-"""Keeps the prompt cache: sends the last turns again, and holds the engine's counts against them."""
+"""Keeps the prompt cache: sends the last turns again, and judges by the engine's counts."""
 
 from __future__ import annotations
 
@@ -34,16 +34,7 @@ ASK_S = 2.0
 
 
 class Replays:
-    """Generations of one token; a user who comes ends them.
-
-    Args:
-        log: events go here.
-        gate: the way to the engine.
-        turns: knows what the engine's cache holds.
-        use: tells when a user comes.
-        forecaster: learns how long replays take.
-        spending: adds up what they cost.
-    """
+    """Sends generations of one token; a user who comes ends them."""
 
     def __init__(
         self,
@@ -67,7 +58,7 @@ class Replays:
         """Whether a replay of this pass had to bring a prompt into the cache."""
 
     async def check_prompt_was_not_truncated(self) -> None:
-        """Ask the engine, once for each turn, whether it took all of the last prompt."""
+        """Ask the engine, once for each turn, whether it took the last prompt as a whole."""
         port, engine, turn = self._gate.port, self._gate.sample(), self.turns.last
         known = self.turns.taken_whole
         if port is None or engine.key is None or turn is None or (known is not None and known[0] == engine.key):
@@ -87,7 +78,7 @@ class Replays:
         )
         if cache is Cache.KNOWN and not can_replay:
             return Cache.UNKNOWN
-        # In a new engine nothing can be lost, and the last turn can be brought back.
+        # A new engine has nothing to lose, and the last turn can be brought back.
         return Cache.KNOWN if cache is Cache.EMPTY and can_replay and settings.reprime else cache
 
     def _is_replayable(self, turn: Turn, engine: EngineSample) -> bool:
@@ -100,16 +91,15 @@ class Replays:
         return is_replayable(turn, self._gate.engine.name, keeps_state=engine.keeps_state)
 
     async def tiny(self) -> dict[str, Any] | None:
-        """Send a generation with a prompt of emberd's own; None if that was given up or failed."""
+        """Send a generation with a prompt of emberd's own; return None if it was given up or failed."""
         return None if await self._send(tiny(self._gate.engine.name)) is None else {}
 
     async def replay(self, *, is_thorough: bool) -> dict[str, Any] | None:
-        """Replay the conversations that fit into the cache together; end with the first that is not there.
+        """Replay the conversations that fit into the cache together; end at the first miss.
 
-        Where that is not the latest one, it may just have pushed that out, which is sent once more.
-
-        Args:
-            is_thorough: the latest one first without its last words, which the second request has to process.
+        A miss of another conversation may have pushed out the latest one, which is then sent once more. If
+        `is_thorough`, the latest is sent first without its last words, which the second request then has to
+        process.
         """
         port, key = self._gate.port, self._gate.sample().key
         if port is None:
@@ -127,15 +117,15 @@ class Replays:
                     return None
                 took_s, counts = sent
                 first_s = took_s if first_s is None else first_s  # the others have more to process
-                # What another one's miss has pushed out is no miss of its own.
+                # A conversation that another's miss has pushed out has not missed itself.
                 if self._judge(key, turn, counts, may_be_gone=has_missed) is Verdict.MISS:
                     has_missed, to_send = True, [] if turn is self.turns.last else to_send[-1:]
                     break
         return None if first_s is None or has_missed else {"replay_ratio": self._forecaster.note_replay(first_s)}
 
     def _judge(self, key: str | None, turn: Turn, counts: PromptCounts, *, may_be_gone: bool) -> Verdict:
-        """Hold what the engine told of a replay against what it should have found."""
-        # An engine that loads its model again in place (KoboldCPP's reload) keeps its process, and no cache.
+        """Judge a replay by the engine's counts."""
+        # An engine that reloads its model in place (KoboldCPP) keeps its process, and loses its cache.
         has_loaded_again = self._gate.since_s > max(self.turns.ended_s or 0.0, self._replayed_s)
         self._replayed_s = time.monotonic()
         verdict = self.turns.replayed(key, turn, counts, may_be_gone=may_be_gone or has_loaded_again)
@@ -156,7 +146,7 @@ class Replays:
         """Send a generation of one token, given up at once when a user comes.
 
         Returns:
-            How long it took in seconds, and what the engine told of it; None if it was given up or failed.
+            Its time in seconds, and the engine's counts; None if it was given up or failed.
         """
         port, engine = self._gate.port, self._gate.engine
         if port is None or not self._use.is_free:

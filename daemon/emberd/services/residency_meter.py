@@ -20,17 +20,11 @@ if TYPE_CHECKING:
     from emberd.services.observer import Observer
 
 _FRESH_S = 2.0
-"""While a model loads, residency is old after seconds; who asks for the status is shown no older one."""
+"""While a model loads, residency is out of date after seconds; the status shows none older than this."""
 
 
 class ResidencyMeter:
-    """Keeps the toucher and the last residency.
-
-    Args:
-        paging: what this system's calls can do.
-        log: events go here.
-        observer: reads the engine's memory.
-    """
+    """Owns the toucher, and keeps the last residency."""
 
     def __init__(self, paging: Paging, log: FilteringBoundLogger, observer: Observer) -> None:
         self._log = log
@@ -40,7 +34,7 @@ class ResidencyMeter:
         self._reading = asyncio.Lock()
 
     async def tick(self) -> Residency | None:
-        """Read once; None while there is no engine. Never fails: what cannot be read is unknown."""
+        """Read once; return None while there is no engine. Never fails: what cannot be read is unknown."""
         async with self._reading:
             engine = self._observer.sample()
             if engine.key is None:
@@ -83,14 +77,14 @@ class ResidencyMeter:
         return residency.from_pages(await self.toucher.sample(residency.SAMPLED_PAGES))
 
     def _note_change(self, seen: Residency) -> None:
-        """Log when residency becomes unknown; a share that falls is for those who decide about it."""
+        """Log when residency becomes unknown."""
         before = self._last[2].unknown if self._last else None
         if seen.unknown is not None and seen.unknown is not before:
             self._log.info("residency_unknown", reason=seen.unknown.value, message=seen.message)
 
 
 _KINDS = {"not_owner": Unknown.NOT_OWNER, "unreadable": Unknown.UNREADABLE}
-"""What the toucher refuses, in the words of the core."""
+"""The toucher's refusals, in the words of the core."""
 
 
 def describe(seen: Residency, age_s: float | None = None) -> ResidencyStatus:

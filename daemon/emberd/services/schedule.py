@@ -1,4 +1,4 @@
-"""When keep-warm looks next and why, and for how long its owner does not want it to warm."""
+"""When keep-warm looks next and why, and for how long it is paused."""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ if TYPE_CHECKING:
 
 _LOOK = "look"
 _STAYS_S = 900.0
-"""During cool hours a user may pause so long between two turns before memory is released again."""
+"""During cool hours, the longest pause of a user between two turns before memory is released again."""
 
 
 class Schedule:
     """Plans one look at a time, by APScheduler.
 
-    A look that was missed (the computer slept) is made once and at once: `coalesce`, no grace time.
-
-    Args:
-        look: makes one.
+    A missed look (the computer slept) is made once and at once: `coalesce`, no grace time.
     """
 
     def __init__(self, look: Callable[[], Awaitable[None]]) -> None:
@@ -45,7 +42,7 @@ class Schedule:
         """Make the first look now."""
         from apscheduler.schedulers.asyncio import AsyncIOScheduler  # noqa: PLC0415  # 5 MiB, for the daemon only
 
-        # A look that is asked for during another one is skipped on purpose: that one plans the next.
+        # A look that comes due during another one is skipped on purpose: that one plans the next.
         logging.getLogger("apscheduler").setLevel(logging.ERROR)
         self._scheduler = AsyncIOScheduler(
             timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
@@ -58,7 +55,7 @@ class Schedule:
         self._scheduler.shutdown(wait=False)
 
     def wake(self, trigger: Trigger) -> None:
-        """Look now, and say why; what its owner asked for is not forgotten for another reason."""
+        """Look now for this reason; an owner's wish is not replaced by another reason."""
         if self._trigger is not Trigger.ASKED and trigger is not Trigger.TIMER:
             self._trigger = trigger
         self._is_woken = True
@@ -69,25 +66,25 @@ class Schedule:
         self._trigger = Trigger.ASKED
 
     def note_look(self) -> None:
-        """A look begins: who wakes from now on wants another one."""
+        """A look begins; a `wake` from now on means another one."""
         self._is_woken = False
 
     def take_trigger(self) -> Trigger:
-        """Return what made keep-warm look, once."""
+        """Return what made keep-warm look, and forget it."""
         trigger, self._trigger = self._trigger, Trigger.TIMER
         return trigger
 
     def put_off(self, trigger: Trigger) -> None:
-        """Let a later look do what this one was for, unless something else has come."""
+        """Leave this look's purpose to a later one, unless another trigger has come."""
         if self._trigger is Trigger.TIMER and trigger is not Trigger.ASKED:
             self._trigger = trigger
 
     def plan_after_look(self, seconds: float) -> None:
-        """Plan the next look; the scheduler drops one that is asked for during the present one."""
+        """Plan the next look; the scheduler drops one that comes due during the present one."""
         self.plan(SOON_S if self._is_woken else seconds)
 
     def plan(self, seconds: float) -> None:
-        """Plan the next look in place of the one that is planned."""
+        """Plan the next look in place of the planned one."""
         self._next_s = time.monotonic() + seconds
         if self._scheduler is not None and self._scheduler.running:
             self._add(seconds)
@@ -98,13 +95,13 @@ class Schedule:
 
 
 class Pauses:
-    """For how long nothing is warmed, and for how long memory is given to other work."""
+    """Pauses, in which nothing is warmed, and cool spells, in which memory is given to other work."""
 
     def __init__(self) -> None:
         self.paused_until_s: float | None = None
-        """Nothing is warmed until then, on the monotonic clock; locks stay."""
+        """Nothing is warmed until then (monotonic clock); locks stay."""
         self.cool_until_s: float | None = None
-        """Memory is given away until then, or until a user comes."""
+        """Memory is given to other work until then, or until a user comes."""
         self._cool_since_s = 0.0
 
     def pause(self, seconds: float) -> None:
@@ -123,17 +120,17 @@ class Pauses:
         return had_one
 
     def note_use(self, used_s: float | None) -> None:
-        """End a cool spell that is over, or in which somebody needed the model; the settings' hours count again."""
+        """End a cool spell that is over, or in which a user came; the settings' hours count again."""
         is_used = (used_s or 0.0) > self._cool_since_s
         if self.cool_until_s is not None and (is_used or time.monotonic() >= self.cool_until_s):
             self.cool_until_s = None
 
     def cool_end_s(self, settings: WarmthSettings, used_s: float | None) -> float | None:
-        """Return when the cool spell or the hours for other work end, None if there are none now.
+        """Return when the cool spell or the cool hours end, None if there are none now.
 
         Args:
-            settings: have the hours.
-            used_s: when somebody needed the model last, None for never.
+            settings: with the cool hours.
+            used_s: when a user used the model last, None for never.
         """
         if self.cool_until_s is not None:
             return self.cool_until_s

@@ -1,4 +1,4 @@
-"""Keeping the computer from going to sleep by itself: a child of the system's own tool holds the assertion."""
+"""Keeps the computer from going to sleep by itself, by a child process that runs the system's own tool."""
 
 from __future__ import annotations
 
@@ -20,23 +20,17 @@ if TYPE_CHECKING:
     from emberd.services.gate import Gate
 
 LOOK_S = 30.0
-"""How soon a change of power is seen. Reading it takes some 10 ms on macOS; nothing is read unless it is wanted."""
+"""How soon a change of power is seen. Reading it takes some 10 ms on macOS, and is done only if needed."""
 _REFUSAL_S = 1.0
-"""A tool that is refused has ended by then."""
+"""A refused tool has ended by then."""
 _END_S = 2.0
 
 
 class SleepBlocker:
-    """Holds the assertion while the decision says so.
+    """Holds the assertion while `must_stay_awake` says so.
 
-    The child ends with emberd, however that ends: caffeinate waits for its pid, and the child of systemd-inhibit
-    reads a pipe that closes.
-
-    Args:
-        host: this computer.
-        log: events go here.
-        settings: tells the settings.
-        gate: tells whether the engine is ready, and when that changes.
+    The child ends with emberd, however that ends: caffeinate waits for emberd's pid, and the child of
+    systemd-inhibit reads a pipe that closes.
     """
 
     def __init__(self, host: Host, log: FilteringBoundLogger, settings: Callable[[], Settings], gate: Gate) -> None:
@@ -54,7 +48,7 @@ class SleepBlocker:
         return self._child is not None and self._child.returncode is None and not self._is_on_trial
 
     async def run(self) -> None:
-        """Look every LOOK_S and at each change of the engine's state; until cancelled."""
+        """Look every LOOK_S and at each change of the engine's state, until cancelled."""
         try:
             while True:
                 try:

@@ -1,7 +1,7 @@
-"""An emberd that stands by: it cannot start, has failed too often to be started again at once, and says why.
+"""An emberd that stands by: it cannot start, and has failed too often to be started again at once. It says why.
 
-It serves where emberd would: the sockets if they can be had, the control socket, and systemd. There is no engine in
-it, and an engine that runs is left alone, for the emberd that starts behind it.
+It serves the endpoint's sockets if it can, the control socket, and systemd. It has no engine, and leaves a
+running one alone for the next emberd.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ NAME = "STANDBY"
 _LOOK_S = 0.5
 """How often files are looked at. A kernel watch needs a file that is there and is not replaced; editors replace."""
 _SETTLED_LOOKS = 2
-"""Looks without a further change before a changed file counts: a model may still be copied."""
+"""Looks without a further change before a changed file counts: a model may still be being copied."""
 _TAKEN_S = 5.0
 """How often a taken port or state directory is tried."""
 _RETRY_AFTER_S = 60
 _LAST_ANSWERS_S = 2.0
 _BODY_BYTES = 8 * 1024 * 1024
-"""Read before the answer, so that a client has sent what it wants to send."""
+"""So much of a request is read before the answer: some clients read nothing before they have sent everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +53,13 @@ class Standby:
     """One wait.
 
     Attributes:
-        daemon: how others reach it.
+        daemon: what others see of it.
         error: what keeps emberd from starting.
-        wait_s: when to try again.
-        failures: what each of the last starts said, the oldest first.
-        loaded: what is known of the settings.
+        wait_s: seconds until the next try.
+        failures: the error of each of the last starts, the oldest first.
+        loaded: the settings, as far as they could be read.
         option: the settings file as it was named.
-        examine: what `emberd doctor` sees of the settings and the reason.
+        examine: returns what `emberd doctor` sees.
     """
 
     daemon: Daemon
@@ -71,7 +71,7 @@ class Standby:
     examine: Examine
 
     async def run(self) -> Why:
-        """Answer everybody, until there is a reason to end or to try again."""
+        """Answer everybody until there is a reason to end or to try again."""
         daemon, error = self.daemon, self.error
         daemon.take_signals(lambda: daemon.end(Why.ASKED))
         self._listens()
@@ -84,7 +84,7 @@ class Standby:
             next_try_in_s=round(self.wait_s),
             endpoint=daemon.instance.url,
         )
-        feed = daemon.notifier.feed_watchdog(lambda: asyncio.sleep(0))  # nothing here could hang but the event loop
+        feed = daemon.notifier.feed_watchdog(lambda: asyncio.sleep(0))  # only the event loop could hang here
         for work in (self._serve(), self._watch_files(), self._watch_lock(), feed):
             daemon.spawn(work)
         asyncio.get_running_loop().call_later(self._left_s, daemon.end, Why.DUE)
@@ -102,7 +102,7 @@ class Standby:
     # --- what it holds --------------------------------------------------------------------------------------
 
     def _listens(self) -> bool:
-        """Hold the port if that is possible: a client is then told why."""
+        """Listen on the port if possible, so that clients are told why."""
         instance, endpoint = self.daemon.instance, self.loaded.settings.endpoint
         if not instance.listeners and self.loaded.tells_place:
             with contextlib.suppress(EmberdError, OSError):
@@ -110,7 +110,7 @@ class Standby:
         return bool(instance.listeners)
 
     async def _open_control(self) -> None:
-        """Serve the control socket, if this process is the one emberd of a state directory that can be used."""
+        """Serve the control socket, if this process is the instance of a usable state directory."""
         if not self.loaded.tells_place:
             return
         paths = state_paths(self.loaded.settings)
@@ -120,7 +120,7 @@ class Standby:
             await self.daemon.open_control(paths.control, self._verbs())
 
     async def _serve(self) -> None:
-        """Serve the sockets; a port that was taken is tried again, for its being free may be what is waited for."""
+        """Serve the sockets; try a taken port again, because that may be what keeps emberd from starting."""
         while not self.daemon.instance.listeners:
             await asyncio.sleep(_TAKEN_S)
             if self._listens() and isinstance(self.error, PortTaken):
@@ -131,7 +131,7 @@ class Standby:
     # --- what ends it ---------------------------------------------------------------------------------------
 
     async def _watch_lock(self) -> None:
-        """See the other emberd of the state directory end, if that is what is waited for."""
+        """Notice that the other emberd of the state directory has ended, if that kept this one from starting."""
         while isinstance(self.error, AlreadyRunning):
             await asyncio.sleep(_TAKEN_S)
             with contextlib.suppress(EmberdError):
@@ -140,7 +140,7 @@ class Standby:
                 return
 
     async def _watch_files(self) -> None:
-        """See the settings file change, or what it names: that is a person who mends something."""
+        """Notice a change of the settings file, or of a file that it names: a person mends something."""
         settings, path = self.loaded.settings, self.loaded.path
         named = (settings.model.path, settings.engine.path, settings.engine.kcpps, settings.endpoint.api_key_file)
         files = [str(path), *(os.path.expanduser(each) for each in named if each)]  # noqa: PTH111  # str
@@ -156,7 +156,7 @@ class Standby:
     # --- what it says ---------------------------------------------------------------------------------------
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request with 503 and the reason; other computers are not told what is wrong with this one."""
+        """Answer a request with 503 and the reason, which other computers are not told."""
         client = Client(send, scope["path"])
         endpoint = self.loaded.settings.endpoint
         rules = access.AccessRules(endpoint.names, endpoint.origins)
@@ -218,7 +218,7 @@ class Standby:
 
 
 def _mark(path: str | Path) -> tuple[int, int, int] | None:
-    """Return what changes when a file is written or replaced, None if it is not there."""
+    """Return a value that changes when the file is written or replaced, None if there is no file."""
     try:
         found = os.stat(path)  # noqa: PTH116  # str
     except OSError:

@@ -1,4 +1,4 @@
-"""One engine's supervisor: a single task owns the state and acts on what `lifecycle.step` decides."""
+"""The supervisor: a single task owns the engine's state and does what `lifecycle.step` decides."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from emberd.services.engine_run import Paths
 
 _PORTS = range(20000, 30000)
-"""Below the ephemeral ranges of macOS (49152 up) and Linux (32768 up): no outgoing connection can take the port
-while a large model loads."""
+"""Below the ephemeral ranges of macOS (from 49152) and Linux (from 32768): no outgoing connection can take the
+port while a large model loads."""
 _REPORT_LIMIT_S = 1.0
 
 
@@ -53,15 +53,7 @@ def free_port() -> int:
 
 
 class Supervisor:
-    """Keeps one engine in the state that is wanted.
-
-    Args:
-        settings: emberd's settings.
-        engine: the adapter.
-        host: this computer.
-        paths: where state is kept.
-        log: events go here.
-    """
+    """Keeps one engine in the state that is wanted."""
 
     def __init__(
         self, settings: Settings, engine: Engine, host: Host, paths: Paths, log: FilteringBoundLogger
@@ -86,7 +78,7 @@ class Supervisor:
         self.gate = Gate(
             engine, EngineNow(Lifecycle(since_s=time.monotonic())), self._meter, self._output, self.post
         )
-        """What others may ask of the engine."""
+        """Through it others ask the engine."""
         self._run = EngineRun(lambda: self._settings, host, paths, log, self.gate, self._meter, self._output)
         self._probing = Probing(
             lambda: self._settings.lifecycle, log, self.gate, self._run, self._output, self.post
@@ -114,13 +106,13 @@ class Supervisor:
         return self.gate.now.record
 
     async def prove_alive(self) -> None:
-        """Return when the owner task has taken this question out of its inbox: behind all events, as it works."""
+        """Return when the owner task has taken this question out of its inbox, which proves that it works."""
         asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._inbox.put_nowait(asked)
         await asked
 
     def status(self) -> Status:
-        """Return the present, as far as it is the engine's; the daemon adds the rest."""
+        """Return the engine's part of the status; the daemon adds the rest."""
         now_s = time.monotonic()
         life, record = self._life, self._record
         deadline_s = life.deadline_s if life.state is State.BACKOFF else None
@@ -160,7 +152,7 @@ class Supervisor:
                 event = await self._next_event()
                 if not isinstance(event, asyncio.Future):
                     self._apply(event)
-                elif not event.done():  # who asked may have given up
+                elif not event.done():  # the caller may have given up
                     event.set_result(None)
         finally:
             for name in list(self._tasks):
@@ -168,7 +160,7 @@ class Supervisor:
             await asyncio.gather(*self._ending, return_exceptions=True)
 
     async def shut_down(self) -> None:
-        """Drain and stop the engine; returns when it is gone. Held requests are refused."""
+        """Drain and stop the engine; return when it is gone. Waiting requests are refused."""
         self.gate.change(is_closing=True)
         self.gate.wake_waiters()
         self.post(lifecycle.Stop())
@@ -196,7 +188,7 @@ class Supervisor:
         self._settings, self.gate.engine = settings, engine
         self._output.use(engine, settings.log)
         if is_starting:
-            self._spawn("launch", self._launch())  # the start under way is composed from the old settings
+            self._spawn("launch", self._launch())  # the start under way uses the old settings
         elif must_restart:
             self.post(lifecycle.Restart("settings changed"))
         elif self._life.state is State.FAILED:
@@ -267,7 +259,7 @@ class Supervisor:
                 self._spawn("end", self._sweep())
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Run one named piece of work; a bug in it must not leave the state machine waiting for ever."""
+        """Run work in a named task; a bug in it must not leave the state machine waiting for ever."""
         self._cancel(name)
         task = asyncio.get_running_loop().create_task(self._guard(name, work), name=f"supervisor-{name}")
         self._tasks[name] = task
@@ -321,7 +313,7 @@ class Supervisor:
             self._spawn("output", self._output.follow())
 
     async def adopt(self) -> bool:
-        """Take over the engine that an earlier emberd left running; False if there is none."""
+        """Take over the engine that an earlier emberd left running; return False if there is none."""
         if not await self._run.adopt():
             return False
         self._follow()
@@ -329,7 +321,7 @@ class Supervisor:
         return True
 
     async def restart_if_changed(self) -> None:
-        """After an adoption: restart the engine if it was started with other settings than today's."""
+        """Restart an adopted engine if it was started with other settings than today's."""
         if self._record is None:
             return
         plan = await self.gate.engine.plan(self._record.port, will_lock=self._would_lock(self._settings))
@@ -338,7 +330,7 @@ class Supervisor:
             self.post(lifecycle.Restart("settings changed since this engine was started"))
 
     def _would_lock(self, settings: Settings) -> bool:
-        """Tell whether the engine would be asked to lock; under `auto` the answer of its start stands."""
+        """Return True if the engine would be asked to lock; under `auto` the answer of its start stands."""
         if settings.engine.lock == "auto" and self._record is not None:
             return self._record.will_lock
         return settings.engine.lock != "never"

@@ -19,13 +19,7 @@ TICK_S = 60.0
 
 
 class SwapMeter:
-    """Keeps the account.
-
-    Args:
-        observer: reads the counters.
-        accounts: kept across restarts.
-        log: events go here.
-    """
+    """Keeps the daily account of bytes written to swap."""
 
     def __init__(self, observer: Observer, accounts: Accounts, log: FilteringBoundLogger) -> None:
         self._observer = observer
@@ -43,7 +37,7 @@ class SwapMeter:
             await asyncio.sleep(TICK_S)
 
     async def tick(self) -> SwapWrites:
-        """Take one reading, and account for what was written since the last one."""
+        """Read once, and add to the account what was written since the last reading."""
         seen = self._observer.look()
         engine = seen.engine
         reading = SwapReading(seen.system.swapped_out_bytes, seen.memory.swapped_bytes, engine.key)
@@ -57,7 +51,7 @@ class SwapMeter:
         return writes
 
     async def status(self, endurance_tb: float) -> SwapStatus | None:
-        """Return today's account and its share of the rated endurance, None where the system tells nothing."""
+        """Return today's account and its share of the rated endurance, None if the system tells nothing."""
         if self._observer.recent().system.swapped_out_bytes is None:
             return None
         today = await self._accounts.today(SwapWrites)

@@ -1,4 +1,4 @@
-"""Touches the weights again and again while something takes them, between the passes and beside users."""
+"""Touches the weights again and again during a storm, between the passes and beside users."""
 
 from __future__ import annotations
 
@@ -21,28 +21,20 @@ if TYPE_CHECKING:
 
 PAUSE_S = 0.2
 _CALM_ROUNDS = 25
-"""The weights are left alone again when nothing was taken of them for about 5 s and the computer is calm."""
+"""Touching ends when nothing was taken for about 5 s and the computer is calm."""
 _LONGEST_S = 600.0
 _REST_S = 30.0
-"""After so long, unless the computer writes to swap, and where it cannot be done it rests: reading back what is
-taken makes programs wait for memory, too, which alone must not keep it on. That share is of the last 10 s (PSI)."""
+"""Touching rests after so long unless the computer writes to swap, and after a failure: reading pages back itself
+makes programs wait for memory (PSI, a share of the last 10 s), which alone must not keep it on."""
 
 
 class Touching:
     """One task while it is on.
 
-    Between two passes 5 s apart a busy program took two thirds of a model of 2 GiB (0.3 GiB short); pages that are
-    used as often as its own stay. A user's generations do not keep them: the third and fourth in a row took 4 to 5
-    times as long as a hot one, and mostly 1.4 to 2.4 times with the weights touched meanwhile. Nor do replays: a
-    user who came while one was made, and nobody touched, waited 14 times as long (845 major faults).
-
-    Args:
-        log: events go here.
-        weights: are touched.
-        spending: adds up what it costs.
-        watch: tells whether memory is taken.
-        use: tells when a pass is under way.
-        may_go_on: tells whether the weights may still be touched.
+    Between two passes 5 s apart a busy program took two thirds of a model of 2 GiB (0.3 GiB short); pages that
+    are used as often as its own stay. A user's generations do not keep the weights: the third and fourth in a row
+    took 4 to 5 times as long as a hot one, and mostly 1.4 to 2.4 times with the weights touched meanwhile. Nor do
+    replays: a user who came during one, without touching, waited 14 times as long (845 major faults).
     """
 
     def __init__(
@@ -65,11 +57,11 @@ class Touching:
 
     @property
     def is_on(self) -> bool:
-        """Whether it touches."""
+        """Whether the weights are being touched."""
         return self._task is not None and not self._task.done()
 
     def begin(self) -> None:
-        """Begin, if it is neither on nor rests."""
+        """Begin, unless it is on or rests."""
         if not self.is_on and time.monotonic() >= self._rests_until_s:
             self._weights.is_kept_touched = True
             self._task = asyncio.create_task(self.run())
@@ -84,7 +76,7 @@ class Touching:
         self._weights.is_kept_touched = self.is_on
 
     async def run(self) -> None:
-        """Touch until nothing is taken any more, or nothing may be touched."""
+        """Touch until nothing is taken any more, or touching is forbidden."""
         began_s, rounds, used_s = time.monotonic(), 0, 0.0
         try:
             calm = 0
@@ -95,7 +87,7 @@ class Touching:
                 await asyncio.sleep(PAUSE_S)
                 if not await self._may_go_on():
                     break
-                cpu_s = self._weights.cpu_s()  # the engine's at this time may be a user's
+                cpu_s = self._weights.cpu_s()  # the engine's time may be a user's
                 was_cold = await self._weights.touch_again()
                 if not self._use.passing.locked():  # a pass counts what the toucher does meanwhile
                     used_s += max(self._weights.cpu_s() - cpu_s, 0.0)

@@ -1,7 +1,7 @@
-"""What users did: their last turns, which the engine's KV cache holds, and the signs that one is back.
+"""Users' last turns, which the engine's KV cache holds, and the signs that a user is back.
 
-Turns are in this process's memory only, never logged, never written: a turn is what a person said and was told.
-Their memory is bounded, and forgotten when told.
+Turns are private: they are in this process's memory only, never logged or written, of bounded size, and forgotten
+on request.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Ended:
     """A generation that has ended, not yet taken apart. Never printed.
 
     Attributes:
-        generation: what was asked, None if what the cache holds now is not known.
+        generation: the request, None if it is not known what the cache holds now.
         stream: the reply, if it was streamed.
-        whole: else its bytes, empty if they were too many.
-        engine: knows how it tells counts.
-        in_log: what its log told.
+        whole: the bytes of a reply that was not streamed, empty if they were too many.
+        engine: reads its counts.
+        in_log: counts from its log.
         was_cut: it did not come to its end.
     """
 
@@ -56,7 +56,7 @@ class Ended:
     was_cut: bool = False
 
     def turn(self) -> Turn | None:
-        """Return what the engine's cache holds now, None if that is not known."""
+        """Return the turn that the engine's cache now holds, None if unknown."""
         generation, stream = self.generation, self.stream
         if generation is None:
             return None
@@ -74,39 +74,40 @@ class Ended:
 
 
 _AWAY_S = 60.0
-"""Kobold Lite polls all the time while its page is open: only who was silent for so long is back."""
+"""Kobold Lite polls all the time while its page is open: a user is back only after so much silence."""
 
 
 class Turns:
     """Remembers the last turn of each conversation that the engine's cache can hold: one with KoboldCPP.
 
     Args:
-        most_bytes: tells how many bytes of requests and replies are remembered; 0 for nothing.
-        room: tells how much the engine's cache holds.
+        most_bytes: returns how many bytes of requests and replies to remember; 0 for nothing.
+        room: returns how much the engine's cache holds.
     """
 
     def __init__(self, most_bytes: Callable[[], int], room: Callable[[], CacheRoom] = CacheRoom) -> None:
         self._most_bytes = most_bytes
         self._room = room
-        self._held: list[Conversation] = []
-        self._held_by: str | None = None
+        self._conversations: list[Conversation] = []
+        self._conversations_of: str | None = None
         self._tell: Callable[[], Turn | None] | None = None
         self._in_log = UNTOLD
         self._has_skipped = False
         self._counts = UNTOLD
         self._ledger = ReuseLedger()
         self._ledger_of: str | None = None
-        self._holder: str | None = None
+        self._cache_of: str | None = None
         self._is_known = False
         self._running = 0
         self._before: tuple[str | None, bool] = (None, False)
         self._has_changed = False
         self.taken_whole: tuple[str, bool] | None = None
-        """Which engine was asked whether it took all of the last prompt, and what it said; None if none was."""
+        """The engine that was asked whether it took the last prompt as a whole, and its answer; None if none was
+        asked."""
         self.last_replay = UNTOLD
-        """What the engine told of the last replay."""
+        """The engine's counts of the last replay."""
         self.first_token_s: float | None = None
-        """How long the last streamed reply made its user wait for its first words, in seconds."""
+        """Seconds to the first words of the last streamed reply."""
         self.streamed = 0
         """Streamed replies so far."""
         self.ended_s: float | None = None
@@ -130,11 +131,11 @@ class Turns:
     def all(self) -> tuple[Turn, ...]:
         """The last turn of each conversation, the most recent last."""
         self._take_apart()
-        return tuple(each.turn for each in self._held)
+        return tuple(each.turn for each in self._conversations)
 
     @property
     def counts(self) -> PromptCounts:
-        """What the engine told of the last turn, whether that is remembered or not."""
+        """The engine's counts of the last turn, whether the turn is remembered or not."""
         self._take_apart()
         return self._counts
 
@@ -145,43 +146,45 @@ class Turns:
             engine_key: text that tells the engine's process from others.
             is_adopted: it served before this emberd was there.
         """
-        if self._holder != engine_key:
+        if self._cache_of != engine_key:
             return Cache.UNKNOWN if is_adopted else Cache.EMPTY
         return Cache.KNOWN if self._is_known and self.last is not None else Cache.UNKNOWN
 
     def begin(self, engine_key: str | None) -> None:
         """A user's generation is about to be sent to this engine."""
-        if not self._running or engine_key != self._holder:
-            self._before, self._has_changed = (self._holder, self._is_known), False
+        if not self._running or engine_key != self._cache_of:
+            self._before, self._has_changed = (self._cache_of, self._is_known), False
         self._running += 1
-        self._holder, self._is_known = engine_key, False
+        self._cache_of, self._is_known = engine_key, False
 
     def end(self, engine_key: str | None, tell: Callable[[], Turn | None], in_log: PromptCounts = UNTOLD) -> None:
         """A generation has ended.
 
         Args:
-            engine_key: of the engine it was sent to; what another one holds by now is not changed by its end.
-            tell: returns what the cache holds now, None if that is not known. Called when somebody wants to know:
-                to take a reply apart costs more than to pass it on, and only the last one counts.
-            in_log: what the engine's log tells of it.
+            engine_key: of the engine it was sent to; the cache of a later engine is not changed by its end.
+            tell: returns the turn that the cache now holds, None if unknown. Called only when needed: to take a
+                reply apart costs more than to pass it on, and only the last one counts.
+            in_log: counts from the engine's log.
         """
-        if engine_key != self._holder:
+        if engine_key != self._cache_of:
             self.end_unheard()
             return
         self._running -= 1
         self.ended_s = time.monotonic()
-        if self._room().conversations > 1 or self._held_by != engine_key:
+        if self._room().conversations > 1 or self._conversations_of != engine_key:
             self._take_apart()  # the turn before may be of another conversation
-        if self._held_by != engine_key:
-            self._held = [replace(each, is_gone=True) for each in self._held]  # they were another engine's
-        self._has_skipped = self._tell is not None or self._held_by != engine_key
-        self._tell, self._in_log, self._held_by, self._has_changed = tell, in_log, engine_key, True
+        if self._conversations_of != engine_key:
+            self._conversations = [
+                replace(each, is_gone=True) for each in self._conversations
+            ]  # another engine had them
+        self._has_skipped = self._tell is not None or self._conversations_of != engine_key
+        self._tell, self._in_log, self._conversations_of, self._has_changed = tell, in_log, engine_key, True
         self._is_known = not self._running
 
     def end_unheard(self) -> None:
-        """The engine did not work on a generation: it refused it, could not be reached, or was another.
+        """The engine did not work on a generation: it refused, was another one, or could not be reached.
 
-        What it holds is what it held before, and what was remembered of that stays.
+        Its cache, and what is remembered of it, stay as they were.
         """
         self._running -= 1
         if self._running:
@@ -189,20 +192,20 @@ class Turns:
         if self._has_changed:
             self._is_known = True
         else:
-            self._holder, self._is_known = self._before
+            self._cache_of, self._is_known = self._before
 
     def spoke(self, seconds: float) -> None:
-        """A streamed reply began so long after its request."""
+        """A streamed reply began this long after its request."""
         self.first_token_s = seconds
         self.streamed += 1
 
     def forget(self) -> bool:
-        """Forget request and reply; True if there was something to forget. The engine's cache keeps what it has."""
-        had, self._held, self.taken_whole = self.last is not None, [], None
+        """Forget request and reply, not the engine's cache; return True if there was something to forget."""
+        had, self._conversations, self.taken_whole = self.last is not None, [], None
         return had
 
     def with_room(self, whole: bytearray, chunk: bytes) -> bytearray | None:
-        """Append to a reply while there is room, else give it up: None."""
+        """Append to a reply; return None if there is no room."""
         if len(whole) + len(chunk) > max(self.most_bytes, 0):
             return None
         whole += chunk
@@ -211,49 +214,49 @@ class Turns:
     # --- replays --------------------------------------------------------------------------------------------
 
     def ledger(self, engine_key: str | None) -> ReuseLedger:
-        """Return what this engine has shown of its prompt cache; of another one nothing is known."""
+        """Return what this engine has shown of its prompt cache: nothing if it is another one than before."""
         self._take_apart()
         return self._ledger if engine_key == self._ledger_of else ReuseLedger()
 
     def to_replay(self, engine_key: str | None) -> list[Conversation]:
-        """Return the conversations that a pass replays, in order; a new engine gets the latest one only."""
+        """Return the conversations that a pass replays, in order; for a new engine only the latest."""
         self._take_apart()
-        others = self._held[:-1] if engine_key == self._holder else []
+        others = self._conversations[:-1] if engine_key == self._cache_of else []
         barred = self.ledger(engine_key).barred
-        held = [each for each in others if each.turn.kind not in barred] + self._held[-1:]
-        return to_replay(held, self._room())
+        kept = [each for each in others if each.turn.kind not in barred] + self._conversations[-1:]
+        return to_replay(kept, self._room())
 
     def replayed(
         self, engine_key: str | None, turn: Turn, counts: PromptCounts, *, may_be_gone: bool = False
     ) -> Verdict:
-        """Take what this engine told of a replay of this turn; return what that says of its cache.
+        """Note this engine's counts of a replay; return the verdict on its cache.
 
         Args:
             engine_key: of the engine.
-            turn: that was replayed.
-            counts: what was told.
-            may_be_gone: something is known that may have taken it from the cache.
+            turn: the turn that was replayed.
+            counts: the engine's.
+            may_be_gone: something known may have taken the turn out of the cache.
         """
         self.last_replay = counts
-        number = next((number for number, each in enumerate(self._held) if each.turn is turn), None)
+        number = next((number for number, each in enumerate(self._conversations) if each.turn is turn), None)
         if self._running or number is None:
-            return Verdict.UNKNOWN  # a user has come, or it was forgotten
-        held, is_latest = self._held[number], number == len(self._held) - 1
-        is_new = engine_key != self._holder
-        verdict = judge_replay(held, counts, may_be_gone=is_new or may_be_gone)
+            return Verdict.UNKNOWN  # a user has come, or the turn was forgotten
+        conversation, is_latest = self._conversations[number], number == len(self._conversations) - 1
+        is_new = engine_key != self._cache_of
+        verdict = judge_replay(conversation, counts, may_be_gone=is_new or may_be_gone)
         self._ledger = self.ledger(engine_key).after_replay(turn.kind, verdict, counts, is_latest=is_latest)
         self._ledger_of = engine_key
         if is_new:
-            self._held = [replace(each, is_gone=True) for each in self._held]
+            self._conversations = [replace(each, is_gone=True) for each in self._conversations]
         is_gone = verdict is Verdict.MISS and not is_latest
-        tokens = held.tokens if counts.held is None else counts.held
-        self._held[number] = replace(held, tokens=tokens, is_replayed=True, is_gone=is_gone)
-        self._holder = self._held_by = engine_key
+        tokens = conversation.tokens if counts.held is None else counts.held
+        self._conversations[number] = replace(conversation, tokens=tokens, is_replayed=True, is_gone=is_gone)
+        self._cache_of = self._conversations_of = engine_key
         self._is_known = True
         return verdict
 
     def status(self, engine_key: str | None) -> ReuseStatus:
-        """Return what this engine told of the last turn and of replays."""
+        """Return this engine's counts of the last turn and of replays."""
         ledger = self.ledger(engine_key)
         return ReuseStatus(
             last_turn=self.counts,
@@ -268,7 +271,7 @@ class Turns:
     # --- remembering ----------------------------------------------------------------------------------------
 
     def _take_apart(self) -> None:
-        """Look at the last reply, if nobody has yet."""
+        """Take the last reply apart, unless that was done."""
         tell, self._tell = self._tell, None
         if tell is not None:
             turn = tell()
@@ -276,36 +279,38 @@ class Turns:
             self._remember(turn)
 
     def _remember(self, turn: Turn | None) -> None:
-        """Put a turn in the place of the one before it; what is not known may have taken any slot."""
+        """Replace the conversation's turn before; an unknown turn may have taken any slot."""
         self.taken_whole = None
         if turn is not None:
             self._judge(turn)
         if turn is None or _size_of(turn) > self.most_bytes:
-            self._held = []
+            self._conversations = []
             return
         slots = max(self._room().conversations, 1)
-        others = [each for each in self._held if slots > 1 and not is_of_same_conversation(turn, each.turn)]
+        others = [
+            each for each in self._conversations if slots > 1 and not is_of_same_conversation(turn, each.turn)
+        ]
         kept, left_bytes = [Conversation(turn, turn.counts.held)], self.most_bytes - _size_of(turn)
         for each in reversed(others[-(slots - 1) :] if slots > 1 else []):
             left_bytes -= _size_of(each.turn)
             if left_bytes < 0:
                 break
             kept.insert(0, each)
-        self._held = kept
+        self._conversations = kept
 
     def _judge(self, turn: Turn) -> None:
-        """Hold a user's turn against what was kept of its conversation, if nothing came between.
+        """Judge whether a user's turn found what was kept of its conversation, if nothing came between.
 
-        A conversation before the latest may have been pushed out by that one.
+        The latest conversation may have pushed out earlier ones.
         """
-        if self._has_skipped or not self._held or self._held[-1].is_gone:
+        if self._has_skipped or not self._conversations or self._conversations[-1].is_gone:
             return
-        held = self._held[-1]
-        has_found = found_what_was_kept(held, turn)
+        latest = self._conversations[-1]
+        has_found = found_what_was_kept(latest, turn)
         if has_found is not None:
-            ledger = self._ledger if self._held_by == self._ledger_of else ReuseLedger()
-            self._ledger = ledger.after_turn(turn.kind, has_found=has_found, is_replayed=held.is_replayed)
-            self._ledger_of = self._held_by
+            ledger = self._ledger if self._conversations_of == self._ledger_of else ReuseLedger()
+            self._ledger = ledger.after_turn(turn.kind, has_found=has_found, is_replayed=latest.is_replayed)
+            self._ledger_of = self._conversations_of
 
 
 def _size_of(turn: Turn) -> int:
@@ -322,9 +327,9 @@ def _object_of(whole: bytes) -> dict[str, Any]:
 
 
 class Knocks:
-    """Tells who waits for it that a person is back before asking for text: a page polls, a client asks for models.
+    """Tells that a user is back before asking for text: a page polls, a client asks for models.
 
-    emberd's own paths and probes are nobody.
+    emberd's own paths and probes do not count.
     """
 
     def __init__(self) -> None:
@@ -332,18 +337,18 @@ class Knocks:
         self._heard = asyncio.Event()
 
     def knock(self) -> None:
-        """Hear a request that is not for text."""
+        """Note a request that is not for text."""
         now_s = time.monotonic()
         if self.is_back_at(now_s):
             self._heard.set()
         self._last_s = now_s
 
     def is_back_at(self, now_s: float) -> bool:
-        """Tell whether a knock at that monotonic time would be somebody who comes back."""
+        """Return True if a knock at that monotonic time would mean that a user is back."""
         return self._last_s is None or now_s - self._last_s >= _AWAY_S
 
     async def wait(self) -> None:
-        """Return when somebody comes back."""
+        """Return when a user comes back."""
         self._heard.clear()
         await self._heard.wait()
 

@@ -1,4 +1,4 @@
-"""Carries out what keep-warm decides, one step at a time."""
+"""Carries out keep-warm's decisions, one step at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ class Warming:
     """The means of keeping warm, and what they share.
 
     Attributes:
-        log: events go here.
         gate: the way to the engine.
         use: tells who is at work.
         weights: touches and locks them.
@@ -49,11 +48,9 @@ class Warming:
         return self.weights.cpu_s() + cpu_s(*self.gate.sample().pids)
 
     async def do(self, step: Step, *, is_thorough: bool) -> dict[str, Any] | None:
-        """Do one thing; return what it found, None if it could not be done.
+        """Do one step; return what it found, None if it failed.
 
-        Args:
-            step: the thing.
-            is_thorough: a replay shall use the buffers for several tokens, too.
+        If `is_thorough`, a replay uses the buffers for several tokens.
         """
         if step is Step.RESTART:
             self.gate.restart_without_lock()

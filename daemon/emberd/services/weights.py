@@ -1,4 +1,4 @@
-"""The model's weights as keep-warm reaches them: the toucher touches and locks their pages, and stops for users."""
+"""Keep-warm's way to the weights: the toucher touches and locks their pages, and stops for users."""
 
 from __future__ import annotations
 
@@ -30,17 +30,7 @@ _STOP_AGAIN_S = 0.2
 
 
 class Weights:
-    """Owns the lock that the toucher holds.
-
-    Args:
-        host: this computer.
-        log: events go here.
-        gate: the way to the engine.
-        toucher: touches and locks the model's pages.
-        use: tells when a user comes.
-        forecaster: learns how long reading takes.
-        spending: adds up what it costs.
-    """
+    """Owns the outside lock."""
 
     def __init__(
         self,
@@ -63,11 +53,11 @@ class Weights:
         self._locked_by: tuple[int | None, tuple[Any, ...] | None] | None = None
         self._refused_lock_of: str | None = None
         self.is_kept_touched = False
-        """Whether they are touched between two passes, too."""
+        """Whether the weights are also touched between two passes."""
 
     @property
     def progress(self) -> ProgressStatus | None:
-        """How far a pass over the weights is, None while there is none."""
+        """Progress of a pass over the weights, None while there is none."""
         return None if self._progress is None else ProgressStatus(*self._progress)
 
     def cpu_s(self) -> float:
@@ -76,11 +66,11 @@ class Weights:
 
     @property
     def is_locked_outside(self) -> bool:
-        """Whether the toucher that was told to lock still maps the same file; the lock ends with either."""
+        """Whether the outside lock stands; it ends with the toucher, and when the toucher maps another file."""
         return self._locked_by is not None and self._locked_by == self._lockable()
 
     def can_lock(self, engine: EngineSample, memory: SystemMemory) -> bool | None:
-        """Return whether limits and room let the toucher lock the weights; unknown without their size."""
+        """Return True if limits and room let the toucher lock the weights, None if their size is unknown."""
         if not self._gate.will_lock or engine.key == self._refused_lock_of:
             return False
         if engine.weights_bytes is None:
@@ -116,7 +106,7 @@ class Weights:
     async def lock(self) -> dict[str, Any] | None:
         """Have the toucher lock the weights; return the share that was cold, None if a user came.
 
-        What the system refuses is not tried again on this engine.
+        A refused lock is not tried again on this engine.
 
         Raises:
             ToucherRefused: it cannot be done.
@@ -129,7 +119,7 @@ class Weights:
         if locked.is_complete:
             self._locked_by = self._lockable()
             self._log.info("locked_outside", locked_bytes=locked.locked_bytes)
-        elif locked.error is None:  # a user came, or it lets go: nothing else would free a part of a lock
+        elif locked.error is None:  # a user came, or emberd lets go: nothing else would free a part of a lock
             await self._toucher.unlock()
             return None
         else:
@@ -149,18 +139,18 @@ class Weights:
         return {}
 
     def note_failure(self) -> None:
-        """The toucher refused or died: it holds nothing any more."""
+        """The toucher refused or died: there is no outside lock any more."""
         self._locked_by = None
 
     def _name_files(self) -> bool:
-        """Tell the toucher which files the model has; return False if that is not known."""
+        """Tell the toucher the model's files; return False if they are unknown."""
         model = self._gate.sample().model
         if model is not None:
             self._toucher.use([model.with_name(name) for name in split_names(model.name)])
         return model is not None
 
     def _lockable(self) -> tuple[int | None, tuple[Any, ...] | None]:
-        """Return what tells a lock on these weights by this toucher from any other."""
+        """Return a key for a lock on these weights by this toucher."""
         model = self._gate.sample().model
         try:
             stat = None if model is None else model.stat()
@@ -172,18 +162,18 @@ class Weights:
         self._progress = (done_bytes, total_bytes)
 
     def _note_reading(self, cold_bytes: int | None, seconds: float) -> None:
-        """Count what was read, and learn how fast that goes."""
+        """Count what was read, and learn its speed."""
         self._spending.add(WarmthCost(read_bytes=cold_bytes or 0))
         self._forecaster.note_reading(cold_bytes, seconds)
 
     async def _giving_way(self, work: Coroutine[Any, Any, T], stop: Callable[[], None]) -> T:
-        """Do something that reads from the disk, and stop it when a user comes: their pages are read first."""
+        """Do something that reads from the disk, and stop it when a user comes, whose pages are read first."""
         doing, coming = asyncio.create_task(work), self._use.interruption()
         try:
             await asyncio.wait({doing, coming}, return_when=asyncio.FIRST_COMPLETED)
             while not doing.done():
                 stop()
-                # What waited for its turn at the toucher begins only now, and is stopped as well.
+                # Work that waited for its turn at the toucher begins only now, and is stopped as well.
                 await asyncio.wait({doing}, timeout=_STOP_AGAIN_S)
             return await doing
         finally:
