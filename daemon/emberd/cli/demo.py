@@ -210,7 +210,6 @@ def _choose_port() -> int:
 
 
 def _wait_until_ready(state: StatePaths) -> EngineStatus:
-    """Wait for READY, telling each step once."""
     deadline_s = time.monotonic() + _READY_LIMIT_S
     said = ""
     while time.monotonic() < deadline_s:

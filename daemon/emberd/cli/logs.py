@@ -191,7 +191,6 @@ def _show_json(entry: Entry) -> None:
 
 
 def _show(entry: Entry) -> None:
-    """Print an entry as a line, in colours on a terminal."""
     pieces = []
     for kind, text in log_reading.words(entry):
         style = _COLOURS.get(entry.level if kind == "level" else kind, {})

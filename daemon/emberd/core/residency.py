@@ -237,12 +237,7 @@ class Part:
 
 
 def by_tensor(spans: Sequence[TensorSpan], pages: Sequence[tuple[int, int]]) -> tuple[Part, ...]:
-    """Return the parts of the tensors.
-
-    Args:
-        spans: the tensors.
-        pages: resident and all pages of each, in the same order.
-    """
+    """Return the parts of the tensors, from resident and all pages of each."""
     return tuple(
         Part(span.name, span.length, resident, total) for span, (resident, total) in zip(spans, pages, strict=True)
     )

@@ -101,15 +101,11 @@ def found_what_was_kept(conversation: Conversation, new: Turn) -> bool | None:
 
 
 def to_replay(conversations: Sequence[Conversation], room: CacheRoom) -> list[Conversation]:
-    """Return the conversations that a pass replays, in the order in which they are sent.
+    """Return the conversations (most recent last) that a pass replays, in the order of sending.
 
     The latest comes first, so that a user who interrupts the pass finds it, and once more after the others,
     because an engine gives the least recently used slot to a new conversation. Others are sent only into room
     that is surely left, so their sizes must be known.
-
-    Args:
-        conversations: the most recent last.
-        room: of the engine's cache.
     """
     if not conversations or conversations[-1].is_gone:
         return []

@@ -231,7 +231,6 @@ def _end_of_events(data: bytes) -> int:
 
 
 def _split(whole: bytes) -> list[bytes]:
-    """Split whole events; each keeps its empty line."""
     if b"\r" in whole:
         whole = whole.replace(b"\r\n", b"\n")
     return [part + b"\n\n" for part in whole.split(b"\n\n") if part.strip(b"\n")]

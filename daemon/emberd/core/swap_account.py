@@ -70,15 +70,10 @@ class SwapWrites:
 
 
 def attribute(before: SwapReading, after: SwapReading, *, is_idle: bool) -> SwapWrites:
-    """Return who wrote what between two readings.
+    """Return who wrote what between two readings; `is_idle` if the engine was idle all the time.
 
     A counter that went backwards (a reboot) says nothing about the time between: nothing is charged, and counting
     begins again at the later reading.
-
-    Args:
-        before: the earlier reading.
-        after: the later one.
-        is_idle: the engine was there and idle all the time.
     """
     written = _written(before, after)
     if not written:

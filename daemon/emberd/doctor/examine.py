@@ -64,11 +64,7 @@ async def examine(
 ) -> dict[str, Any]:
     """Return every condition, symptoms included, and the unknown facts, as plain values.
 
-    Args:
-        host: this computer.
-        settings: in force.
-        status: the daemon's, None without one.
-        known: the facts that the caller knows.
+    Without a daemon, `status` is None; `known` has the facts that the caller knows.
     """
     examination = Examination(host, settings, status)
     facts = await examination.facts(known or ServiceHealth())

@@ -35,7 +35,6 @@ class ProcessTree:
 
     Args:
         pid: the main process; its pid is also the process group, which outlives it while a worker does.
-        host: this computer.
     """
 
     def __init__(self, pid: int, host: Host) -> None:
@@ -133,8 +132,6 @@ class EngineProcess(ProcessTree):
     """A tree whose main process is watched.
 
     Args:
-        pid: the main process.
-        host: this computer.
         child: the handle if this emberd started it, None if it was adopted.
 
     Raises:

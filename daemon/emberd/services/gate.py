@@ -56,12 +56,7 @@ class EngineNow:
 
 
 class Gate:
-    """Through it requests and keep-warm ask the engine; it counts requests. The supervisor keeps it up to date.
-
-    Args:
-        now: the engine at the start.
-        post: hands an event to the supervisor.
-    """
+    """Through it requests and keep-warm ask the engine; it counts requests. The supervisor keeps it up to date."""
 
     def __init__(
         self,

@@ -153,7 +153,6 @@ class KeepWarm:
     # --- looking --------------------------------------------------------------------------------------------
 
     async def _look(self) -> None:
-        """Decide, act, and plan the next look."""
         async with self._use.passing:
             self._schedule.note_look()
             try:

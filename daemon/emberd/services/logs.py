@@ -194,11 +194,7 @@ def configure_for(settings: Settings, host: Host) -> None:
 def configure(settings: LogSettings, host: Host, file: Path, instance: str) -> None:
     """Set up logging; called again, it takes over new settings.
 
-    Args:
-        settings: the settings of the log.
-        host: this computer.
-        file: the log file, if one is written.
-        instance: name of this emberd in a shared log, empty for the usual emberd.
+    `instance` names this emberd in a shared log, and is empty for the usual one.
     """
     close()
     system = host.system_log() if settings.sink in {"auto", "system"} else None

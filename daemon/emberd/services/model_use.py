@@ -44,7 +44,6 @@ class ModelUse:
 
 
 async def _first_of(*events: asyncio.Event) -> None:
-    """Return when one of the events is set."""
     waiting = [asyncio.create_task(event.wait()) for event in events]
     try:
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

@@ -38,11 +38,7 @@ class Patience:
 
 
 class Line:
-    """First come, first served; a request whose engine died goes to the front.
-
-    Args:
-        limit: how many are served at once.
-    """
+    """First come, first served; a request whose engine died goes to the front."""
 
     def __init__(self, limit: int) -> None:
         self._free = limit
@@ -186,7 +182,6 @@ class Places:
         return await self._gate.ensure_ready(patience.left_s)
 
     def _refuse_a_crowd(self) -> None:
-        """Refuse a request behind which too many others wait already."""
         others = len(self._since) - 1
         if others >= self._most_waiting():
             raise NotReady("BUSY", f"{others} requests wait already", _RETRY_BUSY_S)

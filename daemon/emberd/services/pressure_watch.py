@@ -207,7 +207,6 @@ class PressureWatch:
             self._recalling = asyncio.create_task(asyncio.to_thread(self._host.recall_own_memory))
 
     def _watch_swap(self, reading: thrash.Reading) -> None:
-        """Let go, or take hold again, as the thrash guard says."""
         was, settings = self.guard, self._settings()
         is_locked_outside, lock = self._weights.is_locked_outside, self._gate.lock_state
         is_warming = settings.mode != "off" and self._use.last_pass_s is not None

@@ -45,8 +45,6 @@ class Proxy:
     """The ASGI app that passes requests on.
 
     Args:
-        rules: returns whom to let in.
-        knocks: hears that a user is there.
         log: events go here; never a header, a path's query or a body.
     """
 

@@ -124,7 +124,6 @@ class Replays:
         return None if first_s is None or has_missed else {"replay_ratio": self._forecaster.note_replay(first_s)}
 
     def _judge(self, key: str | None, turn: Turn, counts: PromptCounts, *, may_be_gone: bool) -> Verdict:
-        """Judge a replay by the engine's counts."""
         # An engine that reloads its model in place (KoboldCPP) keeps its process, and loses its cache.
         has_loaded_again = self._gate.since_s > max(self.turns.ended_s or 0.0, self._replayed_s)
         self._replayed_s = time.monotonic()

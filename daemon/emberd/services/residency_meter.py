@@ -77,7 +77,6 @@ class ResidencyMeter:
         return residency.from_pages(await self.toucher.sample(residency.SAMPLED_PAGES))
 
     def _note_change(self, seen: Residency) -> None:
-        """Log when residency becomes unknown."""
         before = self._last[2].unknown if self._last else None
         if seen.unknown is not None and seen.unknown is not before:
             self._log.info("residency_unknown", reason=seen.unknown.value, message=seen.message)

@@ -126,12 +126,7 @@ class Pauses:
             self.cool_until_s = None
 
     def cool_end_s(self, settings: WarmthSettings, used_s: float | None) -> float | None:
-        """Return when the cool spell or the cool hours end, None if there are none now.
-
-        Args:
-            settings: with the cool hours.
-            used_s: when a user used the model last, None for never.
-        """
+        """Return when the cool spell or the cool hours end, None if there are none now."""
         if self.cool_until_s is not None:
             return self.cool_until_s
         hours_left_s = left_of(settings.cool_hours, datetime.now().astimezone())

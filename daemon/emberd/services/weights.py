@@ -162,7 +162,6 @@ class Weights:
         self._progress = (done_bytes, total_bytes)
 
     def _note_reading(self, cold_bytes: int | None, seconds: float) -> None:
-        """Count what was read, and learn its speed."""
         self._spending.add(WarmthCost(read_bytes=cold_bytes or 0))
         self._forecaster.note_reading(cold_bytes, seconds)
 
