@@ -54,6 +54,11 @@ unused: Any = None
         # slots
         (["--parallelrequests", "4"], "slots", 4),
         (["--contbatch=4"], "slots", 4),
+        (["--parallelrequests", "0"], "slots", None),
+        (["--parallelrequests", "4", "--smartcontext"], "slots", None),
+        (["--parallelrequests", "4", "--draftmodel", "d.gguf"], "slots", None),
+        (["--parallelrequests", "4", "--multiuser", "3"], "queue", 3),
+        (["--multiuser"], "queue", None),
         # unloading
         (["--adminunloadtimeout", "300"], "unloads_by", "--adminunloadtimeout"),
         (["--adminunloadtimeout=0"], "unloads_by", ""),
@@ -79,6 +84,9 @@ def test_koboldcpp_is_asked_in_every_spelling(words: list[str], question: str, a
         ({"nommap": False, "usemmap": True}, "maps", True),
         ({"quantkv": 1}, "key_bytes", Q8),
         ({"parallelrequests": 4}, "slots", 4),
+        ({"parallelrequests": 4, "smartcontext": False, "draftmodel": ""}, "slots", 4),
+        ({"parallelrequests": 4, "enableguidance": True}, "slots", None),
+        ({"multiuser": 10}, "queue", 10),
         ({"adminunloadtimeout": 300}, "unloads_by", "--adminunloadtimeout"),
         ({"adminunloadtimeout": 0, "autoswapmode": False}, "unloads_by", ""),
         ({"mmproj": "p.gguf", "draftmodel": "", "lora": None}, "files", ("p.gguf",)),

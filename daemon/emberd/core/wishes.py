@@ -25,6 +25,7 @@ class OwnerWishes:
         key_bytes: bytes of one number in a key of the KV cache, more than one half where it is quantised.
         value_bytes: the same in a value.
         slots: conversations, or requests worked on at once.
+        queue: requests that are taken while another one runs, that one counted.
         unloads_by: the option that lets an idle model go, empty for none.
         files: other files that are loaded: projectors, drafts, adapters, speech, images, embeddings.
         reply_tokens: greatest reply where a request names none.
@@ -37,6 +38,7 @@ class OwnerWishes:
     key_bytes: float = F16_BYTES
     value_bytes: float = F16_BYTES
     slots: int | None = None
+    queue: int | None = None
     unloads_by: str = ""
     files: tuple[str, ...] = ()
     reply_tokens: int | None = None

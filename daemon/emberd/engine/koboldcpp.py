@@ -52,6 +52,8 @@ _PROTECTED_MODEL = "koboldcpp/protected-model"
 CONTINUES_TURNS = (1, 104)
 _MOST_CONNECTIONS = 16
 """KoboldCPP has 24 threads, one connection each, no time-outs: eight are left for emberd's own questions."""
+_QUEUE = 10
+"""What its queue takes unless told, the one that runs counted; further ones get 503 (1.115)."""
 _LIGHT_POSTS = (
     "/api/extra/tokencount",
     "/api/extra/tokenize",
@@ -107,12 +109,12 @@ class KoboldCpp:
         self._scratch = scratch
         self._kcpps_target = kcpps_target
         self.password = ""
+        self.most_at_work = 1
+        """It works on one unless told. Six more may wait in its queue, further ones get 503 (1.104)."""
 
     refusals = frozenset({500})
     """It cannot read the request, or that is too long (1.104, do_POST); within a generation it fails silently."""
     room = CacheRoom()
-    most_at_work = 1
-    """It works on one. Six more may wait in its queue, further ones get 503; `--multiuser` varies that."""
 
     def is_work(self, method: str, path: str) -> bool:
         """Tell whether a request goes through the lock: every POST does that is not known to be light."""
@@ -170,6 +172,7 @@ class KoboldCpp:
             ),
         )
         self.password = line.password
+        self.most_at_work = self._slots() if build.offers("parallelrequests") else 1
         if model is None:
             check_model(line.model)
         if engine.extra_args:
@@ -286,6 +289,15 @@ class KoboldCpp:
     def is_fatal(self, line: str) -> bool:
         """Recognise that the port was taken."""
         return any(text in line for text in _WILL_NEVER_SERVE)
+
+    def _slots(self) -> int:
+        """Return how many requests are worked on together.
+
+        One that cannot be (its grammar, its samplers) runs alone, and the others wait in the queue meanwhile.
+        """
+        wishes = self.wishes()
+        queue = wishes.queue if wishes.queue and wishes.queue > 1 else _QUEUE
+        return min(wishes.slots or 1, queue, self.most_connections)
 
     def _is_our_model(self, name: str) -> bool:
         """Compare names, unless the model is named elsewhere or --hordemodelname renames it."""

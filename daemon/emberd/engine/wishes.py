@@ -50,6 +50,8 @@ class _Names:
     unload: tuple[str, ...]
     files: tuple[str, ...]
     load_mode: tuple[str, ...] = ()
+    queue: tuple[str, ...] = ()
+    one_slot: tuple[str, ...] = ()
     reply: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
 
@@ -62,6 +64,8 @@ _KOBOLDCPP = _Names(
     keys=("--quantkv",),
     values=("--quantkv",),
     slots=("--parallelrequests", "--continuous-batching", "--contbatch"),
+    queue=("--multiuser",),
+    one_slot=("--smartcontext", "--draftmodel", "--model-draft", "-md", "--enableguidance"),
     unload=("--adminunloadtimeout", "--autoswapmode"),
     files=(
         "--mmproj",
@@ -175,7 +179,8 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         context_tokens=count(*names.context),
         key_bytes=_NUMBER_BYTES.get(value(*names.keys).lower(), F16_BYTES),
         value_bytes=_NUMBER_BYTES.get(value(*names.values).lower(), F16_BYTES),
-        slots=count(*names.slots),
+        slots=None if any(is_asked(name) for name in names.one_slot) else count(*names.slots),
+        queue=count(*names.queue),
         unloads_by=next((name for name in names.unload if is_asked(name)), ""),
         files=tuple(
             part

@@ -139,6 +139,8 @@ class Exchange:
         that is not streamed never, and holds up the next request by 0.25 s after one it could not send (1.104).
         Other engines look at the connection. Without a key KoboldCPP aborts whatever runs, which can be nobody
         else's as long as this request has its turn; who came before the end would find a full queue there, and 503.
+        One that works on several at once ends none of them by its key (1.115). Its connection is closed, and while
+        the others go on, nothing shows whether it has ended.
         """
         engine = self._gate.engine
         key = self._generation.key if self._generation is not None else ""
@@ -146,8 +148,10 @@ class Exchange:
         outlasting = asyncio.create_task(connection.outlast())
         try:
             while time.monotonic() < end_s:
-                if not await engine.abort(self._port, key, _ASK_S):
+                if engine.most_at_work > 1 or not await engine.abort(self._port, key, _ASK_S):
                     connection.close()
+                    if self._gate.in_flight > 1:
+                        return
                     await asyncio.sleep(_ABORT_AGAIN_S)
                 elif (await asyncio.wait({outlasting}, timeout=_ABORT_AGAIN_S))[0]:
                     return
