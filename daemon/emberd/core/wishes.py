@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from emberd.core.gguf import F16_BYTES
@@ -30,6 +30,8 @@ class OwnerWishes:
         files: other files that are loaded: projectors, drafts, adapters, speech, images, embeddings.
         reply_tokens: greatest reply where a request names none.
         is_renamed: the model is served under another name than its file's.
+        api_keys: what it wants of its clients, one of them as a bearer token. Never shown.
+        api_key_file: a file with further ones, empty for none.
     """
 
     locks: bool | None = None
@@ -43,6 +45,8 @@ class OwnerWishes:
     files: tuple[str, ...] = ()
     reply_tokens: int | None = None
     is_renamed: bool = False
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: str = ""
 
 
 def lock_policy(settings: Settings, wishes: OwnerWishes) -> LockPolicy:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emberd.core.errors import EngineNotUsable, StateUnusable
+from emberd.engine.process import inherited_environment
 from emberd.host.files import write_atomically
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Asker:
         remembered = self._remembered
         if key in remembered:
             return remembered[key]
-        said = await _run((*command, *arguments), {**os.environ, **environment})
+        said = await _run((*command, *arguments), {**inherited_environment(), **environment})
         if said.exit_code not in _ANSWERED:
             return said
         remembered[key] = said

@@ -2,7 +2,7 @@
 
 KoboldCPP's options are argparse's, with llama.cpp's spellings beside its own from 1.102 on (koboldcpp.py); a key of
 a .kcpps file is the option's name. llama-server's are those of common/arg.cpp (build 11434), each with a variable;
-an argument wins over it.
+an argument wins over it, but keys add up.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from emberd.core.wishes import OwnerWishes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+API_KEY, API_KEY_VARIABLE = "--api-key", "LLAMA_API_KEY"
 _OFF = frozenset({"", "0", "-1", "false", "none", "off", "disabled", "no"})
 _NUMBER_BYTES = {
     "f32": 4.0,
@@ -54,6 +55,8 @@ class _Names:
     one_slot: tuple[str, ...] = ()
     reply: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
+    api_key: tuple[str, ...] = ()
+    api_key_file: tuple[str, ...] = ()
 
 
 _KOBOLDCPP = _Names(
@@ -98,6 +101,8 @@ _LLAMA_SERVER = _Names(
     slots=("--parallel", "-np"),
     unload=("--sleep-idle-seconds",),
     files=("--mmproj", "-mm", "--model-draft", "-md", "--spec-draft-model", "--lora", "--lora-scaled"),
+    api_key=(API_KEY,),
+    api_key_file=("--api-key-file",),
 )
 _VARIABLES = {
     "LLAMA_ARG_MLOCK": "--mlock",
@@ -111,6 +116,8 @@ _VARIABLES = {
     "LLAMA_ARG_MMPROJ": "--mmproj",
     "LLAMA_ARG_MODEL_DRAFT": "--model-draft",
     "LLAMA_ARG_SPEC_DRAFT_MODEL": "--spec-draft-model",
+    API_KEY_VARIABLE: API_KEY,
+    "LLAMA_ARG_API_KEY_FILE": "--api-key-file",
 }
 
 _Given = tuple[str, tuple[str, ...]]
@@ -140,6 +147,17 @@ def given(words: Sequence[str]) -> list[_Given]:
     return [(name, tuple(values)) for name, values in found]
 
 
+def without(words: Sequence[str], option: str) -> tuple[str, ...]:
+    """Return a command line without an option and its values."""
+    kept, is_it = list[str](), False
+    for word in words:
+        if re.match(r"--?[A-Za-z]", word):
+            is_it = word.partition("=")[0] == option
+        if not is_it:
+            kept.append(word)
+    return tuple(kept)
+
+
 def _of_file(file: Mapping[str, object]) -> Iterator[_Given]:
     """Yield what a .kcpps file says; an exported one has every key, most with nothing in it."""
     for key, value in file.items():
@@ -167,6 +185,12 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         text = value(*options)
         return int(text) if text.isdecimal() and int(text) else None
 
+    def parts(*options: str) -> tuple[str, ...]:
+        found = (
+            part for option, values in said if option in options for each in values for part in each.split(",")
+        )
+        return tuple(part for part in found if part)
+
     mode = value(*names.load_mode)
     mapping = last(*names.map, *names.copy)
     maps = None if mapping is None else bool(is_asked(mapping[0])) is (mapping[0] in names.map)
@@ -182,14 +206,9 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         slots=None if any(is_asked(name) for name in names.one_slot) else count(*names.slots),
         queue=count(*names.queue),
         unloads_by=next((name for name in names.unload if is_asked(name)), ""),
-        files=tuple(
-            part
-            for option, values in said
-            if option in names.files
-            for each in values
-            for part in each.split(",")
-            if part
-        ),
+        files=parts(*names.files),
         reply_tokens=count(*names.reply),
         is_renamed=bool(is_asked(*names.rename)),
+        api_keys=parts(*names.api_key),
+        api_key_file=value(*names.api_key_file),
     )
