@@ -163,6 +163,16 @@ def test_emberds_own_key_is_not_in_the_engines_environment(make_daemon: MakeDaem
     assert ask(daemon, authorization=f"Bearer {KEY}").status_code == 200
 
 
+def test_koboldcpps_password_can_come_from_the_environment(make_daemon: MakeDaemon):
+    daemon = make_daemon({"warmth.mode": "auto"}, STANDIN_VERSION="1.115.1", KCPP_PASSWORD=PASSWORD)
+    daemon.start()
+    daemon.wait_ready()
+    assert ask(daemon).status_code == 401
+    assert ask(daemon, authorization=f"Bearer {PASSWORD}").status_code == 200
+    assert "replay" in daemon.verb("warm").stdout
+    assert not daemon.events("replay_refused")
+
+
 def test_foreign_pages_and_rebound_names_are_refused_before_the_engine_hears_of_them(make_daemon: MakeDaemon):
     daemon = make_daemon({"endpoint.origins": ["https://lite.koboldai.net"], "endpoint.names": ["studio.local"]})
     daemon.start()

@@ -23,7 +23,7 @@ from emberd.engine.koboldcpp_flags import Wishes, compose, model_of_file
 from emberd.engine.koboldcpp_help import PROBE_ARGUMENT, read_help, read_probe
 from emberd.engine.process import STOP_SIGNALS
 from emberd.engine.program import check_executable, find_program
-from emberd.engine.wishes import of_koboldcpp
+from emberd.engine.wishes import PASSWORD_VARIABLE, of_koboldcpp
 from emberd.host.files import make_private_folder
 from emberd.host.model_file import check_model
 
@@ -168,6 +168,7 @@ class KoboldCpp:
                 extra_args=engine.extra_args,
                 kcpps=self._read_kcpps(),
                 kcpps_target=str(self._kcpps_target),
+                password=os.environ.get(PASSWORD_VARIABLE, "").strip(),
                 is_metal=self._host.name == "darwin" and engine.gpu_layers != 0,
             ),
         )
@@ -263,12 +264,15 @@ class KoboldCpp:
 
         Who gives up waiting leaves the answer to be taken all the same: where KoboldCPP cannot send one, the next
         request waits another 0.25 s (1.104, `time.sleep` in do_POST with the model's lock held).
+
+        Raises:
+            RequestRefused: the answer's status is not 200.
         """
         asked = self._http.post(port, request.path, request.body, timeout_s, self.password)
         asking = asyncio.create_task(asked)
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
-        return (await asyncio.shield(asking)).object_if_ok
+        return (await asyncio.shield(asking)).object_if_any()
 
     def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:  # noqa: ARG002  # the Engine protocol
         """Return nothing: a reply tells the length of its prompt and not what was reused of it (up to 1.115)."""

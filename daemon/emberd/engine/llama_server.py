@@ -163,8 +163,13 @@ class LlamaServer:
         return True
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
-        """POST it."""
-        return (await self._http.post(port, request.path, request.body, timeout_s, self.password)).object_if_ok
+        """POST it.
+
+        Raises:
+            RequestRefused: the answer's status is not 200.
+        """
+        answer = await self._http.post(port, request.path, request.body, timeout_s, self.password)
+        return answer.object_if_any()
 
     def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:
         """Read `timings` (cache_n, prompt_n, predicted_n), else the `usage` of OpenAI or Anthropic.

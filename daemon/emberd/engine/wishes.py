@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 API_KEY, API_KEY_VARIABLE = "--api-key", "LLAMA_API_KEY"
+PASSWORD_VARIABLE = "KCPP_PASSWORD"  # noqa: S105  # its name
+"""What KoboldCPP takes for --password (1.115)."""
 _OFF = frozenset({"", "0", "-1", "false", "none", "off", "disabled", "no"})
 _NUMBER_BYTES = {
     "f32": 4.0,
