@@ -169,6 +169,8 @@ def test_the_adapters_read_arguments_file_and_variables(tmp_path: Path, monkeypa
     settings = read({"engine": {"extra_args": ["--usemlock"], "kcpps": str(file)}}, "a test")
     kobold = KoboldCpp(settings, ThisHost(), EngineHttp(), unused, unused, unused)
     assert kobold.wishes() == OwnerWishes(locks=True, context_tokens=32768)
+    file.write_text(json.dumps({"contextsize": 16384}), encoding="utf-8-sig")
+    assert kobold.wishes() == OwnerWishes(locks=True, context_tokens=16384)
     file.write_text("broken")
     assert kobold.wishes() == OwnerWishes(locks=True)
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "512")

@@ -22,7 +22,7 @@ from emberd.engine.http import NOTHING_LISTENS
 from emberd.engine.koboldcpp_flags import Wishes, compose, model_of_file
 from emberd.engine.koboldcpp_help import PROBE_ARGUMENT, read_help, read_probe
 from emberd.engine.process import STOP_SIGNALS
-from emberd.engine.program import check_executable, find_program
+from emberd.engine.program import check_executable, check_ran, find_program
 from emberd.engine.wishes import PASSWORD_VARIABLE, of_koboldcpp
 from emberd.host.files import make_private_folder
 from emberd.host.model_file import check_model
@@ -155,6 +155,7 @@ class KoboldCpp:
         environment = self._environment()
         make_private_folder(self._scratch)
         said = await self._asker.ask(command, ("--help",), program, environment)
+        check_ran(program, said)
         build = read_help(said.out)
         model = str(check_model(self._settings.model.path)) if self._settings.model.path else None
         line = compose(
@@ -331,7 +332,7 @@ class KoboldCpp:
             return None
         path = Path(self._settings.engine.kcpps).expanduser()
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ConfigError(
                 f"cannot read engine.kcpps {path}: {error.strerror}", "Mend the path or its permissions."

@@ -19,7 +19,7 @@ from emberd.core.wishes import OwnerWishes
 from emberd.engine import llama_log
 from emberd.engine.http import NOTHING_LISTENS, Answer
 from emberd.engine.process import STOP_SIGNALS
-from emberd.engine.program import check_executable, find_program
+from emberd.engine.program import check_executable, check_ran, find_program
 from emberd.engine.wishes import API_KEY, API_KEY_VARIABLE, given, of_llama_server, without
 from emberd.host.model_file import check_model
 
@@ -313,6 +313,7 @@ class ExternalServer(LlamaServer):
         program = find_program(engine.path, ("llama-server",), "llama-server")
         check_executable(program, self._host)
         said = await self._asker.ask((str(program),), ("--help",), program, {})
+        check_ran(program, said)
         offered = read_options(said.out)
         if "--port" not in offered or "--ctx-size" not in offered:
             raise EngineNotUsable(
@@ -413,7 +414,7 @@ def _a_key(wishes: OwnerWishes) -> str:
         return next(iter(wishes.api_keys), "")
     path = Path(wishes.api_key_file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
