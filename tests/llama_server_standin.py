@@ -26,6 +26,11 @@ _HELP = """usage: llama-server [options]
 -lm,   --load-mode MODE                 how to load
 --threads-http N                        HTTP threads
 --slots                                 tell of the slots
+--api-prefix PREFIX                     path
+--api-key KEY                           keys, separated by commas
+--api-key-file FNAME                    keys, one a line
+--ssl-key-file FNAME                    private key
+--ssl-cert-file FNAME                   certificate
 --host HOST                             address
 --port PORT                             port
 """
@@ -61,6 +66,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--load-mode", "-lm", choices=sorted(_MODES), default="mmap")
     parser.add_argument("--threads-http", type=int, default=-1)
     parser.add_argument("--slots", action="store_true")
+    parser.add_argument("--api-key", default=os.environ.get("LLAMA_API_KEY", ""))
+    parser.add_argument("--api-key-file", type=Path, default=os.environ.get("LLAMA_ARG_API_KEY_FILE"))
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     options = parser.parse_args(arguments)
@@ -74,6 +81,9 @@ def main(arguments: list[str]) -> int:
     parameters.n_parallel = 4 if options.parallel < 0 else options.parallel
     parameters.kv_unified = options.parallel < 0 if options.kv_unified is None else options.kv_unified
     parameters.n_threads_http = options.threads_http
+    lines = options.api_key_file.read_text().splitlines() if options.api_key_file else []
+    keys = [*options.api_key.split(","), *(line for line in lines if not line.startswith("#"))]
+    parameters.api_keys = [key for key in keys if key]
     parameters.load_mode = getattr(xllamacpp.llama_load_mode, f"LLAMA_LOAD_MODE_{_MODES[options.load_mode]}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     server = xllamacpp.Server(parameters)

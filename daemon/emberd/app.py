@@ -237,7 +237,7 @@ class _Serving:
     async def _wait_for_end(self, *services: asyncio.Task[None]) -> Exception | None:
         """Start the engine, and return when it is time to end, with the error if there is one."""
         starting = asyncio.create_task(self._start_engine(), name="start")
-        tasks = (starting, *services)
+        tasks: tuple[asyncio.Task[None], ...] = (starting, *services)
         done, _ = await asyncio.wait({self._daemon.ending, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         starting.cancel()
         await asyncio.wait({starting})

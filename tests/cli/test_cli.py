@@ -13,10 +13,12 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from emberd.cli.ask import _print_warmed
 from emberd.cli.talk import duration
 
 MAIN = "from emberd.cli.main import main; main()"
@@ -215,3 +217,23 @@ def test_a_demo_that_stays_ends_with_ctrl_c_in_order(demo_home: Path):
         demo.kill()
         demo.wait()
     assert "nothing is left running" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"steps": [], "reason": "asked"}, "nothing done: asked\n"),
+        (
+            {"steps": [], "reason": "asked", "refused": 401},
+            "nothing done: the engine refused the replay (HTTP 401)\n",
+        ),
+        ({"steps": ["touch"], "seconds": 1.0}, "touch: 1.00 s\n"),
+        (
+            {"steps": ["touch"], "seconds": 1.0, "refused": 503},
+            "touch: 1.00 s; the engine refused the replay (HTTP 503)\n",
+        ),
+    ],
+)
+def test_warm_says_what_was_done(answer: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]):
+    _print_warmed(answer)
+    assert capsys.readouterr().out == said

@@ -381,3 +381,16 @@ def test_without_a_queue_the_second_request_is_refused(target: Target, model: Pa
             next(stream)
             assert server.client.post("/api/v1/generate", json=request("x", 1)).status_code == 503
         wait_until(server.is_idle)
+
+
+def test_several_requests_run_together_if_told_and_only_a_closed_connection_ends_one(
+    batching_target: Target, model: Path
+) -> None:
+    with batching_target.serving(model, "--parallelrequests", "4", "--quiet") as server:
+        with server.streaming("ba ke lo", 3 * LONG, genkey="A") as running:
+            next(running)
+            assert server.generate("mi nu pa", 4)
+            server.client.post("/api/extra/abort", json={"genkey": "A"})
+            assert len([next(running) for _ in range(10)]) == 10
+            assert not server.is_idle()
+        wait_until(server.is_idle, within_s=3)

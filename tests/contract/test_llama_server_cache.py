@@ -99,6 +99,17 @@ def server(request: pytest.FixtureRequest, program: Path, model: Path) -> Iterat
             yield Server(process, client)
 
 
+@pytest.mark.parametrize("server", [["--api-key", "a,b"]], indirect=True)
+def test_each_key_opens_all_and_health_needs_none(server: Server):
+    assert server.client.get("/health").status_code == 200
+    for path in ("/props", "/slots"):
+        assert server.client.get(path).status_code == 401
+        for key in ("a", "b"):
+            answer = server.client.get(path, headers={"authorization": f"Bearer {key}"})
+            assert answer.status_code in ({200} if path == "/props" else {200, 501}), "slots can be switched off"
+    assert server.client.post("/completion", json={"prompt": "ba"}).status_code == 401
+
+
 def test_replies_tell_what_was_reused_and_processed(server: Server):
     reply, first = server.say(STORY, 8)
     assert first.reused == 0

@@ -477,6 +477,22 @@ def test_a_password_goes_into_the_file_and_not_onto_the_command_line(words: tupl
     assert not line.notices
 
 
+@pytest.mark.parametrize("file", [None, {}, {"password": None}, {"password": ""}])
+def test_a_password_of_the_environment_goes_into_the_file(file: dict[str, object] | None) -> None:
+    line = compose(NEW, dataclasses.replace(PLAIN, kcpps=file, password=SECRET))
+    assert SECRET not in line.arguments
+    assert line.password == SECRET
+    assert line.kcpps is not None
+    assert line.kcpps["password"] == SECRET
+    assert SECRET in line.hidden
+
+
+def test_a_password_of_the_environment_gives_way_to_any_other() -> None:
+    assert with_words("--password", SECRET, password="other").password == SECRET
+    line = compose(NEW, dataclasses.replace(PLAIN, kcpps={"password": SECRET}, password="other"))
+    assert line.password == SECRET
+
+
 def test_a_password_of_the_file_is_hidden_too() -> None:
     line = with_file({"password": SECRET, "adminpassword": None})
     assert line.hidden == (SECRET,)

@@ -17,7 +17,7 @@ import pytest
 import emberd
 from emberd.core.errors import ConfigError
 from emberd.core.reuse import MOST_PROCESSED_TOKENS
-from emberd.engine.llama_server import check_arguments, notices_of, read_options
+from emberd.engine.llama_server import check_arguments, check_variables, notices_of, read_options
 from emberd.engine.wishes import of_llama_server
 from llama_server_standin import write_program
 
@@ -82,12 +82,23 @@ def test_options_are_read_from_the_first_column_only():
         (["--verbose"], "prompts into the log"),
         (["--help"], "starts no server"),
         (["-m", "x"], "model.path"),
+        (["--api-prefix", "/x"], "--api-prefix: emberd's questions and its endpoint"),
+        (["--ssl-key-file", "x"], "--ssl-key-file: the engine is on 127.0.0.1"),
+        (["--ssl-cert-file", "x"], "--ssl-cert-file: the engine is on 127.0.0.1"),
     ],
 )
 def test_an_argument_that_would_break_the_job_is_refused(words: list[str], message: str):
     with pytest.raises(ConfigError, match=r".") as refused:
         check_arguments(words, read_options(NEW_HELP))
     assert message in refused.value.message
+
+
+@pytest.mark.parametrize("name", ["LLAMA_ARG_API_PREFIX", "LLAMA_ARG_SSL_KEY_FILE", "LLAMA_ARG_SSL_CERT_FILE"])
+def test_a_variable_that_would_break_the_job_is_refused_by_its_name(name: str):
+    with pytest.raises(ConfigError, match=f"^{name} in the environment: ") as refused:
+        check_variables({name: "x"})
+    assert refused.value.remedy == f"Unset {name}."
+    check_variables({name: "", "LLAMA_API_KEY": "x"})
 
 
 def test_arguments_that_undo_keep_warm_are_named():

@@ -11,7 +11,7 @@ import pytest
 from emberd.core.errors import EngineNotUsable
 from emberd.engine import program
 from emberd.engine.koboldcpp import model_name
-from emberd.engine.program import Asker, check_executable, find_program
+from emberd.engine.program import Asker, check_executable, check_ran, find_program
 from emberd.host import ThisHost
 
 if TYPE_CHECKING:
@@ -64,6 +64,29 @@ def test_a_program_without_permission_and_a_folder_are_refused(tmp_path: Path):
     assert refused.value.remedy == f"Run: chmod +x {plain}"
     with pytest.raises(EngineNotUsable, match="is a folder"):
         check_executable(tmp_path, ThisHost())
+
+
+@pytest.mark.parametrize(
+    ("script", "how", "words"),
+    [
+        (
+            "echo 'llama-server: error while loading shared libraries: libllama.so' >&2; exit 127",
+            "exit code 127",
+            "libllama.so",
+        ),
+        ("echo half a help; echo 'No module named x'; exit 1", "exit code 1", "No module named x"),
+        ("kill -ABRT $$", "ended by signal 6", ""),
+    ],
+)
+async def test_a_program_that_cannot_run_is_reported_with_its_own_last_words(
+    tmp_path: Path, script: str, how: str, words: str
+):
+    made = write_program(tmp_path / "llama-server", script)
+    said = await Asker(tmp_path / "answers.json").ask((str(made),), ("--help",), made, {})
+    with pytest.raises(EngineNotUsable) as failed:
+        check_ran(made, said)
+    assert failed.value.message.startswith(f"{made} cannot run ({how})")
+    assert words in failed.value.message
 
 
 async def test_an_unchanged_program_is_asked_once(tmp_path: Path):

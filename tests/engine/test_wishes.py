@@ -13,7 +13,7 @@ from emberd.core.wishes import OwnerWishes, context_tokens, lock_policy
 from emberd.engine.http import EngineHttp
 from emberd.engine.koboldcpp import KoboldCpp
 from emberd.engine.llama_server import EmbeddedServer, ExternalServer
-from emberd.engine.wishes import of_koboldcpp, of_llama_server
+from emberd.engine.wishes import of_koboldcpp, of_llama_server, without
 from emberd.host import ThisHost
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ unused: Any = None
         # slots
         (["--parallelrequests", "4"], "slots", 4),
         (["--contbatch=4"], "slots", 4),
+        (["--parallelrequests", "0"], "slots", None),
+        (["--parallelrequests", "4", "--smartcontext"], "slots", None),
+        (["--parallelrequests", "4", "--draftmodel", "d.gguf"], "slots", None),
+        (["--parallelrequests", "4", "--multiuser", "3"], "queue", 3),
+        (["--multiuser"], "queue", None),
         # unloading
         (["--adminunloadtimeout", "300"], "unloads_by", "--adminunloadtimeout"),
         (["--adminunloadtimeout=0"], "unloads_by", ""),
@@ -79,6 +84,9 @@ def test_koboldcpp_is_asked_in_every_spelling(words: list[str], question: str, a
         ({"nommap": False, "usemmap": True}, "maps", True),
         ({"quantkv": 1}, "key_bytes", Q8),
         ({"parallelrequests": 4}, "slots", 4),
+        ({"parallelrequests": 4, "smartcontext": False, "draftmodel": ""}, "slots", 4),
+        ({"parallelrequests": 4, "enableguidance": True}, "slots", None),
+        ({"multiuser": 10}, "queue", 10),
         ({"adminunloadtimeout": 300}, "unloads_by", "--adminunloadtimeout"),
         ({"adminunloadtimeout": 0, "autoswapmode": False}, "unloads_by", ""),
         ({"mmproj": "p.gguf", "draftmodel": "", "lora": None}, "files", ("p.gguf",)),
@@ -132,6 +140,12 @@ def test_an_argument_wins_over_the_file():
         (["--sleep-idle-seconds", "-1"], {}, "unloads_by", ""),
         (["-mm", "p.gguf", "--lora", "a.gguf,b.gguf"], {}, "files", ("p.gguf", "a.gguf", "b.gguf")),
         ([], {"LLAMA_ARG_MMPROJ": "p.gguf"}, "files", ("p.gguf",)),
+        (["--api-key", "a,b"], {}, "api_keys", ("a", "b")),
+        (["--api-key=a"], {}, "api_keys", ("a",)),
+        ([], {"LLAMA_API_KEY": "a"}, "api_keys", ("a",)),
+        (["--api-key", "a", "--api-key", "b"], {"LLAMA_API_KEY": "c"}, "api_keys", ("c", "a", "b")),
+        (["--api-key-file", "keys"], {}, "api_key_file", "keys"),
+        ([], {"LLAMA_ARG_API_KEY_FILE": "keys"}, "api_key_file", "keys"),
     ],
 )
 def test_llama_server_is_asked_in_every_spelling(
@@ -140,12 +154,23 @@ def test_llama_server_is_asked_in_every_spelling(
     assert getattr(of_llama_server(words, variables), question) == answer
 
 
+def test_an_option_and_its_values_can_be_left_out():
+    words = ["--api-key", "a", "-c", "512", "--api-key=b", "--api-key-file", "keys", "--api-key"]
+    assert without(words, "--api-key") == ("-c", "512", "--api-key-file", "keys")
+
+
+def test_a_key_is_not_shown():
+    assert "horse" not in repr(of_llama_server(["--api-key", "horse"], {}))
+
+
 def test_the_adapters_read_arguments_file_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "mine.kcpps"
     file.write_text(json.dumps({"contextsize": 32768}))
     settings = read({"engine": {"extra_args": ["--usemlock"], "kcpps": str(file)}}, "a test")
     kobold = KoboldCpp(settings, ThisHost(), EngineHttp(), unused, unused, unused)
     assert kobold.wishes() == OwnerWishes(locks=True, context_tokens=32768)
+    file.write_text(json.dumps({"contextsize": 16384}), encoding="utf-8-sig")
+    assert kobold.wishes() == OwnerWishes(locks=True, context_tokens=16384)
     file.write_text("broken")
     assert kobold.wishes() == OwnerWishes(locks=True)
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "512")

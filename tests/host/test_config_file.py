@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emberd.host.config_file import load_what_is_right
+from emberd.host.api_key import read_secret
+from emberd.host.config_file import load, load_what_is_right
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +38,15 @@ def test_a_named_file_that_does_not_tell_its_directory_is_not_taken_for_the_defa
     assert not load_what_is_right(str(file)).tells_place
     file.write_bytes(b"\xff\xfe")
     assert not load_what_is_right(str(file)).tells_place
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path):
+    file, key = tmp_path / "config.toml", tmp_path / "key"
+    file.write_text("[endpoint]\nport = 6001\n", encoding="utf-8-sig")
+    assert load(str(file))[0].endpoint.port == 6001
+    key.write_text("horse\n", encoding="utf-8-sig")
+    key.chmod(0o600)
+    assert read_secret(key, "a test") == "horse"
 
 
 def test_a_right_file_is_what_it_is_without_a_directory_too(tmp_path: Path):

@@ -26,7 +26,7 @@ BEGIN = "<s>"
 """The token before every text; it counts in every number of tokens."""
 PROMPT_BATCH = 512
 LEAST_COMMON_TOKENS = 4
-WAITING_BY_DEFAULT = 6
+WAITING_BY_DEFAULT, WAITING_WHERE_BATCHED = 6, 9
 BUSY_AFTER_REPLY_S = 0.05
 BUSY_AFTER_LOST_REPLY_S = 0.25
 _SLICE_S = 0.025
@@ -63,6 +63,7 @@ class Job:
         is_streamed: whether the client reads the text as it grows.
         finished: set when no more text will come.
         aborted: set to make it end early.
+        cache: tokens of its sequence, shared with the next generation unless it is batched.
     """
 
     prompt: str
@@ -77,13 +78,16 @@ class Job:
     finish_reason: str = "length"
     finished: threading.Event = field(default_factory=threading.Event)
     aborted: threading.Event = field(default_factory=threading.Event)
+    cache: list[str] = field(default_factory=list)
 
 
 class Turns:
-    """The model lock with its bounded queue; who comes first is served first."""
+    """The model lock with its bounded queue; who comes first is served first, and the batched run without it."""
 
-    def __init__(self, multiuser: int) -> None:
-        self._limit = WAITING_BY_DEFAULT if multiuser == 1 else max(0, multiuser - 1)
+    def __init__(self, multiuser: int, slots: int = 1) -> None:
+        waiting = WAITING_BY_DEFAULT if slots == 1 else WAITING_WHERE_BATCHED
+        self._limit = waiting if multiuser == 1 else max(0, multiuser - 1)
+        self._batched = 0
         self._line: deque[object] = deque()
         self._changed = threading.Condition()
 
@@ -98,10 +102,24 @@ class Turns:
                 self._changed.wait(1.0)
         return True
 
-    def leave(self) -> None:
+    def begin(self, *, is_batched: bool) -> None:
+        """Begin to generate: beside the others without the turn, or alone, once the batched ones have ended."""
+        with self._changed:
+            if is_batched:
+                self._line.popleft()
+                self._batched += 1
+                self._changed.notify_all()
+                return
+            while self._batched:
+                self._changed.wait(1.0)
+
+    def leave(self, *, is_batched: bool) -> None:
         """Give the turn to the next."""
         with self._changed:
-            self._line.popleft()
+            if is_batched:
+                self._batched -= 1
+            else:
+                self._line.popleft()
             self._changed.notify_all()
 
     @property
@@ -112,7 +130,7 @@ class Turns:
     @property
     def is_free(self) -> bool:
         """Whether nothing runs."""
-        return not self._line
+        return not self._line and not self._batched
 
 
 class Model:
@@ -130,7 +148,9 @@ class Model:
     ) -> None:
         self.options = options
         self.switches = switches
-        self.turns = Turns(options.multiuser)
+        slots = max(getattr(options, "parallelrequests", 1), 1)
+        self.turns = Turns(options.multiuser, slots)
+        self._slots = threading.Semaphore(slots)
         self.began = self.last_start = began
         self.job: Job | None = None
         self._weights = weights
@@ -166,7 +186,8 @@ class Model:
             if job.key and job.key == self._doomed_key:
                 self._doomed_key = ""
                 return
-            self._generate(job)
+            with self._slots:
+                self._generate(job)
         finally:
             job.finished.set()
 
@@ -177,10 +198,13 @@ class Model:
         room = self.options.contextsize - max(job.length, 0)
         if len(tokens) > room > 0:
             tokens = tokens[-room:]
-        kept = 0 if self._is_batched(job) else _common_prefix(self._cache, tokens)
+        is_batched = self.is_batched(job)
+        kept = 0 if is_batched else _common_prefix(self._cache, tokens)
         if self._weights is not None and self._weights.keeps_state and kept < len(self._cache):
             kept = 0  # a state cannot be cut back
-        self._cache = tokens[:kept]
+        job.cache = tokens[:kept]
+        if not is_batched:
+            self._cache = job.cache
         began = time.monotonic()
         processed = 0
         if job.length > 0 and self._weights is not None:
@@ -197,10 +221,8 @@ class Model:
         self._counters["stop_reason"] = reason
         self._counters["last_seed"] = 1
         self._report(job, prompt_s, eval_s, processed)
-        if self._is_batched(job):
-            self._cache = []  # the sequence is thrown away with the request
 
-    def _is_batched(self, job: Job) -> bool:
+    def is_batched(self, job: Job) -> bool:
         """Whether the worker of the continuous batching takes it; the original leaves some samplers out."""
         return getattr(self.options, "parallelrequests", 1) > 1 and job.length > 0
 
@@ -212,7 +234,7 @@ class Model:
             count = min(PROMPT_BATCH, new - start)
             if not self._wait(job, count * self.switches.prompt_token_s):
                 break
-            self._cache += tokens[kept + start : kept + start + count]
+            job.cache += tokens[kept + start : kept + start + count]
             self._progress(f"Processing Prompt ({start + count} / {new} tokens)")
         return new
 
@@ -224,9 +246,9 @@ class Model:
             if not self._wait(job, self.switches.token_s):
                 return STOP_LENGTH
             token = next_token(job.prompt + job.text)
-            self._cache.append(token)
+            job.cache.append(token)
             if self._weights is not None:
-                self._weights.store_token(len(self._cache))
+                self._weights.store_token(len(job.cache))
             job.text += token
             job.produced += 1
             self._progress(f"Generating ({job.produced} / {job.length} tokens)")
@@ -259,12 +281,12 @@ class Model:
 
     def _report(self, job: Job, prompt_s: float, eval_s: float, processed: int) -> None:
         """Print the counts; the original ends the line when it begins the next one."""
-        used = len(self._cache) if processed else 0
+        used = len(job.cache) if processed else 0
         stamp = "" if self.switches.is_old else time.strftime("[%H:%M:%S] ")
         context = f"CtxLimit:{used}/{self.options.contextsize}"
         made, total_s = f"{job.produced}/{max(job.length, 0)}", prompt_s + eval_s
         made_rate = f"{eval_s:.2f}s ({_rate(job.produced, eval_s)})"
-        if self._is_batched(job):
+        if self.is_batched(job):
             words = f"BatchRequest:1, Prompt:{job.prompt_tokens}, Generated:{made} in {made_rate}, Stop:0"
         elif self.switches.version == BATCHING:
             processing = f"Processed:{processed} in {prompt_s:.2f}s ({_rate(processed, prompt_s)})"
@@ -290,7 +312,7 @@ class Model:
         waiting = self.turns.waiting
         is_running = job is not None and not job.finished.is_set()
         if (not key and waiting == 0) or (key and is_running and job is not None and key == job.key):
-            if job is not None:
+            if job is not None and not self.is_batched(job):
                 job.aborted.set()
             sys.stdout.write("\nGeneration Aborted\n")
             return {"success": "true", "done": "true"}

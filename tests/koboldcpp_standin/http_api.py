@@ -60,6 +60,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         if not turns.enter():
             self._send(endpoints.failure(503, "Server is busy; please try again later.", "service_unavailable"))
             return
+        self.is_batched = False
         try:
             self._generate(path, body)
             # The original frees the model a moment after its reply was sent.
@@ -69,7 +70,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             sys.stdout.flush()
             threading.Event().wait(BUSY_AFTER_LOST_REPLY_S)
         finally:
-            turns.leave()
+            turns.leave(is_batched=self.is_batched)
 
     def do_OPTIONS(self) -> None:
         """Allow everything to everyone."""
@@ -86,6 +87,8 @@ class ApiHandler(BaseHTTPRequestHandler):
             return
         job, shape = request
         job.is_streamed = shape.is_stream
+        self.is_batched = self.model.is_batched(job)
+        self.model.turns.begin(is_batched=self.is_batched)
         if shape.is_stream:
             self._stream(job, shape)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ class _Flags:
         self._value(*self._known("--prompt", "-p"), default="")
         self._value("--multiuser", nargs="?", const=1, type=int, default=1)
         self._value("--ssl", nargs="+")
-        self._value("--password")
+        self._value("--password", default=os.environ.get("KCPP_PASSWORD") if self.can_batch else None)
         self._value("--chatcompletionsadapter", default="" if self.is_old else "AutoGuess")
         self._value("--quantkv", type=int, choices=[0, 1, 2], default=0)
         for name in ("preloadstory", "mmproj", "unpack"):

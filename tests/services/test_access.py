@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import httpx
 import psutil
+import pytest
+
+from llama_server_standin import REAL_VARIABLE, real_program, write_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +22,23 @@ if TYPE_CHECKING:
 
 KEY = "correct-horse-battery"
 PASSWORD = "engine-password-4711"
+
+
+PROGRAMS = [
+    pytest.param(
+        "standin",
+        marks=pytest.mark.skipif(find_spec("xllamacpp") is None, reason="the embedded engine's wheel is missing"),
+    ),
+    pytest.param(
+        "real", marks=pytest.mark.skipif(real_program() is None, reason=f"{REAL_VARIABLE} names no llama-server")
+    ),
+]
+
+
+@pytest.fixture
+def program(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    """A llama-server, real or played."""
+    return real_program() if request.param == "real" else write_program(tmp_path)
 
 
 def ask(daemon: Daemon, path: str = "/api/v1/generate", **headers: str) -> httpx.Response:
@@ -72,6 +93,84 @@ def test_without_a_key_of_emberds_the_engines_own_password_counts(make_daemon: M
     daemon.wait_ready()
     assert ask(daemon).status_code == 401
     assert ask(daemon, authorization=f"Bearer {PASSWORD}").status_code == 200
+
+
+@pytest.mark.parametrize("program", PROGRAMS, indirect=True)
+@pytest.mark.parametrize("named", ["argument", "file", "variable"])
+def test_llama_servers_key_is_kept_off_its_command_line_and_used_for_emberds_own_questions(
+    make_daemon: MakeDaemon, tmp_path: Path, program: Path, named: str
+):
+    keys = tmp_path / "keys"
+    keys.write_text(f"# mine\n{PASSWORD}\n")
+    words = {"argument": ["--api-key", f"{PASSWORD},other"], "file": ["--api-key-file", str(keys)]}.get(named, [])
+    daemon = make_daemon(
+        {
+            "endpoint.api_key_file": key_file(tmp_path),
+            "engine.kind": "llama-server",
+            "engine.path": str(program),
+            "engine.extra_args": [*words, "--threads", "1"],
+            "engine.context_size": 512,
+            "warmth.mode": "auto",
+        }
+    )
+    if named == "variable":
+        daemon.environment["LLAMA_API_KEY"] = PASSWORD
+    daemon.start()
+    status = daemon.wait_ready()
+    body = {"prompt": "ba ke lo " * 20, "n_predict": 1}
+
+    def post(url: str, key: str) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.post(f"{url}/completion", json=body, headers=headers, timeout=30, trust_env=False).status_code
+
+    direct = f"http://127.0.0.1:{status['engine']['port']}"
+    assert [post(daemon.url, KEY), post(daemon.url, PASSWORD)] == [200, 401]
+    assert [post(direct, PASSWORD), post(direct, KEY)] == [200, 401]
+    assert "replay" in daemon.verb("warm").stdout
+    seen = psutil.Process(status["engine"]["pid"])
+    assert PASSWORD not in " ".join(seen.cmdline())
+    shown = daemon.log.read_text() + json.dumps(daemon.status()) + daemon.state.output.read_text()
+    assert PASSWORD not in shown
+    daemon.kill()
+    daemon.start()
+    assert daemon.wait_ready()["engine"]["pid"] == seen.pid, "it is adopted, and asked with its key"
+
+
+@pytest.mark.parametrize("program", PROGRAMS, indirect=True)
+def test_without_a_key_of_emberds_llama_servers_own_counts(make_daemon: MakeDaemon, program: Path):
+    settings = {"engine.kind": "llama-server", "engine.path": str(program), "engine.context_size": 512}
+    daemon = make_daemon({**settings, "engine.extra_args": ["--api-key", PASSWORD]})
+    daemon.start()
+    daemon.wait_ready()
+    assert ask(daemon, "/completion").status_code == 401
+    assert ask(daemon, "/completion", authorization=f"Bearer {PASSWORD}").status_code == 200
+
+
+def test_a_file_of_keys_that_cannot_be_read_is_named(make_daemon: MakeDaemon, tmp_path: Path):
+    settings = {"engine.kind": "llama-server", "engine.path": str(write_program(tmp_path))}
+    daemon = make_daemon({**settings, "engine.extra_args": ["--api-key-file", str(tmp_path / "none")]})
+    daemon.start()
+    assert daemon.end() == 78
+    assert f"cannot read --api-key-file {tmp_path}/none: No such file" in daemon.log.read_text()
+
+
+def test_emberds_own_key_is_not_in_the_engines_environment(make_daemon: MakeDaemon):
+    daemon = make_daemon()
+    daemon.environment["EMBERD_API_KEY"] = KEY
+    daemon.start()
+    pid = daemon.wait_ready()["engine"]["pid"]
+    assert KEY not in psutil.Process(pid).environ().values()
+    assert ask(daemon, authorization=f"Bearer {KEY}").status_code == 200
+
+
+def test_koboldcpps_password_can_come_from_the_environment(make_daemon: MakeDaemon):
+    daemon = make_daemon({"warmth.mode": "auto"}, STANDIN_VERSION="1.115.1", KCPP_PASSWORD=PASSWORD)
+    daemon.start()
+    daemon.wait_ready()
+    assert ask(daemon).status_code == 401
+    assert ask(daemon, authorization=f"Bearer {PASSWORD}").status_code == 200
+    assert "replay" in daemon.verb("warm").stdout
+    assert not daemon.events("replay_refused")
 
 
 def test_foreign_pages_and_rebound_names_are_refused_before_the_engine_hears_of_them(make_daemon: MakeDaemon):

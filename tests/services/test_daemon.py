@@ -518,6 +518,44 @@ def test_silent_clients_do_not_block_the_engine(make_daemon: MakeDaemon):
             connection.close()
 
 
+def test_as_many_are_let_in_as_the_engine_works_on_at_once_also_after_a_reload(make_daemon: MakeDaemon):
+    daemon = make_daemon(STANDIN_VERSION="1.115.1", STANDIN_TOKEN_MS="10")
+    daemon.start()
+    pid = daemon.wait_ready()["engine"]["pid"]
+
+    def seconds_of_four() -> float:
+        began_s = time.monotonic()
+        four = [Background(lambda number=number: daemon.complete(f"story {number}", 100)) for number in range(4)]
+        assert len({each.get() for each in four}) == 4
+        return time.monotonic() - began_s
+
+    assert seconds_of_four() > 4.0
+    daemon.write_settings(engine__extra_args=["--parallelrequests", "4"])
+    daemon.signal(signal.SIGHUP)
+    daemon.wait_ready(other_than=pid)
+    assert seconds_of_four() < 3.0
+
+
+def test_who_leaves_an_engine_that_works_on_several_takes_nobody_along(make_daemon: MakeDaemon):
+    daemon = make_daemon(
+        {"engine.extra_args": ["--parallelrequests", "2"]}, STANDIN_VERSION="1.115.1", STANDIN_TOKEN_MS="20"
+    )
+    daemon.start()
+    daemon.wait_ready()
+    body = {"prompt": "one who leaves", "max_length": 900, "stream": True, "genkey": "K"}
+    stays = Background(lambda: daemon.complete("one who stays", 100))
+    with (
+        httpx.Client(timeout=30, trust_env=False) as leaver,
+        leaver.stream("POST", f"{daemon.url}/api/extra/generate/stream", json=body) as reply,
+    ):
+        next(reply.iter_text())
+    began_s = time.monotonic()
+    daemon.complete("one who comes", 4)
+    assert time.monotonic() - began_s < 1.0, "the place of who left is free, though the other one still works"
+    assert not stays.result
+    assert len(stays.get().split()) == 100
+
+
 def test_status_is_for_people_and_for_machines(make_daemon: MakeDaemon):
     daemon = make_daemon()
     assert daemon.verb("--version").stdout.startswith("emberd ")

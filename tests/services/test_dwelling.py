@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import structlog
 
+from emberd.core.errors import RequestRefused
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.reuse import CacheRoom
@@ -325,6 +326,22 @@ async def test_it_goes_on_while_a_pass_sends_its_replay(rig: Rig, monkeypatch: p
         dwelling = asyncio.create_task(rig.touching.run())
         assert "replay" in (await rig.service.warm())["steps"]
         dwelling.cancel()
+
+
+async def test_a_replay_that_the_engine_refuses_is_logged_once_and_named(rig: Rig):
+    rig.hears(Turn("/api/v1/generate", {"prompt": "Once"}, " upon a time"))
+
+    async def refuse(*_: Any) -> dict[str, Any] | None:
+        raise RequestRefused(401)
+
+    sends, rig.engine.engine.send = rig.engine.engine.send, refuse
+    async with asyncio.timeout(LIMIT_S):
+        found = [await rig.service.warm() for _ in range(2)]
+        assert [(each["refused"], "replay" in each["steps"]) for each in found] == [(401, False)] * 2
+        rig.engine.engine.send = sends
+        assert "refused" not in await rig.service.warm()
+    told = [call.kwargs for call in rig.log.calls if call.kwargs.get("event") == "replay_refused"]
+    assert [each["status"] for each in told] == [401]
 
 
 async def test_it_stays_while_there_is_pressure(rig: Rig, monkeypatch: pytest.MonkeyPatch):

@@ -713,7 +713,7 @@ async def test_koboldcpp_is_given_one_generation_at_a_time_and_questions_pass_me
 
 
 async def test_the_line_lets_the_first_in_first_and_forgets_who_left():
-    line = places.Line(1)
+    line = places.Line(lambda: 1)
     order: list[str] = []
 
     async def pass_through(name: str, *, goes_first: bool = False) -> None:
@@ -734,7 +734,7 @@ async def test_the_line_lets_the_first_in_first_and_forgets_who_left():
 
 
 async def test_a_turn_that_comes_with_the_cancellation_is_passed_on():
-    line = places.Line(1)
+    line = places.Line(lambda: 1)
     await line.enter()
     waiting = asyncio.create_task(line.enter())
     await asyncio.sleep(0)

@@ -101,7 +101,9 @@ def _watch(config: str | None, progress: Callable[[int, int], None], is_over: th
 
 
 def _print_warmed(answer: dict[str, Any]) -> None:
+    refused = f"the engine refused the replay (HTTP {answer['refused']})" if answer.get("refused") else ""
     if answer.get("steps"):
-        click.echo(f"{', '.join(answer['steps'])}: {answer['seconds']:.2f} s")
+        done = f"{', '.join(answer['steps'])}: {answer['seconds']:.2f} s"
+        click.echo(f"{done}; {refused}" if refused else done)
     else:
-        click.echo(f"nothing done: {answer.get('reason', 'unknown')}")
+        click.echo(f"nothing done: {refused or answer.get('reason', 'unknown')}")

@@ -108,3 +108,11 @@ class NotReady(Exception):
         self.state = state
         self.message = message
         self.retry_after_s = retry_after_s
+
+
+class RequestRefused(Exception):
+    """The engine refused a request of emberd's own, with this HTTP status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status

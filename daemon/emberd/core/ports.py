@@ -112,7 +112,11 @@ class Engine(Protocol):
         ...
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
-        """Send a request of emberd's own; return the reply's object, None if it failed. Never raises; bounded."""
+        """Send a request of emberd's own; return the reply's object, None if none came. Bounded by `timeout_s`.
+
+        Raises:
+            RequestRefused: the engine answered with another status than 200.
+        """
         ...
 
     def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from emberd.core.gguf import F16_BYTES
@@ -25,10 +25,13 @@ class OwnerWishes:
         key_bytes: bytes of one number in a key of the KV cache, more than a half if it is quantised.
         value_bytes: the same in a value.
         slots: conversations, or requests worked on at once.
+        queue: requests that are taken while another one runs, that one counted.
         unloads_by: the option that unloads an idle model, empty for none.
         files: other files that are loaded: projectors, drafts, adapters, speech, images, embeddings.
         reply_tokens: greatest reply where a request names none.
         is_renamed: the model is served under another name than its file's.
+        api_keys: what it wants of its clients, one of them as a bearer token. Never shown.
+        api_key_file: a file with further ones, empty for none.
     """
 
     locks: bool | None = None
@@ -37,10 +40,13 @@ class OwnerWishes:
     key_bytes: float = F16_BYTES
     value_bytes: float = F16_BYTES
     slots: int | None = None
+    queue: int | None = None
     unloads_by: str = ""
     files: tuple[str, ...] = ()
     reply_tokens: int | None = None
     is_renamed: bool = False
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: str = ""
 
 
 def lock_policy(settings: Settings, wishes: OwnerWishes) -> LockPolicy:

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from emberd.core.errors import RequestRefused
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused, EngineRequest
 
 if TYPE_CHECKING:
@@ -42,11 +43,16 @@ class Answer:
                 return None
         return value
 
-    @property
-    def object_if_ok(self) -> Mapping[str, Any] | None:
-        """The JSON object of a successful answer (empty for other content), None for any other answer."""
-        if self.status != _HTTP_OK:
+    def object_if_any(self) -> Mapping[str, Any] | None:
+        """Return the JSON object of an answer (an empty one for other content), None if there was none.
+
+        Raises:
+            RequestRefused: its status is not 200.
+        """
+        if not self.status:
             return None
+        if self.status != _HTTP_OK:
+            raise RequestRefused(self.status)
         return self.content if isinstance(self.content, dict) else {}
 
 

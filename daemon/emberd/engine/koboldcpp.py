@@ -22,8 +22,8 @@ from emberd.engine.http import NOTHING_LISTENS
 from emberd.engine.koboldcpp_flags import Wishes, compose, model_of_file
 from emberd.engine.koboldcpp_help import PROBE_ARGUMENT, read_help, read_probe
 from emberd.engine.process import STOP_SIGNALS
-from emberd.engine.program import check_executable, find_program
-from emberd.engine.wishes import of_koboldcpp
+from emberd.engine.program import check_executable, check_ran, find_program
+from emberd.engine.wishes import PASSWORD_VARIABLE, of_koboldcpp
 from emberd.host.files import make_private_folder
 from emberd.host.model_file import check_model
 
@@ -53,6 +53,8 @@ CONTINUES_TURNS = (1, 104)
 _MOST_CONNECTIONS = 16
 """KoboldCPP has 24 threads, one for each connection, and no time-outs; eight are left for emberd's own
 questions."""
+_QUEUE = 10
+"""What its queue takes unless told, the one that runs counted; further ones get 503 (1.115)."""
 _LIGHT_POSTS = (
     "/api/extra/tokencount",
     "/api/extra/tokenize",
@@ -104,13 +106,12 @@ class KoboldCpp:
         self._scratch = scratch
         self._kcpps_target = kcpps_target
         self.password = ""
+        self.most_at_work = 1
+        """It works on one unless told. Six more may wait in its queue, further ones get 503 (1.104)."""
 
     refusals = frozenset({500})
     """The request is unreadable or too long (1.104, do_POST); within a generation it fails silently."""
     room = CacheRoom()
-    most_at_work = 1
-    """It works on one request. Six more may wait in its queue, further ones get 503; `--multiuser` changes
-    that."""
 
     def is_work(self, method: str, path: str) -> bool:
         """Return True if a request waits for the model: every POST that is not known to be light."""
@@ -151,6 +152,7 @@ class KoboldCpp:
         environment = self._environment()
         make_private_folder(self._scratch)
         said = await self._asker.ask(command, ("--help",), program, environment)
+        check_ran(program, said)
         build = read_help(said.out)
         model = str(check_model(self._settings.model.path)) if self._settings.model.path else None
         line = compose(
@@ -164,10 +166,12 @@ class KoboldCpp:
                 extra_args=engine.extra_args,
                 kcpps=self._read_kcpps(),
                 kcpps_target=str(self._kcpps_target),
+                password=os.environ.get(PASSWORD_VARIABLE, "").strip(),
                 is_metal=self._host.name == "darwin" and engine.gpu_layers != 0,
             ),
         )
         self.password = line.password
+        self.most_at_work = self._slots() if build.offers("parallelrequests") else 1
         if model is None:
             check_model(line.model)
         if engine.extra_args:
@@ -258,12 +262,15 @@ class KoboldCpp:
 
         The answer is read even if the caller stops waiting: if KoboldCPP cannot send it, the next request waits
         another 0.25 s (1.104, `time.sleep` in do_POST with the model's lock held).
+
+        Raises:
+            RequestRefused: the answer's status is not 200.
         """
         asked = self._http.post(port, request.path, request.body, timeout_s, self.password)
         asking = asyncio.create_task(asked)
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
-        return (await asyncio.shield(asking)).object_if_ok
+        return (await asyncio.shield(asking)).object_if_any()
 
     def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:  # noqa: ARG002  # the Engine protocol
         """Return nothing: a reply has the length of its prompt, but not how much was reused (up to 1.115)."""
@@ -284,6 +291,15 @@ class KoboldCpp:
     def is_fatal(self, line: str) -> bool:
         """Recognise that the port was taken."""
         return any(text in line for text in _WILL_NEVER_SERVE)
+
+    def _slots(self) -> int:
+        """Return how many requests are worked on together.
+
+        One that cannot be (its grammar, its samplers) runs alone, and the others wait in the queue meanwhile.
+        """
+        wishes = self.wishes()
+        queue = wishes.queue if wishes.queue and wishes.queue > 1 else _QUEUE
+        return min(wishes.slots or 1, queue, self.most_connections)
 
     def _is_our_model(self, name: str) -> bool:
         """Compare names, unless the model is named elsewhere or renamed by --hordemodelname."""
@@ -313,7 +329,7 @@ class KoboldCpp:
             return None
         path = Path(self._settings.engine.kcpps).expanduser()
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ConfigError(
                 f"cannot read engine.kcpps {path}: {error.strerror}", "Mend the path or its permissions."

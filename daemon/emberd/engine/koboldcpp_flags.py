@@ -55,6 +55,7 @@ class Wishes:
         kcpps: content of the owner's .kcpps file; None if there is none.
         kcpps_target: path of the merged file, which the caller writes.
         is_metal: the engine runs on Apple's Metal.
+        password: what the environment names, for where nothing else names one.
     """
 
     model: str | None
@@ -66,6 +67,7 @@ class Wishes:
     kcpps: Mapping[str, object] | None
     kcpps_target: str
     is_metal: bool
+    password: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ def compose(build: Build, wishes: Wishes) -> CommandLine:
     model, said = _choose_model(wishes.model, file)
     merged, said_of_file = merge(build, file, kept, decided)
     notices += [*said, *said_of_file, *_memory_notices(kept, wishes)]
+    if wishes.password and not _password(kept, merged):
+        merged["password"] = wishes.password
     if build.offers("config"):
         # Everybody on this computer can read a command line; the file has mode 0600.
         merged |= {given.dest: given.value for given in kept if given.dest in SECRETS}

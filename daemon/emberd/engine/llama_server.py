@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import os
@@ -18,8 +19,8 @@ from emberd.core.wishes import OwnerWishes
 from emberd.engine import llama_log
 from emberd.engine.http import NOTHING_LISTENS, Answer
 from emberd.engine.process import STOP_SIGNALS
-from emberd.engine.program import check_executable, find_program
-from emberd.engine.wishes import given, of_llama_server
+from emberd.engine.program import check_executable, check_ran, find_program
+from emberd.engine.wishes import API_KEY, API_KEY_VARIABLE, given, of_llama_server, without
 from emberd.host.model_file import check_model
 
 if TYPE_CHECKING:
@@ -42,7 +43,16 @@ _OWNED = {
     "--port": "emberd chooses a private port",
     "-m": "the model is model.path",
     "--model": "the model is model.path",
+    "--api-prefix": "emberd's questions and its endpoint know the engine's paths without one",
+    "--ssl-key-file": "the engine is on 127.0.0.1, and emberd speaks plain HTTP with it",
+    "--ssl-cert-file": "the engine is on 127.0.0.1, and emberd speaks plain HTTP with it",
 }
+_OWNED_VARIABLES = {
+    "LLAMA_ARG_API_PREFIX": "--api-prefix",
+    "LLAMA_ARG_SSL_KEY_FILE": "--ssl-key-file",
+    "LLAMA_ARG_SSL_CERT_FILE": "--ssl-cert-file",
+}
+"""Those that no argument of emberd's overrides."""
 _MODES_WITHOUT_SERVER = frozenset({"-h", "--help", "--usage", "--version", "--completion-bash", "--list-devices"})
 _VERBOSE = frozenset({"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"})
 _HELP_COLUMN = 40
@@ -80,7 +90,7 @@ class LlamaServer:
 
     @property
     def password(self) -> str:
-        """Return nothing: clients send an --api-key of the owner's themselves."""
+        """Return nothing: the embedded engine wants no key."""
         return ""
 
     def model_path(self) -> Path | None:
@@ -101,7 +111,7 @@ class LlamaServer:
             return Readiness.LOADING
         if health.status != _HTTP_OK or health.get("status") != "ok":
             return Readiness.STRANGER
-        props = await self._http.get(port, "/props", timeout_s)
+        props = await self._http.get(port, "/props", timeout_s, self.password)
         served, slots = props.get("model_path"), props.get("total_slots")
         cells = _as_count(props.get("default_generation_settings", "n_ctx"))
         self.room = CacheRoom(_as_count(slots) or 1, cells)
@@ -111,7 +121,7 @@ class LlamaServer:
 
     async def probe_activity(self, port: int, timeout_s: float) -> Activity:
         """Ask /slots, which the thread that runs the model answers; fall back to /health."""
-        slots = await self._http.get(port, "/slots", timeout_s)
+        slots = await self._http.get(port, "/slots", timeout_s, self.password)
         if slots.status == _HTTP_OK and isinstance(slots.content, list):
             return _read_slots(slots.content)
         if slots.status in {None, NOTHING_LISTENS}:
@@ -130,7 +140,7 @@ class LlamaServer:
 
     async def count_tokens(self, port: int, text: str, timeout_s: float) -> int | None:
         """Ask /tokenize, which adds no token before the text."""
-        answer = await self._http.post(port, "/tokenize", {"content": text}, timeout_s)
+        answer = await self._http.post(port, "/tokenize", {"content": text}, timeout_s, self.password)
         tokens = answer.get("tokens")
         return len(tokens) if isinstance(tokens, list) else None
 
@@ -147,8 +157,13 @@ class LlamaServer:
         return True
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
-        """POST it."""
-        return (await self._http.post(port, request.path, request.body, timeout_s)).object_if_ok
+        """POST it.
+
+        Raises:
+            RequestRefused: the answer's status is not 200.
+        """
+        answer = await self._http.post(port, request.path, request.body, timeout_s, self.password)
+        return answer.object_if_any()
 
     def counts_in_reply(self, told: Mapping[str, Any]) -> PromptCounts:
         """Read `timings` (cache_n, prompt_n, predicted_n), or else the `usage` of OpenAI or Anthropic.
@@ -264,6 +279,15 @@ class ExternalServer(LlamaServer):
     def __init__(self, settings: Settings, host: Host, http: EngineHttp, asker: Asker) -> None:
         super().__init__(settings, host, http)
         self._asker = asker
+        self._password: str | None = None
+
+    @property
+    def password(self) -> str:
+        """Return one of the owner's keys; of a file that cannot be read `plan` tells."""
+        if self._password is None:  # an adopted engine is asked before anything is planned
+            with contextlib.suppress(ConfigError):
+                self._password = _a_key(self.wishes())
+        return self._password or ""
 
     def wishes(self) -> OwnerWishes:
         """Return what extra_args and llama.cpp's own variables, which the engine inherits, ask for."""
@@ -275,28 +299,37 @@ class ExternalServer(LlamaServer):
         Raises:
             EngineNotUsable: the program is missing or cannot run.
             ModelError: the model cannot be used.
-            ConfigError: an argument that this build does not know, or that emberd owns.
+            ConfigError: an argument that this build does not know, or that emberd owns; a file of keys that cannot
+                be read.
         """
         engine = self._settings.engine
         model = check_model(self._settings.model.path)
         program = find_program(engine.path, ("llama-server",), "llama-server")
         check_executable(program, self._host)
         said = await self._asker.ask((str(program),), ("--help",), program, {})
+        check_ran(program, said)
         offered = read_options(said.out)
         if "--port" not in offered or "--ctx-size" not in offered:
             raise EngineNotUsable(
                 f"{program} is not llama-server (its --help offers no --ctx-size)", "Set engine.path."
             )
         check_arguments(engine.extra_args, offered)
-        notices = notices_of(self.wishes())
+        check_variables(os.environ)
+        wishes = self.wishes()
+        self._password = _a_key(wishes)
+        notices = notices_of(wishes)
         if engine.kcpps:
             notices += (Notice("kcpps_ignored", "engine.kcpps is for KoboldCPP; llama-server does not read it"),)
-        arguments = [str(program), *engine.extra_args, "--model", str(model), "--host", "127.0.0.1"]
-        arguments += ["--port", str(port), *self._lock_arguments(offered, will_lock=will_lock)]
+        # Everybody on this computer can read a command line.
+        arguments = [str(program), *without(engine.extra_args, API_KEY), "--model", str(model)]
+        arguments += ["--host", "127.0.0.1", "--port", str(port)]
+        arguments += self._lock_arguments(offered, will_lock=will_lock)
         if "--threads-http" in offered - {name for name, _ in given(engine.extra_args)}:
             arguments += ["--threads-http", str(self.most_connections + _OWN_THREADS)]
         arguments += _sizes(engine.context_size, engine.gpu_layers)
-        environment = self._host.engine_environment(engine.metal_keep_alive_s)
+        environment = dict(self._host.engine_environment(engine.metal_keep_alive_s))
+        if wishes.api_keys:
+            environment[API_KEY_VARIABLE] = ",".join(wishes.api_keys)
         return LaunchPlan(tuple(arguments), environment, port, notices)
 
     def _lock_arguments(self, offered: frozenset[str], *, will_lock: bool) -> list[str]:
@@ -352,6 +385,39 @@ def check_arguments(extra_args: Sequence[str], offered: frozenset[str]) -> None:
             raise ConfigError(
                 f"engine.extra_args: this llama-server does not know {word}{hint}", "Mend the setting."
             )
+
+
+def check_variables(environment: Mapping[str, str]) -> None:
+    """Refuse llama.cpp's variables, which the engine inherits, for what emberd owns.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    for name, option in _OWNED_VARIABLES.items():
+        if environment.get(name):
+            raise ConfigError(f"{name} in the environment: {_OWNED[option]}", f"Unset {name}.")
+
+
+def _a_key(wishes: OwnerWishes) -> str:
+    """Return the first key that the engine takes, empty if it wants none.
+
+    Raises:
+        ConfigError: the file of keys cannot be read, or has none.
+    """
+    if wishes.api_keys or not wishes.api_key_file:
+        return next(iter(wishes.api_keys), "")
+    path = Path(wishes.api_key_file)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(
+            f"cannot read --api-key-file {path}: {reason}", "Mend the path or its permissions."
+        ) from error
+    key = next((line for line in lines if line and not line.startswith("#")), None)
+    if key is None:
+        raise ConfigError(f"--api-key-file {path} has no key", "Write one into it, or remove the option.")
+    return key
 
 
 def notices_of(wishes: OwnerWishes) -> tuple[Notice, ...]:

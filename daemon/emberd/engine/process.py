@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from emberd.core.errors import EngineNotUsable
-from emberd.host import notify_socket
+from emberd.host import api_key, notify_socket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -185,6 +185,12 @@ def is_alive(pid: int) -> bool:
     return status != psutil.STATUS_ZOMBIE
 
 
+def inherited_environment() -> dict[str, str]:
+    """Return what an engine's program gets of emberd's environment: all but what is emberd's alone."""
+    own = {*notify_socket.VARIABLES, api_key.ENVIRONMENT}
+    return {name: value for name, value in os.environ.items() if name not in own}
+
+
 def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
     """Start the engine in its own session, with its output going to the descriptor `output`.
 
@@ -195,11 +201,10 @@ def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
         EngineNotUsable: the program cannot be started.
     """
     program = plan.arguments[0]
-    inherited = {name: value for name, value in os.environ.items() if name not in notify_socket.VARIABLES}
     try:
         child = subprocess.Popen(
             plan.arguments,
-            env={**inherited, **plan.environment},
+            env={**inherited_environment(), **plan.environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

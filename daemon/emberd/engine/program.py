@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emberd.core.errors import EngineNotUsable, StateUnusable
+from emberd.engine.process import inherited_environment
 from emberd.host.files import write_atomically
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 ASK_TIMEOUT_S = 120.0
 """KoboldCPP's single-file binary unpacks itself before it answers --help: 26 to 72 s are reported (issue 1406)."""
 _CACHE_ENTRIES = 16
+_LAST_WORDS = 4
 _ANSWERED = frozenset({0, 2})
 """The codes of help and of argparse's refusal; other failures may have passed next time (a missing module, a full
 disk)."""
@@ -61,6 +63,20 @@ def find_program(setting: str, usual_names: Sequence[str], kind: str) -> Path:
         f"{kind} was not found on PATH (looked for {', '.join(usual_names)})",
         f'Set engine.path to {kind}, or engine.kind = "embedded" for the engine that comes with emberd[demo].',
     )
+
+
+def check_ran(program: Path, said: Said) -> None:
+    """Refuse a program that ended otherwise than by answering.
+
+    Raises:
+        EngineNotUsable: with its own last words: a shared library is missing, a module, memory.
+    """
+    if said.exit_code in _ANSWERED:
+        return
+    how = f"ended by signal {-said.exit_code}" if said.exit_code < 0 else f"exit code {said.exit_code}"
+    lines = [line.strip() for line in (said.err.strip() or said.out.strip()).splitlines() if line.strip()]
+    words = "".join(f"\n  | {line}" for line in lines[-_LAST_WORDS:])
+    raise EngineNotUsable(f"{program} cannot run ({how}){words}", "Run it by hand with --help: it lacks something.")
 
 
 def check_executable(path: Path, host: Host) -> None:
@@ -106,7 +122,7 @@ class Asker:
         remembered = self._remembered
         if key in remembered:
             return remembered[key]
-        said = await _run((*command, *arguments), {**os.environ, **environment})
+        said = await _run((*command, *arguments), {**inherited_environment(), **environment})
         if said.exit_code not in _ANSWERED:
             return said
         remembered[key] = said

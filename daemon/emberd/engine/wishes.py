@@ -1,8 +1,8 @@
 """The one reader of the owner's wishes for the engine: engine.extra_args, the .kcpps file, LLAMA_ARG_* variables.
 
-KoboldCPP's options are argparse's, from 1.102 on also with llama.cpp's spellings (koboldcpp.py); a key of a
-.kcpps file is the option's name. llama-server's are those of common/arg.cpp (build 11434), each with a variable;
-an argument wins over it.
+KoboldCPP's options are argparse's, with llama.cpp's spellings beside its own from 1.102 on (koboldcpp.py); a key of
+a .kcpps file is the option's name. llama-server's are those of common/arg.cpp (build 11434), each with a variable;
+an argument wins over it, but keys add up.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from emberd.core.wishes import OwnerWishes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+API_KEY, API_KEY_VARIABLE = "--api-key", "LLAMA_API_KEY"
+PASSWORD_VARIABLE = "KCPP_PASSWORD"  # noqa: S105  # its name
+"""What KoboldCPP takes for --password (1.115)."""
 _OFF = frozenset({"", "0", "-1", "false", "none", "off", "disabled", "no"})
 _NUMBER_BYTES = {
     "f32": 4.0,
@@ -50,8 +53,12 @@ class _Names:
     unload: tuple[str, ...]
     files: tuple[str, ...]
     load_mode: tuple[str, ...] = ()
+    queue: tuple[str, ...] = ()
+    one_slot: tuple[str, ...] = ()
     reply: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
+    api_key: tuple[str, ...] = ()
+    api_key_file: tuple[str, ...] = ()
 
 
 _KOBOLDCPP = _Names(
@@ -62,6 +69,8 @@ _KOBOLDCPP = _Names(
     keys=("--quantkv",),
     values=("--quantkv",),
     slots=("--parallelrequests", "--continuous-batching", "--contbatch"),
+    queue=("--multiuser",),
+    one_slot=("--smartcontext", "--draftmodel", "--model-draft", "-md", "--enableguidance"),
     unload=("--adminunloadtimeout", "--autoswapmode"),
     files=(
         "--mmproj",
@@ -94,6 +103,8 @@ _LLAMA_SERVER = _Names(
     slots=("--parallel", "-np"),
     unload=("--sleep-idle-seconds",),
     files=("--mmproj", "-mm", "--model-draft", "-md", "--spec-draft-model", "--lora", "--lora-scaled"),
+    api_key=(API_KEY,),
+    api_key_file=("--api-key-file",),
 )
 _VARIABLES = {
     "LLAMA_ARG_MLOCK": "--mlock",
@@ -107,6 +118,8 @@ _VARIABLES = {
     "LLAMA_ARG_MMPROJ": "--mmproj",
     "LLAMA_ARG_MODEL_DRAFT": "--model-draft",
     "LLAMA_ARG_SPEC_DRAFT_MODEL": "--spec-draft-model",
+    API_KEY_VARIABLE: API_KEY,
+    "LLAMA_ARG_API_KEY_FILE": "--api-key-file",
 }
 
 _Given = tuple[str, tuple[str, ...]]
@@ -136,6 +149,17 @@ def given(words: Sequence[str]) -> list[_Given]:
     return [(name, tuple(values)) for name, values in found]
 
 
+def without(words: Sequence[str], option: str) -> tuple[str, ...]:
+    """Return a command line without an option and its values."""
+    kept, is_it = list[str](), False
+    for word in words:
+        if re.match(r"--?[A-Za-z]", word):
+            is_it = word.partition("=")[0] == option
+        if not is_it:
+            kept.append(word)
+    return tuple(kept)
+
+
 def _of_file(file: Mapping[str, object]) -> Iterator[_Given]:
     """Yield what a .kcpps file says; an exported one has every key, most of them empty."""
     for key, value in file.items():
@@ -163,6 +187,12 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         text = value(*options)
         return int(text) if text.isdecimal() and int(text) else None
 
+    def parts(*options: str) -> tuple[str, ...]:
+        found = (
+            part for option, values in said if option in options for each in values for part in each.split(",")
+        )
+        return tuple(part for part in found if part)
+
     mode = value(*names.load_mode)
     mapping = last(*names.map, *names.copy)
     maps = None if mapping is None else bool(is_asked(mapping[0])) is (mapping[0] in names.map)
@@ -175,16 +205,12 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         context_tokens=count(*names.context),
         key_bytes=_NUMBER_BYTES.get(value(*names.keys).lower(), F16_BYTES),
         value_bytes=_NUMBER_BYTES.get(value(*names.values).lower(), F16_BYTES),
-        slots=count(*names.slots),
+        slots=None if any(is_asked(name) for name in names.one_slot) else count(*names.slots),
+        queue=count(*names.queue),
         unloads_by=next((name for name in names.unload if is_asked(name)), ""),
-        files=tuple(
-            part
-            for option, values in said
-            if option in names.files
-            for each in values
-            for part in each.split(",")
-            if part
-        ),
+        files=parts(*names.files),
         reply_tokens=count(*names.reply),
         is_renamed=bool(is_asked(*names.rename)),
+        api_keys=parts(*names.api_key),
+        api_key_file=value(*names.api_key_file),
     )

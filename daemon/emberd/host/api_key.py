@@ -45,7 +45,7 @@ def read_secret(path: Path, setting: str) -> str:
         ConfigError: it cannot be read, is empty, or can be read by others.
     """
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read {setting} {path}: {reason}", "Mend the path or its permissions.") from error

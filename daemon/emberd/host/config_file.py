@@ -88,7 +88,7 @@ def _read_text(path: Path, *, is_named: bool) -> str | None:
         ConfigError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         if not is_named:
             return None

@@ -137,6 +137,8 @@ class Exchange:
         the next request by 0.25 s. Other engines watch the connection. Without a key KoboldCPP aborts whatever
         runs; that is this request as long as it keeps its place. A request sent earlier would find a full queue,
         and get 503.
+        A KoboldCPP that works on several requests at once ends none of them by its key (1.115). Its connection is
+        closed, and while the others go on, nothing shows whether the request has ended.
         """
         engine = self._gate.engine
         key = self._generation.key if self._generation is not None else ""
@@ -144,8 +146,10 @@ class Exchange:
         outlasting = asyncio.create_task(connection.outlast())
         try:
             while time.monotonic() < end_s:
-                if not await engine.abort(self._port, key, _ASK_S):
+                if engine.most_at_work > 1 or not await engine.abort(self._port, key, _ASK_S):
                     connection.close()
+                    if self._gate.in_flight > 1:
+                        return
                     await asyncio.sleep(_ABORT_AGAIN_S)
                 elif (await asyncio.wait({outlasting}, timeout=_ABORT_AGAIN_S))[0]:
                     return

@@ -84,10 +84,12 @@ class KeepWarm:
         """Warm everything now; return what was done and why."""
         self._pauses.end()
         self._schedule.ask()
-        before = self._last
+        before, replays = self._last, self._warming.replays
+        replays.take_refusal()
         await self._look()
         done = self._last if self._last is not before else {"reason": self._rest, "steps": []}
-        return {"ok": True, **(done or {})}
+        refused = replays.take_refusal()
+        return {"ok": True, **(done or {}), **({"refused": refused} if refused else {})}
 
     def pause(self, seconds: float) -> dict[str, Any]:
         """Warm nothing for a while; locks stay."""

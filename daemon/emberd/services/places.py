@@ -38,21 +38,22 @@ class Patience:
 
 
 class Line:
-    """First come, first served; a request whose engine died goes to the front."""
+    """First come, first served; a request whose engine died goes to the front. `limit` returns how many at once."""
 
-    def __init__(self, limit: int) -> None:
-        self._free = limit
+    def __init__(self, limit: Callable[[], int]) -> None:
+        self._limit = limit
+        self._served = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @property
     def is_free(self) -> bool:
         """Whether a newcomer is served at once."""
-        return self._free > 0
+        return self._served < self._limit()
 
     async def enter(self, *, goes_first: bool = False) -> None:
         """Return when it is the caller's turn, who must `leave` afterwards."""
-        if self._free > 0:
-            self._free -= 1
+        if self.is_free:
+            self._served += 1
             return
         turn = asyncio.get_running_loop().create_future()
         (self._waiting.appendleft if goes_first else self._waiting.append)(turn)
@@ -68,19 +69,19 @@ class Line:
 
     def leave(self) -> None:
         """Let the next one in."""
-        while self._waiting:
+        self._served -= 1
+        while self._waiting and self.is_free:
             turn = self._waiting.popleft()
             if not turn.done():
+                self._served += 1
                 turn.set_result(None)
-                return
-        self._free += 1
 
 
 class Places:
     """A bounded number of places at the engine, and a bounded queue before them.
 
-    Some engines work on few requests at a time and refuse what is too much for their queue (KoboldCPP: one at a
-    time, and 503 beyond six more). So those requests wait here, without a connection.
+    An engine that works on few requests at a time refuses what is too much for its own queue (KoboldCPP: one at a
+    time unless told, and 503 beyond six more). So those requests wait here, without a connection.
 
     Args:
         most_waiting: returns how many requests may wait for an engine or for a place.
@@ -89,8 +90,8 @@ class Places:
     def __init__(self, gate: Gate, most_waiting: Callable[[], int]) -> None:
         self._gate = gate
         self._most_waiting = most_waiting
-        self._connections = Line(gate.engine.most_connections)
-        self._turns = Line(gate.engine.most_at_work)
+        self._connections = Line(lambda: gate.engine.most_connections)
+        self._turns = Line(lambda: gate.engine.most_at_work)
         self._since: dict[object, float] = {}
         self.next_arrival = asyncio.Event()
         """Set when the next request for the model comes; a new event then takes its place."""

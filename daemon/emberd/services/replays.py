@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from emberd.core.errors import RequestRefused
 from emberd.core.replay import GENKEY, is_replayable, make_replays, tiny
 from emberd.core.reuse import Verdict
 from emberd.core.turn import UNTOLD
@@ -16,6 +17,8 @@ from emberd.core.warmth import Cache
 from emberd.core.warmth_cost import WarmthCost
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.replay import Replay
@@ -53,6 +56,8 @@ class Replays:
         self._replayed_s = 0.0
         self._numbers = itertools.count(1)
         self._said_barred: frozenset[str] = frozenset()
+        self._refused: int | None = None
+        self._said_refused: tuple[str | None, int] | None = None
         self.turns = turns
         self.has_primed = False
         """Whether a replay of this pass had to bring a prompt into the cache."""
@@ -89,6 +94,11 @@ class Replays:
         if turn.kind in barred:
             return False
         return is_replayable(turn, self._gate.engine.name, keeps_state=engine.keeps_state)
+
+    def take_refusal(self) -> int | None:
+        """Return the HTTP status with which the engine refused the last replay, once; None if it did not."""
+        refused, self._refused = self._refused, None
+        return refused
 
     async def tiny(self) -> dict[str, Any] | None:
         """Send a generation with a prompt of emberd's own; return None if it was given up or failed."""
@@ -167,9 +177,21 @@ class Replays:
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.gather(sending, coming, return_exceptions=True)
-        took_s, told = time.monotonic() - began_s, sending.result()
+        took_s, told = time.monotonic() - began_s, self._told(sending)
         counts = UNTOLD if told is None else engine.counts_in_reply(told)
         counts = self._gate.counts_in_log() if counts == UNTOLD else counts
         cost = WarmthCost(engine_ms=round(took_s * 1000), processed_tokens=counts.processed or 0)
         self._spending.add(cost)
         return None if told is None else (took_s, counts)
+
+    def _told(self, sending: asyncio.Task[Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+        """Return the reply's object, None if there is none; a refusal is logged once for each engine."""
+        try:
+            told, self._refused = sending.result(), None
+        except RequestRefused as refusal:
+            told, self._refused = None, refusal.status
+            refused = (self._gate.engine_key, refusal.status)
+            if refused != self._said_refused:
+                self._log.warning("replay_refused", status=refusal.status)
+            self._said_refused = refused
+        return told
