@@ -237,8 +237,9 @@ class _Serving:
     async def _wait_for_end(self, *services: asyncio.Task[None]) -> Exception | None:
         """Start the engine, and return when it is time to end, with the error if there is one."""
         starting = asyncio.create_task(self._start_engine(), name="start")
-        tasks: tuple[asyncio.Task[None], ...] = (starting, *services)
-        done, _ = await asyncio.wait({self._daemon.ending, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        tasks = (starting, *services)
+        awaited: set[asyncio.Future[Any]] = {self._daemon.ending, *tasks}
+        done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         starting.cancel()
         await asyncio.wait({starting})
         for task in tasks:
