@@ -152,7 +152,8 @@ def _forecast_rows(warmth: WarmthStatus) -> list[tuple[str, str, str]]:
             words += f" (last time: {told.last.forecast_s:.2g} s foretold, {told.last.took_s:.2g} s taken)"
         rows.append(("next", words, ""))
     if cost.passes:
-        words = f"{cost.passes} passes today, {cost.cpu_s:.1f} s of processor time"
+        passes = "pass" if cost.passes == 1 else "passes"
+        words = f"{cost.passes} {passes} today, {cost.cpu_s:.1f} s of processor time"
         if cost.processed_tokens:
             words += f", {cost.processed_tokens} tokens of prompts"
         if cost.read_bytes:
