@@ -148,18 +148,17 @@ class StreamedParts:
 def _as_chat(text: Any, calls: Any) -> tuple[dict[str, Any], ...]:
     """Return the assistant's message; thoughts are not sent back, as chat clients do not."""
     message: dict[str, Any] = {"role": "assistant", "content": _as_text(text)}
-    return ({**message, "tool_calls": list(calls)} if isinstance(calls, list) and calls else message,)
+    known = [each for each in calls if isinstance(each, dict)] if isinstance(calls, list) else []
+    return ({**message, "tool_calls": known} if known else message,)
 
 
 def _with_input(block: dict[str, Any]) -> dict[str, Any]:
     """Return a block of a stream as a client sends it back: the input of a tool is an object."""
-    written = block.pop("_input", None)
-    if written is None:
-        return block
+    whole = {name: value for name, value in block.items() if name != "_input"}
     try:
-        return {**block, "input": json.loads(written)}
+        return {**whole, "input": json.loads(block["_input"])} if "_input" in block else whole
     except ValueError:
-        return block
+        return whole
 
 
 def _get(content: Any, *path: str | int) -> Any:
