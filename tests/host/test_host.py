@@ -105,10 +105,14 @@ async def test_a_watch_for_stalls_wakes_after_the_longest_time_again_and_again()
     if watch is None:
         pytest.skip("no pressure/memory to be asked here")
     async with asyncio.timeout(LIMIT_S):
-        began_s = time.monotonic()
-        await watch.wait()
-        await watch.wait()
-    assert time.monotonic() - began_s > 1.5, "the first time must have been taken off the descriptor"
+        for _ in range(5):  # a stall that another test makes wakes it, too
+            began_s = time.monotonic()
+            await watch.wait()
+            await watch.wait()
+            if time.monotonic() - began_s > 1.5:
+                break
+        else:
+            raise AssertionError("the first time must have been taken off the descriptor")
     watch.close()
     watch.close()
 
