@@ -100,7 +100,7 @@ async def test_a_half_closed_client_that_then_leaves_ends_its_generation(
 ):
     """Where the kernel does not know the other end, a reset tells."""
     if not is_known:
-        monkeypatch.setattr(ThisHost, "is_held", staticmethod(lambda *_: None))
+        monkeypatch.setattr(ThisHost, "is_held", lambda *_: None)
     monkeypatch.setattr(client_connection, "_LOOK_S", 0.05)
     slow = Slow()
     await serve(front, slow)
@@ -121,7 +121,7 @@ async def test_a_client_that_nobody_knows_is_gone_when_the_reply_cannot_be_deliv
     front: Front, monkeypatch: pytest.MonkeyPatch
 ):
     """A closed connection of another computer looks like a half-closed one, until something is written."""
-    monkeypatch.setattr(ThisHost, "is_held", staticmethod(lambda *_: None))
+    monkeypatch.setattr(ThisHost, "is_held", lambda *_: None)
     cut = asyncio.Event()
 
     async def endless(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
