@@ -432,6 +432,18 @@ async def test_an_upgrade_is_no_way_around_the_line_of_generations(front: Front)
     assert b"upgrade" not in engine.heads[0].lower()
 
 
+async def test_an_engine_that_would_keep_its_connection_open_is_asked_to_close_it(front: Front):
+    """As KoboldCPP does after a WebSocket of the same thread; its errors have no length."""
+
+    async def keep(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\n\r\nnone")
+        if b"\r\nconnection: close\r\n" not in head.lower():
+            await reader.read()
+
+    await serve(front, keep)
+    assert b"none" in await front.exchange(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+
+
 async def test_the_end_of_emberd_does_not_wait_for_a_quiet_websocket(front: Front):
     await serve(front, echo)
     reader, writer = await upgraded(front)
