@@ -181,7 +181,10 @@ class _Serving:
         daemon.take_signals(lambda: daemon.spawn(self._reload_and_report()), self._supervisor.hurry)
         await daemon.open_control(self._paths.control, self._verbs())
         serve = daemon.serve(
-            services.proxy, lambda: self._supervisor.state.value, lambda: services.keepwarm.is_warm
+            services.proxy,
+            lambda: self._supervisor.state.value,
+            lambda: services.keepwarm.is_warm,
+            services.proxy.login,
         )
         owner = daemon.spawn(self._supervisor.run(), "supervisor")
         serving = daemon.spawn(serve, "endpoint")
@@ -263,6 +266,7 @@ class _Serving:
         yield self._services.swap.run()
         yield self._services.keepwarm.run()
         yield self._services.sleep.run()
+        yield self._services.recall.run()
         yield tell_accepting()
         yield tell_of_use()
         yield notifier.follow(self._line, gate.wait_for_change)
