@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emberd import __version__
 from emberd.core import lifecycle
+from emberd.core.access import ONE_FAMILY_REMEDY
 from emberd.core.errors import EmberdError, EngineFailed
 from emberd.core.lifecycle import State
 from emberd.core.managed import find_manager
@@ -181,7 +182,10 @@ class _Serving:
         daemon.take_signals(lambda: daemon.spawn(self._reload_and_report()), self._supervisor.hurry)
         await daemon.open_control(self._paths.control, self._verbs())
         serve = daemon.serve(
-            services.proxy, lambda: self._supervisor.state.value, lambda: services.keepwarm.is_warm
+            services.proxy,
+            lambda: self._supervisor.state.value,
+            lambda: services.keepwarm.is_warm,
+            services.proxy.login,
         )
         owner = daemon.spawn(self._supervisor.run(), "supervisor")
         serving = daemon.spawn(serve, "endpoint")
@@ -196,6 +200,8 @@ class _Serving:
             state_directory=str(self._paths.directory),
             log=logs.places(),
         )
+        if daemon.instance.lacks:
+            self._log.warning("endpoint_incomplete", reason=daemon.instance.lacks, remedy=ONE_FAMILY_REMEDY)
         try:
             failed = await self._wait_for_end(owner, serving)
             if failed is None and daemon.ending.result() is Why.ASKED:
@@ -263,6 +269,7 @@ class _Serving:
         yield self._services.swap.run()
         yield self._services.keepwarm.run()
         yield self._services.sleep.run()
+        yield self._services.recall.run()
         yield tell_accepting()
         yield tell_of_use()
         yield notifier.follow(self._line, gate.wait_for_change)

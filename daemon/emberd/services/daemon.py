@@ -79,6 +79,8 @@ class Daemon:
             "pid": os.getpid(),
             "uptime_s": self.uptime_s,
             "endpoint": self.instance.url,
+            "endpoints": self.instance.urls,
+            "endpoint_lacks": self.instance.lacks,
             "model": model,
             "settings_file": str(self._settings_file),
         }
@@ -94,9 +96,15 @@ class Daemon:
         await control.start()
         self._control = control
 
-    async def serve(self, proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> None:
+    async def serve(
+        self,
+        proxy: ASGIApp,
+        state: Callable[[], str],
+        is_warm: Callable[[], bool],
+        login: ASGIApp | None = None,
+    ) -> None:
         """Serve clients until the endpoint is stopped: see `make_app`."""
-        await self.endpoint.serve(make_app(proxy, state, is_warm), self.instance.listeners)
+        await self.endpoint.serve(make_app(proxy, state, is_warm, login), self.instance.listeners)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
         """Run this work in a task until it or this process ends."""
