@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emberd.core.engine_files import FileOnDisk, Role, is_address
 from emberd.core.errors import ModelError
 from emberd.core.gguf import MAGIC, read_header, split_names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from emberd.core.engine_files import NamedFile
     from emberd.core.gguf import GgufHeader, TensorSpan
 
 _LEAST_BYTES = 24
@@ -62,6 +64,51 @@ def check_model(text: str) -> Path:
     if len(head) < _LEAST_BYTES:
         raise ModelError(f"the model is truncated: {path} ({len(head)} bytes)", "Download it again.")
     return path
+
+
+def check_files(files: Iterable[NamedFile], source: str) -> None:
+    """Refuse a file that the engine could not read.
+
+    Args:
+        files: what its options name; addresses are for the engine to download.
+        source: where the options stand, for the remedy.
+
+    Raises:
+        ModelError: naming every file that is missing or unreadable.
+    """
+    problems = []
+    for each in files:
+        if is_address(each.path):
+            continue
+        path = Path(each.path).expanduser().absolute()
+        try:
+            if path.is_dir() and each.role is Role.IMAGE:
+                continue  # --sdlora takes a folder (KoboldCPP 1.115)
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            why = "not found" if isinstance(error, FileNotFoundError) else error.strerror
+            problems.append(f"{each.option} {path}: {why}")
+    if problems:
+        raise ModelError("; ".join(problems), f"Mend the path in {source}, or its permissions.")
+
+
+def look_up(files: Iterable[NamedFile]) -> tuple[FileOnDisk, ...]:
+    """Return the files as they lie on the disk, all parts of a split model."""
+    found = []
+    for each in files:
+        if is_address(each.path):
+            continue
+        first = Path(each.path).expanduser().absolute()
+        for path in (first.with_name(name) for name in split_names(first.name)):
+            try:
+                facts = path.stat()
+            except OSError:
+                found.append(FileOnDisk(str(path), each.role, str(path), None, None))
+                continue
+            real, identity = os.path.realpath(path), (facts.st_dev, facts.st_ino)
+            found.append(FileOnDisk(str(path), each.role, real, identity, facts.st_size))
+    return tuple(found)
 
 
 def _permission_remedy(error: PermissionError) -> str:

@@ -114,7 +114,7 @@ class Toucher:
         """Whether a pass over the pages is under way; other commands wait for its end."""
         return self._walks > 0
 
-    def use(self, paths: Sequence[Path]) -> None:
+    def use(self, paths: Sequence[Path | str]) -> None:
         """Name the model's files; they are mapped with the next command."""
         self._paths = tuple(str(path) for path in paths)
 

@@ -214,7 +214,7 @@ class KeepWarm:
         settings, weights, replays = self._settings(), self._warming.weights, self._warming.replays
         return Snapshot(
             now_s=time.monotonic(),
-            is_ready=self._gate.port is not None,
+            is_ready=self._gate.port is not None and not self._gate.is_empty,
             is_stopped=self._gate.state is State.COOL,
             requests=self._use.requests,
             lock=self._gate.lock_state,

@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING
 
 from emberd.core import residency
-from emberd.core.gguf import split_names
 from emberd.core.residency import Residency, Unknown
 from emberd.core.status import ResidencyStatus
 from emberd.host.toucher import Toucher, ToucherLost, ToucherRefused
@@ -68,12 +67,12 @@ class ResidencyMeter:
         await self.toucher.close()
 
     async def _read(self, engine: EngineSample) -> Residency:
-        if engine.model is None:
+        if engine.model is None and not engine.files:
             return residency.unknown(Unknown.NO_MODEL)
         memory = self._observer.recent().memory
         if engine.weights_bytes and residency.is_copied(engine.weights_bytes, memory, is_mapped=engine.is_mapped):
             return residency.from_process(engine.weights_bytes, memory)
-        self.toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])
+        self.toucher.use(engine.touchable)
         return residency.from_pages(await self.toucher.sample(residency.SAMPLED_PAGES))
 
     def _note_change(self, seen: Residency) -> None:

@@ -19,6 +19,7 @@ from emberd.services.engine_run import EngineRun, plan_digest
 from emberd.services.gate import SERVING, EngineNow, Gate
 from emberd.services.lock_meter import LockMeter
 from emberd.services.probing import Probing
+from emberd.services.switching import Switching
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -66,20 +67,22 @@ class Supervisor:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._meter = LockMeter(host)
+        self._switching = Switching(lambda: self._settings, host, log, self._meter)
         self._output = EngineOutput(
             paths.output,
             settings.log,
             engine,
             host,
             log,
-            self._meter,
+            self._switching.note,
             lambda reason: self.post(lifecycle.Stuck(reason)),
         )
         self.gate = Gate(
             engine, EngineNow(Lifecycle(since_s=time.monotonic())), self._meter, self._output, self.post
         )
         """Through it others ask the engine."""
-        self._run = EngineRun(lambda: self._settings, host, paths, log, self.gate, self._meter, self._output)
+        self._switching.gate, self._switching.post = self.gate, self.post
+        self._run = EngineRun(lambda: self._settings, host, paths, log, self.gate, self._output, self._switching)
         self._probing = Probing(
             lambda: self._settings.lifecycle, log, self.gate, self._run, self._output, self.post
         )
@@ -185,6 +188,8 @@ class Supervisor:
         plan = await engine.plan(self._record.port if self._record else free_port(), will_lock=will_lock)
         is_starting = self._life.state is State.STARTING and not self._is_done("launch")
         must_restart = self._record is not None and self._record.plan_digest != plan_digest(plan)
+        if not must_restart:
+            engine.switch = self.gate.engine.switch
         self._settings, self.gate.engine = settings, engine
         self._output.use(engine, settings.log)
         if is_starting:
@@ -217,6 +222,12 @@ class Supervisor:
             self._settings.lifecycle,
             random.random(),  # noqa: S311  # jitter
         )
+        if (
+            isinstance(event, lifecycle.Exited)
+            and before.state is State.LOADING
+            and not self.gate.now.serving.loads
+        ):
+            self._switching.undo(event.reason)
         self.gate.change(life=life, has_begun=True)
         if life.state is not before.state:
             self._announce(before)
@@ -297,9 +308,11 @@ class Supervisor:
         await self._sweep()
         try:
             await self._run.wait_for_release()
+            self._switching.keep()
             will_lock, reasons = await self._run.decide_lock()
-            plan = await self.gate.engine.plan(free_port(), will_lock=will_lock)
-            self._run.start(replace(plan, notices=(*plan.notices, *reasons)), will_lock=will_lock)
+            of_settings = await self.gate.engine.plan(free_port(), will_lock=will_lock)
+            plan = await self._switching.plan(of_settings, will_lock=will_lock)
+            self._run.start(replace(plan, notices=(*plan.notices, *reasons)), of_settings, will_lock=will_lock)
             self._follow()
             self.post(lifecycle.Launched())
         except EmberdError as error:
