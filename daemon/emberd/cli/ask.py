@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, byte_progress, duration, seconds_of, show
+from emberd.cli.talk import as_json, ask_daemon, byte_progress, seconds_of, show
 from emberd.core.errors import EmberdError
+from emberd.core.words import duration
 from emberd.services.control import ASK_LIMIT_S, SLOW_ASK_LIMIT_S
 
 if TYPE_CHECKING:

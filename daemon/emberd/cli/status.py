@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, duration, gib, residency_words, show
+from emberd.cli.talk import as_json, ask_daemon, gib, residency_words, show
 from emberd.core.memory import Pressure
 from emberd.core.status import Status, from_plain
+from emberd.core.words import duration
 from emberd.host import ThisHost
 
 if TYPE_CHECKING:
