@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from emberd.services.build import Services, SettingsInForce
     from emberd.services.control import Verb
     from emberd.services.daemon import Daemon
+    from emberd.services.residency_map import ResidencyMap
 
 _LAST_ANSWERS_S = 2.0
 """After the engine is gone, only refusals are still on their way out."""
@@ -168,6 +169,7 @@ class _Serving:
         self._tell_ready = tell_ready
         self._supervisor = services.supervisor
         self._log = daemon.log
+        self._map: ResidencyMap | None = None
 
     async def run(self) -> Why:
         """Serve until there is a reason to end, and shut down.
@@ -179,9 +181,14 @@ class _Serving:
 
         daemon, services = self._daemon, self._services
         daemon.take_signals(lambda: daemon.spawn(self._reload_and_report()), self._supervisor.hurry)
-        await daemon.open_control(self._paths.control, self._verbs())
+        verbs = self._verbs()
+        await daemon.open_control(self._paths.control, verbs)
         serve = daemon.serve(
-            services.proxy, lambda: self._supervisor.state.value, lambda: services.keepwarm.is_warm
+            services.proxy,
+            lambda: self._supervisor.state.value,
+            lambda: services.keepwarm.is_warm,
+            verbs,
+            lambda: self._settings.rules,
         )
         owner = daemon.spawn(self._supervisor.run(), "supervisor")
         serving = daemon.spawn(serve, "endpoint")
@@ -205,6 +212,8 @@ class _Serving:
         finally:
             await daemon.end_tasks()
             await services.close()
+            if self._map is not None:
+                await self._map.close()
         if failed is not None:
             if isinstance(failed, EmberdError):
                 self._log.error("emberd_failed", error=failed.message, remedy=failed.remedy)
@@ -302,6 +311,7 @@ class _Serving:
             "pause": keepwarm.pause,
             "resume": keepwarm.resume,
             "cool": keepwarm.cool,
+            "layers": self._layers,
         }
 
     async def _status(self) -> dict[str, Any]:
@@ -320,6 +330,7 @@ class _Serving:
             **self._daemon.status(settings.model.path),
             requests_waiting=places.waiting,
             longest_wait_s=round(places.longest_wait_s, 3),
+            requests=services.proxy.requests(),
             seconds_since_knock=services.knocks.seconds_since,
             remembers_turn=services.turns.last is not None,
             memory=await services.observer.status(),
@@ -329,6 +340,13 @@ class _Serving:
             swap=await services.swap.status(settings.machine.ssd_endurance_tb),
             log=tuple(logs.places()),
         )
+
+    async def _layers(self) -> dict[str, Any]:
+        if self._map is None:
+            from emberd.services.residency_map import ResidencyMap  # noqa: PLC0415  # for who looks at the page
+
+            self._map = ResidencyMap(self._daemon.host.paging, self._supervisor.gate.sample)
+        return await self._map.look()
 
     async def _doctor(self) -> dict[str, Any]:
         from emberd.doctor.examine import examine  # noqa: PLC0415  # asked for once in a while

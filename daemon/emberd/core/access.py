@@ -76,6 +76,27 @@ def judge(method: str, path: str, headers: Sequence[tuple[bytes, bytes]], rules:
     return None
 
 
+ACTION_HEADER = b"x-emberd"
+"""A page can add a header of its own only to requests to its own origin, unless that origin allows it (CORS)."""
+
+
+def judge_action(headers: Sequence[tuple[bytes, bytes]]) -> Refusal | None:
+    """Return why a request may not change what emberd does, None if it may: only emberd's own page and programs do.
+
+    Stricter than `judge`: a page of endpoint.origins may use the model, and has no business with these.
+    """
+    host, origin = _only(headers, b"host"), _only(headers, b"origin")
+    is_own = origin is None or origin.lower() in {
+        f"{scheme}://{(host or '').lower()}" for scheme in ("http", "https")
+    }
+    is_own = is_own and _only(headers, b"sec-fetch-site") in {None, "same-origin"}
+    if is_own and _only(headers, ACTION_HEADER) is not None:
+        return None
+    return Refusal(
+        403, "foreign_page", "only emberd's own page, and programs that send the header X-Emberd, may do this"
+    )
+
+
 def is_own_host(host: str, names: Sequence[str]) -> bool:
     """Return True if a Host header names this computer.
 

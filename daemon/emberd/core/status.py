@@ -281,6 +281,21 @@ class SwapStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestStatus:
+    """A request for text that has not ended.
+
+    Attributes:
+        age_s: seconds since it came.
+        state: waits (for the engine or a place), reads (the engine has it, and no word has come) or writes.
+        tokens: events of its streamed reply so far, in most engines one a token; None if it is not streamed.
+    """
+
+    age_s: float = 0.0
+    state: str = ""
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The whole status. An emberd that stands by has `remedy`, `exit_code` and `failures`, and no engine.
 
@@ -310,6 +325,7 @@ class Status:
         output_file: where the engine's output is.
         requests_waiting: requests that wait for one of the engine's places, or for the engine.
         longest_wait_s: of the one that has waited longest.
+        requests: those for text, the oldest first; never what they say.
         seconds_since_knock: since the last knock.
         remembers_turn: a user's last turn is remembered for replays.
         memory: of the engine and the computer.
@@ -346,6 +362,7 @@ class Status:
     output_file: str | None = None
     requests_waiting: int = 0
     longest_wait_s: float = 0.0
+    requests: tuple[RequestStatus, ...] = ()
     seconds_since_knock: float | None = None
     remembers_turn: bool = False
     memory: MemoryStatus | None = None

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from emberd.core.access import AccessRules
     from emberd.core.settings import Settings
     from emberd.host import ThisHost
     from emberd.host.instance import Instance
@@ -94,9 +95,25 @@ class Daemon:
         await control.start()
         self._control = control
 
-    async def serve(self, proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> None:
-        """Serve clients until the endpoint is stopped: see `make_app`."""
-        await self.endpoint.serve(make_app(proxy, state, is_warm), self.instance.listeners)
+    async def serve(
+        self,
+        proxy: ASGIApp,
+        state: Callable[[], str],
+        is_warm: Callable[[], bool],
+        verbs: Mapping[str, Verb],
+        rules: Callable[[], AccessRules],
+    ) -> None:
+        """Serve clients until the endpoint is stopped: see `make_app` and `Page`."""
+        pages: list[ASGIApp] = []
+
+        async def page(scope: Scope, receive: Receive, send: Send) -> None:
+            if not pages:
+                from emberd.services.page import Page  # noqa: PLC0415  # most daemons are never looked at
+
+                pages.append(Page(verbs, rules))
+            await pages[0](scope, receive, send)
+
+        await self.endpoint.serve(make_app(proxy, state, is_warm, page), self.instance.listeners)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
         """Run this work in a task until it or this process ends."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from emberd.core.errors import NotReady
 from emberd.core.generation import changes_cache, continued, recognise
+from emberd.core.status import RequestStatus
 from emberd.core.streamed import StreamedReply
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
 from emberd.services.messages import ClientGone, end_to_end, engine_request
@@ -78,6 +79,16 @@ class Exchange:
         self._port = 0
         self._asked_s: float | None = None
         self._was_cut = True
+        self._began_s = time.monotonic()
+
+    def status(self) -> RequestStatus:
+        """Return how old it is and how far; never what it says."""
+        has_words = self._stream is not None and self._asked_s is None
+        state = "waits" if not self._port else "writes" if has_words or self._whole else "reads"
+        age_s = round(time.monotonic() - self._began_s, 3)
+        if self._stream is not None:
+            self._stream.read()
+        return RequestStatus(age_s, state, None if self._stream is None else self._stream.events)
 
     async def run(self, scope: Scope, body: Body, client: Client) -> None:
         """Carry it out.

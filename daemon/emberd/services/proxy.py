@@ -10,7 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, RedirectResponse
 from starlette.routing import Route
 
 from emberd.core import access
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from emberd.core.access import AccessRules
     from emberd.core.settings import EndpointSettings
+    from emberd.core.status import RequestStatus
     from emberd.services.gate import Gate
     from emberd.services.turns import Knocks, Turns
 
@@ -64,6 +65,11 @@ class Proxy:
         self._knocks = knocks
         self._log = log
         self.places = Places(gate, lambda: settings().max_waiting)
+        self._running: dict[Exchange, None] = {}
+
+    def requests(self) -> tuple[RequestStatus, ...]:
+        """Return the requests for text that have not ended, the oldest first."""
+        return tuple(each.status() for each in self._running)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -100,11 +106,14 @@ class Proxy:
         await body.read_first_part()
         hold_timeout_s = self._settings().hold_timeout_s
         exchange = Exchange(self._gate, self.places, self._turns, self._log, hold_timeout_s)
+        if changes_cache(scope["method"], scope["path"]):
+            self._running[exchange] = None
         passing = asyncio.create_task(exchange.run(scope, body, client))
         leaving = asyncio.create_task(body.wait_for_client_to_leave())
         try:
             await client.wait_beside((passing, leaving))
         finally:
+            self._running.pop(exchange, None)
             for task in (passing, leaving):
                 task.cancel()
             ended, _ = await asyncio.gather(passing, leaving, return_exceptions=True)
@@ -124,8 +133,17 @@ def _asks_for_websocket(scope: Scope) -> bool:
     return any(name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"])
 
 
-def make_app(proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> ASGIApp:
-    """Return the front port's app: /emberd is emberd's own, everything else the engine's."""
+def make_app(
+    proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool], page: ASGIApp | None = None
+) -> ASGIApp:
+    """Return the front port's app: /emberd is emberd's own, everything else the engine's.
+
+    Args:
+        proxy: what serves the engine's paths.
+        state: returns the engine's state.
+        is_warm: returns whether the model is warm.
+        page: serves emberd's other paths.
+    """
 
     async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "live"})
@@ -142,7 +160,14 @@ def make_app(proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], boo
     own = Starlette(routes=[Route(f"/emberd/{name}", answer) for name, answer in routes.items()])
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        is_own = scope["path"] == "/emberd" or scope["path"].startswith("/emberd/")
-        await (own if is_own else proxy)(scope, receive, send)
+        path = scope["path"]
+        if path != "/emberd" and not path.startswith("/emberd/"):
+            await proxy(scope, receive, send)
+        elif page is None or path.removeprefix("/emberd/") in routes:
+            await own(scope, receive, send)
+        elif path == "/emberd":
+            await RedirectResponse("/emberd/", 308)(scope, receive, send)
+        else:
+            await page(scope, receive, send)
 
     return app

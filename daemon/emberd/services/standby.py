@@ -126,7 +126,7 @@ class Standby:
             if self._listens() and isinstance(self.error, PortTaken):
                 self.daemon.end(Why.DUE)
                 return
-        await self.daemon.serve(self._refuse, lambda: NAME, lambda: False)
+        await self.daemon.serve(self._refuse, lambda: NAME, lambda: False, self._verbs(), self._rules)
 
     # --- what ends it ---------------------------------------------------------------------------------------
 
@@ -158,9 +158,7 @@ class Standby:
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request with 503 and the reason, which other computers are not told."""
         client = Client(send, scope["path"])
-        endpoint = self.loaded.settings.endpoint
-        rules = access.AccessRules(endpoint.names, endpoint.origins)
-        refusal = access.judge(scope["method"], scope["path"], scope["headers"], rules)
+        refusal = access.judge(scope["method"], scope["path"], scope["headers"], self._rules())
         if refusal is not None:
             await client.answer(refusal.status, refusal.code, refusal.message, headers={"connection": "close"})
             return
@@ -168,6 +166,10 @@ class Standby:
             await Body(receive, _BODY_BYTES).read_first_part()
             retry_after_s = max(1, min(_RETRY_AFTER_S, round(self._left_s)))
             await client.refuse(NotReady(NAME, self._message(scope), retry_after_s))
+
+    def _rules(self) -> access.AccessRules:
+        endpoint = self.loaded.settings.endpoint
+        return access.AccessRules(endpoint.names, endpoint.origins)
 
     def _message(self, scope: Scope) -> str:
         client = scope.get("client")
