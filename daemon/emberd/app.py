@@ -187,8 +187,9 @@ class _Serving:
             services.proxy,
             lambda: self._supervisor.state.value,
             lambda: services.keepwarm.is_warm,
+            services.proxy.login,
+            services.proxy.door,
             verbs,
-            lambda: self._settings.rules,
         )
         owner = daemon.spawn(self._supervisor.run(), "supervisor")
         serving = daemon.spawn(serve, "endpoint")
@@ -272,6 +273,7 @@ class _Serving:
         yield self._services.swap.run()
         yield self._services.keepwarm.run()
         yield self._services.sleep.run()
+        yield self._services.recall.run()
         yield tell_accepting()
         yield tell_of_use()
         yield notifier.follow(self._line, gate.wait_for_change)

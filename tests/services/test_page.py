@@ -12,7 +12,7 @@ import pytest
 
 import emberd
 from daemon_process import Daemon
-from emberd.core.access import judge_action
+from emberd.core.access import judge_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -171,11 +171,13 @@ def test_no_foreign_page_presses_a_button(daemon: Daemon, headers: dict[str, str
     assert daemon.status()["warmth"]["paused_for_s"] is None
 
 
-def test_a_page_that_may_use_the_model_may_still_not_press_a_button():
+def test_a_page_that_may_use_the_model_may_still_not_see_or_press_anything():
     own = [(b"host", b"127.0.0.1:5001"), (b"x-emberd", b"page")]
-    assert judge_action([*own, (b"origin", b"http://127.0.0.1:5001"), (b"sec-fetch-site", b"same-origin")]) is None
-    assert judge_action(own) is None, "a program"
-    assert judge_action([*own, (b"origin", b"http://localhost:5001")]) is not None
+    page = [*own, (b"origin", b"http://127.0.0.1:5001"), (b"sec-fetch-site", b"same-origin")]
+    program = own
+    for method in ("GET", "POST"):
+        assert judge_view(method, page) is judge_view(method, program) is None
+        assert judge_view(method, [*own, (b"origin", b"http://localhost:5001")]) is not None
 
 
 def test_with_a_key_only_the_files_are_open(make_daemon: Callable[..., Daemon]):
@@ -184,7 +186,9 @@ def test_with_a_key_only_the_files_are_open(make_daemon: Callable[..., Daemon]):
     daemon.config.chmod(0o600)
     daemon.start()
     daemon.wait_ready()
-    assert ask(daemon, "").status_code == ask(daemon, "web/page.js").status_code == 200
+    assert ask(daemon, "web/page.js").status_code == 200
+    visit = ask(daemon, "", headers={"accept": "text/html"})
+    assert (visit.status_code, visit.headers["location"]) == (303, "/emberd/login?to=/emberd/")
     right, wrong = {"authorization": "Bearer sesame"}, {"authorization": "Bearer sesam"}
     for path in ("status", "doctor", "report", "layers"):
         assert [ask(daemon, path, headers=each).status_code for each in ({}, wrong, right)] == [401, 401, 200], path

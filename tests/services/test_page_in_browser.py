@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from browser import Browser, find_browser
-from page_cache import evict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,7 +90,7 @@ def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_read(browser: Brows
     assert found[0] > 20
 
 
-def test_the_map_shows_what_a_pass_brings_back(browser: Browser, daemon: Daemon, model: Path):
+def test_the_map_shows_each_layer(browser: Browser, daemon: Daemon):
     look_at(browser, daemon)
     shares = "[...document.querySelectorAll('.cell i')].map((cell) => cell.style.transform)"
     browser.wait_for(f"{shares}.every((each) => each === 'scaleY(1)')")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from emberd.core.host_health import HostHealth
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
+    from emberd.core.questions import Questions
     from emberd.core.replay import Replay
     from emberd.core.residency import Paging
     from emberd.core.reuse import CacheRoom
@@ -28,6 +29,11 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """Its name in engine.kind."""
+        ...
+
+    @property
+    def questions(self) -> Questions:
+        """What its server answers besides its work."""
         ...
 
     @property

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emberd.core import questions
 from emberd.core.errors import ConfigError
 from emberd.core.generation import Dialect
 from emberd.core.replay import fits
@@ -56,6 +57,7 @@ questions."""
 _QUEUE = 10
 """What its queue takes unless told, the one that runs counted; further ones get 503 (1.115)."""
 _LIGHT_POSTS = (
+    "/api/show",
     "/api/extra/tokencount",
     "/api/extra/tokenize",
     "/api/extra/detokenize",
@@ -70,7 +72,7 @@ _LIGHT_POSTS = (
     "/api/extra/shutdown",
     "/api/admin/reload_config",
 )
-"""POSTs that do not wait for the model (1.76 to 1.104, `do_POST`)."""
+"""POSTs that do not wait for the model (1.76 to 1.104, `do_POST`; `/api/show` 1.115)."""
 _UNITS_OF_A_GENERATION = 1_000_000
 """Makes the count of finished generations exceed any length of a running reply."""
 _DEFAULT_LENGTH_TOKENS = 1024
@@ -86,6 +88,7 @@ class KoboldCpp:
     """
 
     name = "koboldcpp"
+    questions = questions.KOBOLDCPP
     stop_signals = STOP_SIGNALS
     """SIGINT is right in every mode; SIGTERM to the parent alone would orphan the worker of --admin."""
 

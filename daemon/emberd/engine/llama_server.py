@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emberd.core import questions
 from emberd.core.errors import ConfigError, EngineNotUsable
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import PromptCounts
@@ -65,6 +66,7 @@ class LlamaServer:
     """HTTP and log, as the external and the embedded server share them."""
 
     name = "llama-server"
+    questions = questions.LLAMA_SERVER
     stop_signals = STOP_SIGNALS
     refusals: frozenset[int] = frozenset()
 

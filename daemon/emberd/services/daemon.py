@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from emberd.core.access import AccessRules
     from emberd.core.settings import Settings
     from emberd.host import ThisHost
     from emberd.host.instance import Instance
     from emberd.services.control import Verb
+    from emberd.services.door import Door
 
 NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool")
 """Verbs that an emberd without an engine refuses."""
@@ -100,8 +100,9 @@ class Daemon:
         proxy: ASGIApp,
         state: Callable[[], str],
         is_warm: Callable[[], bool],
+        login: ASGIApp,
+        door: Door,
         verbs: Mapping[str, Verb],
-        rules: Callable[[], AccessRules],
     ) -> None:
         """Serve clients until the endpoint is stopped: see `make_app` and `Page`."""
         pages: list[ASGIApp] = []
@@ -110,10 +111,10 @@ class Daemon:
             if not pages:
                 from emberd.services.page import Page  # noqa: PLC0415  # most daemons are never looked at
 
-                pages.append(Page(verbs, rules))
+                pages.append(Page(verbs, door))
             await pages[0](scope, receive, send)
 
-        await self.endpoint.serve(make_app(proxy, state, is_warm, page), self.instance.listeners)
+        await self.endpoint.serve(make_app(proxy, state, is_warm, login, page), self.instance.listeners)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
         """Run this work in a task until it or this process ends."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from emberd.services.lock_meter import LockMeter
 
 PROBE_TIMEOUT_S = 2.0
-_RETRY_AFTER_S = 5
+RETRY_AFTER_S = 5
 _RETRY_AT_REST_S = 60
 _LATE_EXIT_S = 0.5
 """An exit is noticed within milliseconds; the rest is for a machine that swaps."""
@@ -178,14 +178,14 @@ class Gate:
                 return port
         except TimeoutError:
             raise NotReady(
-                self.state.value, f"the engine was not ready within {timeout_s:g} s", _RETRY_AFTER_S
+                self.state.value, f"the engine was not ready within {timeout_s:g} s", RETRY_AFTER_S
             ) from None
         finally:
             self.held -= 1
 
     def _refuse_if_hopeless(self) -> None:
         if self.now.is_closing:
-            raise NotReady(self.state.value, "emberd is shutting down", _RETRY_AFTER_S)
+            raise NotReady(self.state.value, "emberd is shutting down", RETRY_AFTER_S)
         if self.state in lifecycle.AT_REST and self.now.has_begun:
             reason = self.now.life.reason.splitlines()[0] if self.now.life.reason else "the engine is stopped"
             raise NotReady(self.state.value, reason, _RETRY_AT_REST_S)

@@ -8,7 +8,6 @@ import inspect
 import json
 import platform
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +23,15 @@ from emberd.services import logs
 from emberd.services.messages import Body, ClientGone, ClientSilent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from starlette.types import Receive, Scope, Send
 
-    from emberd.core.access import AccessRules
     from emberd.services.control import Verb
+    from emberd.services.door import Door
 
 _FOLDER = Path(__file__).parent.parent / "web"
+_INDEX = "index.html"
 _KINDS = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -63,39 +63,38 @@ class Page:
 
     Args:
         verbs: what the daemon can be asked; the same as on the control socket.
-        rules: whom to let in. The files are for everybody who may reach the endpoint, the rest needs the key.
+        door: lets in who may use the endpoint.
     """
 
-    def __init__(self, verbs: Mapping[str, Verb], rules: Callable[[], AccessRules]) -> None:
+    def __init__(self, verbs: Mapping[str, Verb], door: Door) -> None:
         self._verbs = verbs
-        self._rules = rules
+        self._door = door
         self._examined: tuple[float, dict[str, Any]] | None = None
         self._examining = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        response = await self._answer(scope, receive)
-        for name, value in _HEADERS.items():
-            response.headers.setdefault(name, value)
-        response.headers.setdefault("cache-control", "no-store")
-        await response(scope, receive, send)
-
-    async def _answer(self, scope: Scope, receive: Receive) -> Response:
-        method, name, headers = scope["method"], scope["path"].removeprefix("/emberd/"), scope["headers"]
+        """Answer one request. Scripts and colours are for everybody: nothing in them is private."""
+        method, name = scope["method"], scope["path"].removeprefix("/emberd/")
         file = _file_of(name) if method in {"GET", "HEAD"} else None
-        rules = self._rules()
-        if file is not None:
-            rules = replace(rules, key="")  # the page asks for the key itself; there is nothing private in it
-        refusal = access.judge(method, scope["path"], headers, rules)
-        if refusal is None and method == "POST":
-            refusal = access.judge_action(headers)
-        if refusal is not None:
-            return _refused(refusal.status, refusal.code, refusal.message)
-        if file is None and not rules.key and not access.is_loopback((scope.get("client") or ("",))[0]):
-            # An emberd that stands by may not know its key; what it says is for this computer.
-            return _refused(403, "no_key", "without a key the page is for the computer that it runs on")
+        shown = await self._door.admit(scope, send, is_open=file is not None and file.name != _INDEX)
+        if shown is None:
+            return
+        response = await self._answer(scope, receive, name, file)
+        for header, value in _HEADERS.items():
+            response.headers.setdefault(header, value)
+        response.headers.setdefault("cache-control", "no-store")
+        await response(scope, receive, shown)
+
+    async def _answer(self, scope: Scope, receive: Receive, name: str, file: Path | None) -> Response:
+        method, headers = scope["method"], scope["headers"]
         if file is not None:
             return await asyncio.to_thread(_send_file, file, headers)
+        refusal = access.judge_view(method, headers)
+        if refusal is None and not self._door.has_key and not _is_near(scope):
+            # An emberd that stands by may not know its key; what it says is for this computer.
+            refusal = access.Refusal(403, "no_key", "without a key this is for the computer that emberd runs on")
+        if refusal is not None:
+            return _refused(refusal.status, refusal.code, refusal.message)
         views = {"doctor": self._doctor, "layers": self._layers, "report": self._report, "status": self.view}
         show = views.get(name)
         if method in {"GET", "HEAD"} and show is not None:
@@ -162,6 +161,11 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _is_near(scope: Scope) -> bool:
+    client = scope.get("client")
+    return client is not None and access.is_loopback(client[0])
+
+
 def _ills(examined: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the conditions that are more than a note."""
     return [each for each in examined.get("shown", ()) if each["severity"] != "note"]
@@ -173,7 +177,7 @@ def _refused(status: int, code: str, message: str, remedy: str = "") -> Response
 
 def _file_of(name: str) -> Path | None:
     """Return the file of that name in the folder of the page, None if there is none."""
-    file = _FOLDER / (name.removeprefix("web/") or "index.html")
+    file = _FOLDER / (name.removeprefix("web/") or _INDEX)
     return file if file.parent == _FOLDER and file.suffix in _KINDS and file.is_file() else None
 
 

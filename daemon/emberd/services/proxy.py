@@ -13,10 +13,12 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.routing import Route
 
-from emberd.core import access
+from emberd.core.access import LOGIN_PATH, LOGOUT_PATH
 from emberd.core.errors import NotReady
 from emberd.core.generation import changes_cache
+from emberd.services.door import Door
 from emberd.services.exchange import Exchange, ReplyBrokenOff
+from emberd.services.login import Login
 from emberd.services.messages import CLIENT_SILENCE_S, Body, Client, ClientGone, ClientSilent
 from emberd.services.places import Places
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from emberd.core.settings import EndpointSettings
     from emberd.core.status import RequestStatus
     from emberd.services.gate import Gate
+    from emberd.services.recall import Said
     from emberd.services.turns import Knocks, Turns
 
 _FIRST_PART_BYTES = 256 * 1024
@@ -47,6 +50,7 @@ class Proxy:
 
     Args:
         log: events go here; never a header, a path's query or a body.
+        recall: returns the answer to a question while no engine is ready, None if it has to wait.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Proxy:
         turns: Turns,
         knocks: Knocks,
         log: FilteringBoundLogger,
+        recall: Callable[[str, str], Said | None] = lambda *_: None,
     ) -> None:
         self._gate = gate
         self._settings = settings
@@ -64,6 +69,9 @@ class Proxy:
         self._turns = turns
         self._knocks = knocks
         self._log = log
+        self._recall = recall
+        self.door = Door(rules, log)
+        self.login = Login(self.door, rules)
         self.places = Places(gate, lambda: settings().max_waiting)
         self._running: dict[Exchange, None] = {}
 
@@ -74,21 +82,21 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         client = Client(send, scope["path"])
-        rules = self._rules()
-        refusal = access.judge(scope["method"], scope["path"], scope["headers"], rules)
         try:
-            if refusal is not None:
-                self._log.warning("request_refused", reason=refusal.code)
-                await client.answer(refusal.status, refusal.code, refusal.message, headers={"connection": "close"})
+            is_open = self._gate.engine.questions.is_open(scope["method"], scope["path"])
+            shown = await self.door.admit(scope, send, is_open=is_open)
+            if shown is None:
                 return
-            if rules.key:
-                _change_key(scope, self._gate.engine.password)
+            client = Client(shown, scope["path"])
+            self._add_password(scope)
             if _asks_for_websocket(scope):
                 await client.answer(501, "no_websocket", "the engine speaks no WebSocket")
                 return
             makes_text = changes_cache(scope["method"], scope["path"])
             if not makes_text:
                 self._knocks.knock()
+                if await self._recalled(scope, client):
+                    return
             body = Body(receive, _PROMPT_BYTES if makes_text else _FIRST_PART_BYTES)
             await self._serve(scope, body, client)
         except (ClientGone, ReplyBrokenOff):
@@ -101,6 +109,20 @@ class Proxy:
             # Only the end of the endpoint cancels, which waits for this task; raising would be logged as a bug.
             if not client.has_begun:
                 await client.refuse(NotReady("STOPPING", "emberd is shutting down", _RETRY_STOPPING_S))
+
+    def _add_password(self, scope: Scope) -> None:
+        """Put the engine's password in the place of emberd's key, which was taken out."""
+        password = self._gate.engine.password
+        if password and self._rules().key:
+            scope["headers"].append((b"authorization", f"Bearer {password}".encode()))
+
+    async def _recalled(self, scope: Scope, client: Client) -> bool:
+        """Answer a question that needs no engine, if none is ready; return whether it was one."""
+        said = self._recall(scope["method"], scope["path"])
+        if said is not None:
+            await client.send({"type": "http.response.start", "status": said.status, "headers": said.headers})
+            await client.send({"type": "http.response.body", "body": said.body})
+        return said is not None
 
     async def _serve(self, scope: Scope, body: Body, client: Client) -> None:
         await body.read_first_part()
@@ -121,20 +143,16 @@ class Proxy:
             raise ended
 
 
-def _change_key(scope: Scope, password: str) -> None:
-    """Replace emberd's key in a request, which is not for the engine, by the engine's password."""
-    headers = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
-    if password:
-        headers.append((b"authorization", f"Bearer {password}".encode()))
-    scope["headers"] = headers
-
-
 def _asks_for_websocket(scope: Scope) -> bool:
     return any(name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"])
 
 
 def make_app(
-    proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool], page: ASGIApp | None = None
+    proxy: ASGIApp,
+    state: Callable[[], str],
+    is_warm: Callable[[], bool],
+    login: ASGIApp | None = None,
+    page: ASGIApp | None = None,
 ) -> ASGIApp:
     """Return the front port's app: /emberd is emberd's own, everything else the engine's.
 
@@ -142,6 +160,7 @@ def make_app(
         proxy: what serves the engine's paths.
         state: returns the engine's state.
         is_warm: returns whether the model is warm.
+        login: logs browsers in and out.
         page: serves emberd's other paths.
     """
 
@@ -163,6 +182,8 @@ def make_app(
         path = scope["path"]
         if path != "/emberd" and not path.startswith("/emberd/"):
             await proxy(scope, receive, send)
+        elif login is not None and path in {LOGIN_PATH, LOGOUT_PATH}:
+            await login(scope, receive, send)
         elif page is None or path.removeprefix("/emberd/") in routes:
             await own(scope, receive, send)
         elif path == "/emberd":
