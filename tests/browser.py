@@ -7,11 +7,13 @@ descriptor 3 and writes answers and events to descriptor 4, each a JSON text tha
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 PROGRAMS = ("chromium-headless-shell", "chromium")
 WAIT_S = 60.0
+_FREE = 10
+"""From here on descriptors do not collide with those that the protocol wants."""
+_LAUNCH = "import os, sys; os.dup2({}, 3); os.dup2({}, 4); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def find_browser() -> str | None:
@@ -36,8 +41,7 @@ class Browser:
         self._home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
-        os.set_inheritable(to_read, True)
-        os.set_inheritable(to_write, True)
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, _FREE) for end in (to_read, to_write)]
         arguments = [
             "--headless",
             "--no-sandbox",  # tests run as root in containers, where it cannot be had
@@ -49,13 +53,15 @@ class Browser:
             "--no-first-run",
             "--force-color-profile=srgb",
         ]
-        # Three and four are what the protocol wants; a shell moves them there.
-        words = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "sh", program, *arguments, "about:blank"]
         self._process = subprocess.Popen(
-            words, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, "-c", _LAUNCH.format(*ends), program, *arguments, "about:blank"],
+            pass_fds=ends,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        os.close(to_read)
-        os.close(to_write)
+        for end in (to_read, to_write, *ends):
+            os.close(end)
         self._unread = b""
         self._number = 0
         self._session = ""

@@ -32,7 +32,7 @@ const CHARTS = [
     stack: true,
     series: [
       { area: "locked", label: "Locked", say: words.bytes },
-      { area: "resident", label: "In memory, not locked", say: words.bytes },
+      { area: "resident", label: "Unlocked", say: words.bytes },
       { area: "swapped", label: "In swap", say: words.bytes },
     ],
     axis: words.bytes,
@@ -78,6 +78,7 @@ let shown = [];
 let past = null;
 let span = [0, 0];
 let zoom = [0, 0];
+let read = null;
 
 export function spanOf(range, now = Date.now() / 1000) {
   if (range !== "night") return [now - (range === "week" ? 7 : 1) * 86400, now];
@@ -267,21 +268,26 @@ function readOut(chart, row) {
 
 function move(chart, number) {
   if (number == null) return "";
-  const time = chart.raw[0][number];
-  if (time < zoom[0] || time > zoom[1]) {
-    const half = (zoom[1] - zoom[0]) / 2;
-    zoomTo(time - half, time + half);
-  }
-  for (const { u } of shown) u?.setCursor({ left: u.valToPos(time, "x"), top: u.over.clientHeight / 3 });
+  read = chart.raw[0][number];
+  const half = (zoom[1] - zoom[0]) / 2;
+  if (read < zoom[0] || read > zoom[1]) zoomTo(read - half, read + half);
+  else point();
   return readOut(chart, number);
 }
 
+// Put every chart's cursor where the keyboard reads.
+function point() {
+  if (read == null) return;
+  for (const { u } of shown) u?.setCursor({ left: u.valToPos(read, "x"), top: u.over.clientHeight / 3 });
+}
+
 function leave() {
+  read = null;
   for (const { u } of shown) u?.setCursor({ left: -10, top: -10 });
 }
 
 function press(pressed) {
-  const middle = (zoom[0] + zoom[1]) / 2;
+  const middle = read ?? (zoom[0] + zoom[1]) / 2;
   if (pressed === "+" || pressed === "=") zoomAt(middle, 0.5);
   else if (pressed === "-") zoomAt(middle, 2);
   else if (pressed === "Escape" || pressed === "0") zoomTo(...span);
@@ -302,6 +308,7 @@ function zoomTo(from, to) {
     u?.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
     if (behind.open) behind.refresh();
   }
+  setTimeout(point); // uPlot takes over a scale at the end of this task
 }
 
 // One finger reads out, two zoom; up and down scroll the page.

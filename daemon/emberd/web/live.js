@@ -10,14 +10,13 @@ const LOGIN = "/emberd/login?to=/emberd/";
 export function follow(show, again) {
   let last = 0;
   let tries = 0;
-  let isOpen = false;
+  let isThere = false;
 
   const open = () => {
     const source = new EventSource("events");
     source.onopen = () => {
-      if (tries) again();
+      back();
       tries = 0;
-      isOpen = true;
     };
     source.onmessage = (event) => {
       last = performance.now();
@@ -27,8 +26,6 @@ export function follow(show, again) {
     source.onerror = () => {
       // The browser tries again only after some errors, and never tells which one it was.
       source.close();
-      isOpen = false;
-      age();
       setTimeout(ask, AGAIN_MS[Math.min(tries++, AGAIN_MS.length - 1)]);
     };
   };
@@ -39,24 +36,30 @@ export function follow(show, again) {
       const answer = await fetch("status", { signal: AbortSignal.timeout(10_000) });
       if (answer.status === 401) location.assign(LOGIN);
       if (answer.ok) {
+        back();
         last = performance.now();
         show(await answer.json());
       }
     } catch {
-      // It does not answer at all: the next try will tell.
+      isThere = false;
     }
     age();
     open();
   };
 
+  const back = () => {
+    if (!isThere && last) again();
+    isThere = true;
+  };
+
   const age = () => {
     const seconds = last ? (performance.now() - last) / 1000 : null;
-    const isStale = seconds != null && (!isOpen || seconds > STALE_S);
+    const isStale = seconds != null && (!isThere || seconds > STALE_S);
     const link = find("link");
     link.dataset.link = isStale ? "stale" : seconds == null ? "connecting" : "live";
     document.body.classList.toggle("stale", isStale);
     const past = seconds == null ? "" : ` · as of ${words.duration(seconds)} ago`;
-    tell(link, isStale ? `${isOpen ? "no news" : "emberd does not answer"}${past}` : seconds == null ? "connecting" : "live");
+    tell(link, isStale ? `${isThere ? "no news" : "emberd does not answer"}${past}` : seconds == null ? "connecting" : "live");
   };
 
   open();

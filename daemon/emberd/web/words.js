@@ -94,7 +94,7 @@ export function figures(list, entries) {
 export function steer(element, { count, move, other = () => false }) {
   element.tabIndex = 0;
   element.setAttribute("role", "slider");
-  element.setAttribute("aria-valuemin", "0");
+  for (const each of ["aria-valuemin", "aria-valuemax", "aria-valuenow"]) element.setAttribute(each, "0");
   let at = null;
   const go = (number) => {
     at = number == null ? null : Math.min(Math.max(number, 0), count() - 1);
