@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from emberd.core.lifecycle import Event
     from emberd.core.ports import Engine
     from emberd.core.turn import PromptCounts
+    from emberd.core.types import Switch
     from emberd.engine.record import EngineRecord
     from emberd.services.engine_output import EngineOutput
     from emberd.services.lock_meter import LockMeter
@@ -83,6 +84,8 @@ class Gate:
         """Requests that wait until it is ready."""
         self.requests = 0
         """Requests sent so far."""
+        self.hear_switch: Callable[[Switch], None] = lambda _: None
+        """Called when a client has asked the engine to serve another model."""
         self.flowed_bytes = 0
         """Bytes of replies so far: a sign of life."""
 
@@ -245,6 +248,12 @@ class Gate:
         """The engine on `port` refused or broke a connection: it loads again, or has just died."""
         if self.now.record and port == self.now.record.port:
             self._post(lifecycle.LostReadiness())
+
+    def note_switch(self, method: str, path: str, body: bytes) -> None:
+        """A request was answered: note it if it asks for another model."""
+        switch = self.engine.switch_in_request(method, path, body)
+        if switch is not None:
+            self.hear_switch(switch)
 
     def forget_counts(self) -> None:
         """Forget counts in the engine's log: a generation is about to be sent."""

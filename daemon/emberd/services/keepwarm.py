@@ -140,6 +140,11 @@ class KeepWarm:
         )
 
     @property
+    def is_locked_outside(self) -> bool:
+        """Whether emberd holds a lock on all of the engine's mapped files."""
+        return self._warming.weights.is_locked_outside
+
+    @property
     def progress(self) -> dict[str, int]:
         """Progress of a pass over the weights; zeros while there is none."""
         return to_plain(self._warming.weights.progress or ProgressStatus())
