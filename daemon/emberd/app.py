@@ -338,6 +338,10 @@ class _Serving:
             memory=await services.observer.status(),
             prevents_sleep=services.sleep.is_held,
             residency=await services.residency.status(),
+            files=await services.residency.files(
+                await asyncio.to_thread(self._supervisor.files),
+                is_locked_outside=services.keepwarm.is_locked_outside,
+            ),
             warmth=await services.keepwarm.status(),
             swap=await services.swap.status(settings.machine.ssd_endurance_tb),
             log=tuple(logs.places()),

@@ -124,7 +124,9 @@ def test_a_running_request_shows_its_age_and_state_and_not_its_words(daemon: Dae
 
 
 def test_the_map_has_every_layer_of_the_model_and_what_of_it_is_in_memory(daemon: Daemon):
-    layers = ask(daemon, "layers").json()["layers"]
+    (file,) = ask(daemon, "layers").json()["files"]
+    layers = file["layers"]
+    assert file["role"] == "model"
     assert [layer["name"] for layer in layers] == ["token_embd", "blk.0", "blk.1", "output_norm", "output"]
     assert all(layer["share"] == 1 for layer in layers), "the stand-in maps and reads the model"
 

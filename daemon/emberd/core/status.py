@@ -107,6 +107,47 @@ class ResidencyStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class FileStatus:
+    """One of the engine's files.
+
+    Attributes:
+        path: absolute.
+        role: model, projector, draft, adapter, control_vector, embeddings, speech, voice, image, music or other.
+        size_bytes: of the file.
+        held: mapped, copied, replaced (the engine maps a file that is no longer there) or unknown.
+        resident_bytes: how much of it is in memory, by a sample; only of a mapped one.
+        locked_bytes: how much of it is locked, by the engine or by emberd.
+    """
+
+    path: str = ""
+    role: str = ""
+    size_bytes: int | None = None
+    held: str = "unknown"
+    resident_bytes: int | None = None
+    locked_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServingStatus:
+    """What the ready engine serves.
+
+    Attributes:
+        name: the model's name in the engine's words, empty if none is loaded.
+        model: its first file, None if none is loaded or it is not known.
+        is_of_settings: it is the model of the settings.
+        switched_by: the settings file or model that the engine was switched to, None if it was not, or if nobody
+            knows how.
+        survives_restart: a restart of the engine serves it again.
+    """
+
+    name: str | None = None
+    model: str | None = None
+    is_of_settings: bool = True
+    switched_by: str | None = None
+    survives_restart: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ReliefStatus:
     """Bytes written to swap per second, before and after the thrash guard last let go."""
 
@@ -305,6 +346,8 @@ class Status:
         uptime_s: seconds since its start, or since it replaced another one.
         endpoint: where clients connect; None if the port is not held.
         model: model.path of the settings, may be empty.
+        serving: what the ready engine serves, which can be another model.
+        files: all files that it works with.
         settings_file: its path.
         state: of the engine, a name of `lifecycle.State`; STANDBY if emberd stands by.
         state_for_s: seconds in this state.
@@ -341,6 +384,8 @@ class Status:
     uptime_s: float = 0.0
     endpoint: str | None = None
     model: str = ""
+    serving: ServingStatus | None = None
+    files: tuple[FileStatus, ...] = ()
     settings_file: str = ""
     state: str = ""
     state_for_s: float = 0.0

@@ -250,7 +250,7 @@ class Examination:
             return None
         info, wishes = read_model_info(path), adapter.wishes()
         cache = kv_cache_bytes(info, self._settings, wishes) or 0
-        others = sum(_size(Path(name).expanduser()) or 0 for name in wishes.files)
+        others = sum(_size(Path(each.path).expanduser()) or 0 for each in wishes.files)
         return info.weights_bytes + others + cache + (estimate_compute_buffer(info.vocabulary_tokens) or 0)
 
     # --- emberd itself --------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ other end. The first argument is a JSON object with what this system can do (`Pa
     {"id": 1, "do": "map", "paths": [...]}            {"id": 1, "files": [{"bytes": ..., "pages": ...}], ...}
     {"id": 2, "do": "count", "spans": [[0, 0, 99]]}   {"id": 2, "counts": [[1, 1]], "source": "mincore"}
     {"id": 3, "do": "sample", "pages": 512}           {"id": 3, "resident": 500, "sampled": 512, ...}
-    {"id": 3, "do": "look", "spans": [...], "pages": 16}  as count; of no more than 16 pages of each span
+            "sample": lambda: self.residency.sample(self.one_or_all(command.get("file")), command["pages"]),
+            "look": lambda: self.residency.look(self.mappings, self.stretches(spans), command["pages"]),
     {"id": 4, "do": "touch"}                          {"id": 4, "progress": ...} ..., {"id": 4, "is_complete": ...}
     {"id": 5, "do": "lock"}                           the same, and "locked_bytes", "lock_error"
     {"id": 6, "do": "unlock"}                         {"id": 6}
@@ -375,7 +376,7 @@ class Toucher:
         number, spans = command["id"], command.get("spans")
         work = {
             "count": lambda: self.residency.count(self.mappings, self.stretches(spans)),
-            "sample": lambda: self.residency.sample(self.mappings, command["pages"]),
+            "sample": lambda: self.residency.sample(self.one_or_all(command.get("file")), command["pages"]),
             "look": lambda: self.residency.look(self.mappings, self.stretches(spans), command["pages"]),
             "touch": lambda: self.touch(number, spans),
             "lock": lambda: self.lock(number),
@@ -409,6 +410,10 @@ class Toucher:
             raise Refused("usage", "no file was named")
         if len(self.mappings) < len(self.paths) or not all(each.is_current() for each in self.mappings):
             self.map(self.paths)
+
+    def one_or_all(self, number: int | None) -> list[Mapping]:
+        """Return the mapping of a file, or all of them."""
+        return self.mappings if number is None else self.mappings[number : number + 1]
 
     def whole(self) -> list[Span]:
         """Return a span for each file."""

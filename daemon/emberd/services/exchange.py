@@ -183,9 +183,12 @@ class Exchange:
         self._asked_s, self._status, self._was_cut = time.monotonic(), None, True
         was_sent = True
         try:
+            asked = body.in_hand
             head = await connection.ask(engine_request(scope, body, self._port, content))
             body.let_go()
             self._status = head.status
+            if head.status == _HTTP_OK and asked is not None:
+                self._gate.note_switch(scope["method"], scope["path"], asked)
             await self._reply(head, connection, client, flowed)
             self._was_cut = False
         except EngineRefused:

@@ -126,7 +126,7 @@ class Page:
             return self._examined[1]
 
     async def _layers(self) -> dict[str, Any]:
-        return await self._ask("layers") if "layers" in self._verbs else {"layers": [], "unknown": _NO_ENGINE}
+        return await self._ask("layers") if "layers" in self._verbs else {"files": [], "unknown": _NO_ENGINE}
 
     async def _report(self) -> dict[str, Any]:
         status, examined = from_plain(Status, await self._ask("status")), await self._doctor()

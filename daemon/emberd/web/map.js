@@ -35,8 +35,7 @@ async function look() {
 }
 
 function draw(seen) {
-  const files = seen.files ?? [{ name: "", layers: seen.layers }];
-  const shown = files.filter((file) => file.layers.length);
+  const shown = seen.files.filter((file) => file.layers.length);
   for (const [name, strip] of strips) {
     if (!shown.some((file) => file.name === name)) {
       strip.root.remove();
@@ -58,7 +57,7 @@ const nameOf = (layer) => layer.name.replace(/^blk\.(\d+)$/, "layer $1").replace
 
 function newStrip(file) {
   const strip = { root: make("div.map"), row: make("div.strip"), out: make("output"), layers: file.layers, cells: [] };
-  strip.title = make("span", file.title ?? "The model, layer by layer");
+  strip.title = make("span", file.role === "model" ? "The model, layer by layer" : `${file.role.replaceAll("_", " ")}: ${file.name}`);
   strip.row.setAttribute("aria-label", strip.title.textContent);
   strip.cells = file.layers.map(() => make("div.cell", make("i")));
   strip.row.append(...strip.cells);
