@@ -20,6 +20,7 @@ from emberd.services.model_use import ModelUse
 from emberd.services.observer import Observer
 from emberd.services.pressure_watch import PressureWatch
 from emberd.services.proxy import Proxy
+from emberd.services.recorder import Recorder
 from emberd.services.replays import Replays
 from emberd.services.residency_meter import ResidencyMeter
 from emberd.services.sleep_blocker import SleepBlocker
@@ -75,7 +76,7 @@ class SettingsInForce:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The services of an emberd that serves; the caller runs `keepwarm`, `sleep`, `supervisor` and `swap`."""
+    """The services of an emberd that serves; the caller runs `keepwarm`, `recorder`, `sleep` and `supervisor`."""
 
     supervisor: Supervisor
     proxy: Proxy
@@ -86,12 +87,12 @@ class Services:
     swap: SwapMeter
     residency: ResidencyMeter
     keepwarm: KeepWarm
+    recorder: Recorder
     sleep: SleepBlocker
 
     async def close(self) -> None:
         """Save what is not yet on disk, and end the toucher."""
-        await self.keepwarm.close()
-        await self.accounts.close()
+        await self.recorder.close()
         await self.residency.close()
 
 
@@ -102,11 +103,11 @@ def build(settings: SettingsInForce, host: ThisHost, paths: StatePaths) -> Servi
     supervisor = Supervisor(settings.now, engine, host, run_paths, logger("supervisor"))
     gate = supervisor.gate
     knocks = Knocks()
-    turns = Turns(lambda: settings.now.endpoint.remember_kib * 1024, lambda: gate.room)
+    turns = Turns(lambda: settings.now.endpoint.remember_kib * 1024, lambda: gate.room, gate.tally)
     proxy = Proxy(gate, lambda: settings.now.endpoint, lambda: settings.rules, turns, knocks, logger("endpoint"))
     observer = Observer(host, logger("memory"), gate.sample)
     accounts = Accounts(paths.history, logger("history"))
-    swap = SwapMeter(observer, accounts, logger("swap"))
+    swap = SwapMeter(observer, accounts)
     residency = ResidencyMeter(host.paging, logger("residency"), observer)
     log = logger("keepwarm")
     use = ModelUse(gate, proxy.places)
@@ -117,8 +118,11 @@ def build(settings: SettingsInForce, host: ThisHost, paths: StatePaths) -> Servi
     watch = PressureWatch(host, log, lambda: settings.now.warmth, gate, observer, weights, use)
     warming = Warming(log, gate, use, weights, replays, forecaster, spending)
     keepwarm = KeepWarm(log, lambda: settings.now.warmth, gate, observer, warming, watch, knocks)
+    recorder = Recorder(logger("history"), swap, gate, forecaster, spending, turns, lambda: keepwarm.is_warm)
     sleep = SleepBlocker(host, logger("power"), lambda: settings.now, gate)
-    return Services(supervisor, proxy, turns, knocks, observer, accounts, swap, residency, keepwarm, sleep)
+    return Services(
+        supervisor, proxy, turns, knocks, observer, accounts, swap, residency, keepwarm, recorder, sleep
+    )
 
 
 def _rules(settings: Settings, key: str) -> AccessRules:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from emberd.core.errors import NotReady
 from emberd.core.generation import changes_cache, continued, recognise
+from emberd.core.minute import FirstToken
 from emberd.core.streamed import StreamedReply
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
 from emberd.services.messages import ClientGone, end_to_end, engine_request
@@ -78,6 +79,7 @@ class Exchange:
         self._port = 0
         self._asked_s: float | None = None
         self._was_cut = True
+        self._first = FirstToken()
 
     async def run(self, scope: Scope, body: Body, client: Client) -> None:
         """Carry it out.
@@ -109,6 +111,7 @@ class Exchange:
                     except EngineRefused:
                         pass  # nothing was sent, so nothing counts
                     except _Cut:
+                        self._gate.tally.cuts += 1
                         has_grown = self._stream is not None and len(self._stream.text) > seen
                         sends = 0 if has_grown else sends + 1
                         patience.renew()
@@ -164,7 +167,7 @@ class Exchange:
     ) -> None:
         replaces, engine_key = changes_cache(scope["method"], scope["path"]), self._gate.engine_key
         if replaces:
-            self._turns.begin(engine_key)
+            self._first = self._turns.begin(engine_key)
             self._gate.forget_counts()
             if self._generation is None and body.in_hand is not None:
                 self._generation = recognise(scope["method"], scope["path"], body.in_hand)
@@ -188,7 +191,7 @@ class Exchange:
             connection.close()
             if replaces and was_sent and not self._was_refused():
                 in_log = self._gate.counts_in_log()
-                self._turns.end(engine_key, self._ended(in_log).turn, in_log)
+                self._turns.end(engine_key, self._ended(in_log).turn, in_log, self._first)
             elif replaces:
                 self._turns.end_unheard()
 
@@ -241,7 +244,7 @@ class Exchange:
                 self._whole = self._turns.with_room(self._whole, chunk)
             return chunk
         if self._asked_s is not None:
-            self._turns.spoke(time.monotonic() - self._asked_s)
+            self._turns.spoke(time.monotonic() - self._asked_s, self._first)
             self._asked_s = None
         return self._stream.take(chunk)
 
@@ -272,6 +275,7 @@ class Exchange:
                 return
             if not stream.obstacle:
                 raise _Cut from error
+        self._gate.tally.cuts += 1
         self._log.warning("reply_broken_off", error=error_name)
         self._gate.doubt(self._port)
         if stream is not None:
@@ -297,6 +301,7 @@ class Exchange:
                 return None
             content = continued(generation, stream.text, used)
         stream.begin_again(used)
+        self._gate.tally.continuations += 1
         self._log.info("reply_continued", tokens_so_far=used)
         return json.dumps(content).encode()
 

@@ -12,6 +12,7 @@ from emberd.core.errors import NotReady
 from emberd.core.lifecycle import Lifecycle, State
 from emberd.core.lock import LockState
 from emberd.core.reuse import CacheRoom
+from emberd.core.tally import Tally
 from emberd.core.types import EngineSample, Readiness
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Gate:
         self._changed = asyncio.Event()
         self.must_not_lock = False
         """Whether the engine is no longer asked to lock, until emberd is restarted."""
+        self.tally = Tally()
+        """What has happened, for the history."""
         self.in_flight = 0
         """Requests on their way to the engine."""
         self.held = 0
