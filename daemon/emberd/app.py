@@ -270,7 +270,7 @@ class _Serving:
             await gate.wait_for(State.READY)
             self._tell_ready()
 
-        yield self._services.swap.run()
+        yield self._services.recorder.run()
         yield self._services.keepwarm.run()
         yield self._services.sleep.run()
         yield self._services.recall.run()

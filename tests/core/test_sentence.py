@@ -107,6 +107,7 @@ def test_a_busy_engine_says_how_many_requests_there_are(waiting: int, text: str)
         (Status(state="BACKOFF", next_start_in_s=5.2), "The engine has crashed. It starts again in 5 s.", Tone.BAD),
         (Status(state="FAILED", reason="no such file\nlast words"), "There is no engine.", Tone.BAD),
         (Status(state="STOPPED"), "The engine is stopped.", Tone.QUIET),
+        (Status(state="COOL"), "Cool: the engine's memory is free for other programs.", Tone.QUIET),
         (Status(state="DANCING"), "What the engine does is unknown.", Tone.WARN),
         (Status(state="STANDBY", next_start_in_s=60.0), "emberd cannot start. The next try is in 1 min.", Tone.BAD),
     ],

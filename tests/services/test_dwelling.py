@@ -14,10 +14,12 @@ import pytest
 import structlog
 
 from emberd.core.errors import RequestRefused
+from emberd.core.lifecycle import State
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.reuse import CacheRoom
 from emberd.core.settings import Settings, WarmthSettings
+from emberd.core.tally import Tally
 from emberd.core.thrash import HoldLevel, ThrashGuard
 from emberd.core.turn import UNTOLD, PromptCounts, Turn
 from emberd.core.types import EngineSample
@@ -62,6 +64,7 @@ class ReadyEngine:
         self.engine: Any = type("Engine", (), {**parts, "send": self._send, "took_whole": self._agree})()
         self.engine.counts_in_reply = lambda told: told.get("counts", UNTOLD)
         self.in_log = UNTOLD
+        self.tally = Tally()
         self._model = model
 
     @staticmethod
@@ -89,7 +92,13 @@ class ReadyEngine:
     def restart_without_lock(self) -> None:
         raise AssertionError("nobody asked for that")
 
-    async def ensure_ready(self, timeout_s: float) -> int:
+    state = State.READY
+    woken_s = None
+
+    def wake(self) -> bool:
+        return False
+
+    async def ensure_ready(self, timeout_s: float, **_: bool) -> int:
         assert timeout_s >= 0
         return 1
 

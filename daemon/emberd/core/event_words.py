@@ -38,6 +38,7 @@ _STATES = {
     "DRAINING": "Running replies end before a stop",
     "STOPPING": "The engine is told to stop",
     "STOPPED": "The engine has stopped",
+    "COOL": "The engine was stopped, and its memory given to other work",
     "BACKOFF": "The engine has crashed",
     "FAILED": "The engine cannot start",
 }

@@ -64,6 +64,7 @@ _STATES = {
     State.LOADING: ("The model is loading.", Tone.BUSY),
     State.DRAINING: ("The engine ends its last replies.", Tone.BUSY),
     State.STOPPING: ("The engine is stopping.", Tone.BUSY),
+    State.COOL: ("Cool: the engine's memory is free for other programs.", Tone.QUIET),
     State.BACKOFF: ("The engine has crashed.", Tone.BAD),
     State.FAILED: ("There is no engine.", Tone.BAD),
 }
@@ -106,6 +107,8 @@ def _of_no_engine(status: Status, finding: Finding | None) -> Sentence:
         return Sentence(text, tone, finding.evidence, finding.remedy)
     if status.loading is not None and known is State.LOADING:
         return Sentence(text, tone, f"{status.loading.phase} {status.loading.detail}".strip())
+    if known is State.COOL:
+        return Sentence(text, tone, "", "The next request starts the engine; so does Resume.")
     why = _first_line(status.reason or (status.last_exit or "" if tone is Tone.BAD else ""))
     helps = "Restart it, here or by: emberd restart" if known in {State.FAILED, State.STOPPED} else ""
     return Sentence(text, tone, why, helps)

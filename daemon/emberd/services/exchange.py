@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from emberd.core.errors import NotReady
 from emberd.core.generation import changes_cache, continued, recognise
+from emberd.core.minute import FirstToken
 from emberd.core.status import RequestStatus
 from emberd.core.streamed import StreamedReply
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
@@ -79,6 +80,7 @@ class Exchange:
         self._port = 0
         self._asked_s: float | None = None
         self._was_cut = True
+        self._first = FirstToken()
         self._began_s = time.monotonic()
 
     def status(self) -> RequestStatus:
@@ -90,8 +92,8 @@ class Exchange:
             self._stream.read()
         return RequestStatus(age_s, state, None if self._stream is None else self._stream.events)
 
-    async def run(self, scope: Scope, body: Body, client: Client) -> None:
-        """Carry it out.
+    async def run(self, scope: Scope, body: Body, client: Client, *, wakes: bool = True) -> None:
+        """Carry it out; unless it `wakes` a cool engine, it is refused by one.
 
         Raises:
             ClientGone: the client left.
@@ -105,7 +107,7 @@ class Exchange:
         try:
             while sends < _MOST_SENDS and (body.can_be_sent_again or self._stream is not None):
                 async with self._places.taken(
-                    patience, is_work=is_work, goes_first=had_place, uses_model=uses_model
+                    patience, is_work=is_work, goes_first=had_place, uses_model=uses_model, wakes=wakes
                 ) as port:
                     self._port, had_place = port, True
                     seen = len(self._stream.text) if self._stream else 0
@@ -120,6 +122,7 @@ class Exchange:
                     except EngineRefused:
                         pass  # nothing was sent, so nothing counts
                     except _Cut:
+                        self._gate.tally.cuts += 1
                         has_grown = self._stream is not None and len(self._stream.text) > seen
                         sends = 0 if has_grown else sends + 1
                         patience.renew()
@@ -175,7 +178,7 @@ class Exchange:
     ) -> None:
         replaces, engine_key = changes_cache(scope["method"], scope["path"]), self._gate.engine_key
         if replaces:
-            self._turns.begin(engine_key)
+            self._first = self._turns.begin(engine_key)
             self._gate.forget_counts()
             if self._generation is None and body.in_hand is not None:
                 self._generation = recognise(scope["method"], scope["path"], body.in_hand)
@@ -202,7 +205,7 @@ class Exchange:
             connection.close()
             if replaces and was_sent and not self._was_refused():
                 in_log = self._gate.counts_in_log()
-                self._turns.end(engine_key, self._ended(in_log).turn, in_log)
+                self._turns.end(engine_key, self._ended(in_log).turn, in_log, self._first)
             elif replaces:
                 self._turns.end_unheard()
 
@@ -255,7 +258,7 @@ class Exchange:
                 self._whole = self._turns.with_room(self._whole, chunk)
             return chunk
         if self._asked_s is not None:
-            self._turns.spoke(time.monotonic() - self._asked_s)
+            self._turns.spoke(time.monotonic() - self._asked_s, self._first)
             self._asked_s = None
         return self._stream.take(chunk)
 
@@ -286,6 +289,7 @@ class Exchange:
                 return
             if not stream.obstacle:
                 raise _Cut from error
+        self._gate.tally.cuts += 1
         self._log.warning("reply_broken_off", error=error_name)
         self._gate.doubt(self._port)
         if stream is not None:
@@ -311,6 +315,7 @@ class Exchange:
                 return None
             content = continued(generation, stream.text, used)
         stream.begin_again(used)
+        self._gate.tally.continuations += 1
         self._log.info("reply_continued", tokens_so_far=used)
         return json.dumps(content).encode()
 

@@ -15,7 +15,8 @@ from starlette.routing import Route
 
 from emberd.core.access import LOGIN_PATH, LOGOUT_PATH
 from emberd.core.errors import NotReady
-from emberd.core.generation import changes_cache
+from emberd.core.generation import changes_cache, needs_engine
+from emberd.services import tunnel
 from emberd.services.door import Door
 from emberd.services.exchange import Exchange, ReplyBrokenOff
 from emberd.services.login import Login
@@ -74,6 +75,7 @@ class Proxy:
         self.login = Login(self.door, rules)
         self.places = Places(gate, lambda: settings().max_waiting)
         self._running: dict[Exchange, None] = {}
+        self._tunnels = tunnel.Tunnels(gate, self.places, lambda: settings().hold_timeout_s)
 
     def requests(self) -> tuple[RequestStatus, ...]:
         """Return the requests for text that have not ended, the oldest first."""
@@ -89,16 +91,13 @@ class Proxy:
                 return
             client = Client(shown, scope["path"])
             self._add_password(scope)
-            if _asks_for_websocket(scope):
-                await client.answer(501, "no_websocket", "the engine speaks no WebSocket")
-                return
             makes_text = changes_cache(scope["method"], scope["path"])
-            if not makes_text:
-                self._knocks.knock()
-                if await self._recalled(scope, client):
-                    return
+            is_user_back = makes_text or self._knocks.knock()
+            if not makes_text and await self._recalled(scope, client):
+                return
+            wakes = needs_engine(scope["method"], scope["path"], is_user_back=is_user_back)
             body = Body(receive, _PROMPT_BYTES if makes_text else _FIRST_PART_BYTES)
-            await self._serve(scope, body, client)
+            await self._serve(scope, body, client, wakes=wakes)
         except (ClientGone, ReplyBrokenOff):
             return  # uvicorn closes the connection without a normal end
         except ClientSilent:
@@ -124,13 +123,14 @@ class Proxy:
             await client.send({"type": "http.response.body", "body": said.body})
         return said is not None
 
-    async def _serve(self, scope: Scope, body: Body, client: Client) -> None:
+    async def _serve(self, scope: Scope, body: Body, client: Client, *, wakes: bool) -> None:
         await body.read_first_part()
         hold_timeout_s = self._settings().hold_timeout_s
         exchange = Exchange(self._gate, self.places, self._turns, self._log, hold_timeout_s)
         if changes_cache(scope["method"], scope["path"]):
             self._running[exchange] = None
-        passing = asyncio.create_task(exchange.run(scope, body, client))
+        work = self._tunnels if tunnel.is_asked_for(scope) else exchange
+        passing = asyncio.create_task(work.run(scope, body, client, wakes=wakes))
         leaving = asyncio.create_task(body.wait_for_client_to_leave())
         try:
             await client.wait_beside((passing, leaving))
@@ -141,10 +141,6 @@ class Proxy:
             ended, _ = await asyncio.gather(passing, leaving, return_exceptions=True)
         if isinstance(ended, Exception):
             raise ended
-
-
-def _asks_for_websocket(scope: Scope) -> bool:
-    return any(name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"])
 
 
 def make_app(
@@ -168,8 +164,8 @@ def make_app(
         return JSONResponse({"status": "live"})
 
     async def readyz(_: Request) -> Response:
-        name = state()
-        return JSONResponse({"status": name}, 200 if name == "READY" else 503)
+        name = state()  # when COOL, only a request starts the engine: whoever asks here must go on sending them
+        return JSONResponse({"status": name}, 200 if name in {"READY", "COOL"} else 503)
 
     async def warmz(_: Request) -> Response:
         is_so = state() == "READY" and is_warm()

@@ -218,6 +218,9 @@ class Supervisor:
             return lifecycle.DeadlinePassed()
 
     def _apply(self, event: Event) -> None:
+        if isinstance(event, lifecycle.Cool) and self.gate.in_flight:
+            self.gate.wake_waiters()  # a request has come since
+            return
         before = self._life
         life, effects = lifecycle.step(
             before,
@@ -246,6 +249,7 @@ class Supervisor:
 
     def _announce(self, before: Lifecycle) -> None:
         after = self._life
+        self.gate.tally.state_changes += 1
         fields: dict[str, Any] = {"state": after.state.value, "was": before.state.value}
         if after.reason:
             fields["reason"] = after.reason

@@ -93,7 +93,7 @@ const buttons = [...document.querySelectorAll("[data-do]")];
 
 function enable() {
   const hasEngine = status.state === "READY" && Boolean(status.warmth);
-  const isHeld = Boolean(status.warmth?.paused_for_s || status.warmth?.cool_for_s);
+  const isHeld = Boolean(status.warmth?.paused_for_s || status.warmth?.cool_for_s) || status.state === "COOL";
   const can = { warm: hasEngine && !isWarming, pause: hasEngine, cool: hasEngine, resume: isHeld, restart: true };
   for (const button of buttons) button.disabled = !can[button.dataset.do];
 }
@@ -119,7 +119,7 @@ function said(verb, answer) {
   const minutes = words.duration(answer.seconds ?? 0);
   if (verb === "warm") return answer.steps.length ? `Done in ${words.seconds(answer.seconds)}.` : `Nothing was done: ${answer.reason.replaceAll("_", " ")}.`;
   if (verb === "pause") return `Paused for ${minutes}.`;
-  if (verb === "cool") return `Cool for ${minutes}.`;
+  if (verb === "cool") return `Cool for ${minutes}${answer.is_put_off ? ", as soon as no request runs" : ""}.`;
   return verb === "resume" ? "It goes on." : "The engine restarts.";
 }
 
