@@ -14,6 +14,7 @@ from emberd.core.errors import NotReady
 from emberd.core.lifecycle import Lifecycle, State
 from emberd.core.lock import LockState
 from emberd.core.reuse import CacheRoom
+from emberd.core.tally import Tally
 from emberd.core.types import EngineSample, Readiness, Serving
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from emberd.core.lifecycle import Event
     from emberd.core.ports import Engine
     from emberd.core.turn import PromptCounts
+    from emberd.core.types import Switch
     from emberd.engine.record import EngineRecord
     from emberd.services.engine_output import EngineOutput
     from emberd.services.lock_meter import LockMeter
@@ -81,12 +83,16 @@ class Gate:
         self._changed = asyncio.Event()
         self.must_not_lock = False
         """Whether the engine is no longer asked to lock, until emberd is restarted."""
+        self.tally = Tally()
+        """What has happened, for the history."""
         self.in_flight = 0
         """Requests on their way to the engine."""
         self.held = 0
         """Requests that wait until it is ready."""
         self.requests = 0
         """Requests sent so far."""
+        self.hear_switch: Callable[[Switch], None] = lambda _: None
+        """Called when a client has asked the engine to serve another model."""
         self.flowed_bytes = 0
         """Bytes of replies so far: a sign of life."""
         self.woken_s: float | None = None
@@ -257,6 +263,12 @@ class Gate:
         """The engine on `port` refused or broke a connection: it loads again, or has just died."""
         if self.now.record and port == self.now.record.port:
             self._post(lifecycle.LostReadiness())
+
+    def note_switch(self, method: str, path: str, body: bytes) -> None:
+        """A request was answered: note it if it asks for another model."""
+        switch = self.engine.switch_in_request(method, path, body)
+        if switch is not None:
+            self.hear_switch(switch)
 
     def forget_counts(self) -> None:
         """Forget counts in the engine's log: a generation is about to be sent."""

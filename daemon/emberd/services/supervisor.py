@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.engine_files import EngineFile
     from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings
     from emberd.engine.process import EngineProcess
@@ -82,6 +83,7 @@ class Supervisor:
         )
         """Through it others ask the engine."""
         self._switching.gate, self._switching.post = self.gate, self.post
+        self.gate.hear_switch = self._switching.asked
         self._run = EngineRun(lambda: self._settings, host, paths, log, self.gate, self._output, self._switching)
         self._probing = Probing(
             lambda: self._settings.lifecycle, log, self.gate, self._run, self._output, self.post
@@ -140,11 +142,16 @@ class Supervisor:
                 started_at=record.started_at,
                 command=record.command,
             ),
-            lock=self._meter.verdict if life.state in SERVING else None,
+            serving=self._switching.status() if life.state in SERVING else None,
+            lock=self._meter.verdict if life.state in SERVING and not self.gate.is_empty else None,
             metal_heartbeat=self._meter.heartbeat(self._settings.engine.metal_keep_alive_s),
             notices=self._run.notices,
             output_file=str(self._paths.output),
         )
+
+    def files(self) -> tuple[EngineFile, ...]:
+        """Return the ready engine's files, with its locks; takes tens of milliseconds."""
+        return self._switching.with_locks() if self._life.state in SERVING else ()
 
     # --- the owner task -------------------------------------------------------------------------------------
 
@@ -242,6 +249,7 @@ class Supervisor:
 
     def _announce(self, before: Lifecycle) -> None:
         after = self._life
+        self.gate.tally.state_changes += 1
         fields: dict[str, Any] = {"state": after.state.value, "was": before.state.value}
         if after.reason:
             fields["reason"] = after.reason

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from emberd.core import lifecycle
 from emberd.core.engine_files import Held, NamedFile, Role, merge, weights_of
 from emberd.core.errors import EmberdError
+from emberd.core.status import ServingStatus
 from emberd.core.types import Serving
 from emberd.host.model_file import look_up
 
@@ -139,6 +140,18 @@ class Switching:
                 return model, True
         engine.switch = None
         return None, False
+
+    def status(self) -> ServingStatus:
+        """Return what the ready engine serves."""
+        serving = self.gate.now.serving
+        switch = serving.switch
+        return ServingStatus(
+            name=serving.name,
+            model=str(serving.model) if serving.model else None,
+            is_of_settings=switch is None and serving.is_known,
+            switched_by=switch.config if switch else None,
+            survives_restart=serving.is_known and not (switch and switch.unloads),
+        )
 
     def with_locks(self) -> tuple[EngineFile, ...]:
         """Return the files with what the engine has locked of each; takes tens of milliseconds."""
