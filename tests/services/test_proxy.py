@@ -52,7 +52,7 @@ class OpenGate:
         unused: Any = None
         self.engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused)
 
-    async def ensure_ready(self, timeout_s: float) -> int:
+    async def ensure_ready(self, timeout_s: float, **_: bool) -> int:
         """Wait for `ready`."""
         self.asked += 1
         self.held += 1

@@ -59,7 +59,7 @@ class Tunnels:
         self._hold_timeout_s = hold_timeout_s
         self._open = 0
 
-    async def run(self, scope: Scope, body: Body, client: Client) -> None:
+    async def run(self, scope: Scope, body: Body, client: Client, *, wakes: bool = True) -> None:
         """Shake hands with the engine for the client, and pass bytes on until one of them ends."""
         if self._open >= _MOST:
             await client.refuse(NotReady("BUSY", f"{self._open} WebSockets are open already", _RETRY_S))
@@ -67,7 +67,8 @@ class Tunnels:
         self._open += 1
         try:
             patience = Patience(self._hold_timeout_s())
-            async with self._places.taken(patience, is_work=False, goes_first=False, uses_model=False) as port:
+            place = self._places.taken(patience, is_work=False, goes_first=False, uses_model=False, wakes=wakes)
+            async with place as port:
                 await self._pass_on(scope, body, client, EngineConnection(port), port)
         except NotReady as not_ready:
             await client.refuse(not_ready)
