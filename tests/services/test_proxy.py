@@ -501,8 +501,8 @@ async def test_the_engine_sees_exactly_the_clients_head(front: Front):
     await front.exchange(b"MkCol /%e4?q HTTP/1.1\r\nHost: x\r\nProxy-X: a\r\nB: 1\r\nConnection: close\r\n\r\n")
     await front.exchange(b"POST /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert engine.heads == [
-        b"MkCol /%e4?q HTTP/1.1\r\nhost: x\r\nb: 1\r\n\r\n",
-        b"POST /nothing HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"MkCol /%e4?q HTTP/1.1\r\nhost: x\r\nb: 1\r\nconnection: close\r\n\r\n",
+        b"POST /nothing HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
     ]
 
 
