@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PROGRAMS = ("chromium-headless-shell", "chromium")
 WAIT_S = 60.0
+_LOADED = "Page.loadEventFired"
 _FREE = 10
 """From here on descriptors do not collide with those that the protocol wants."""
 _LAUNCH = "import os, sys; os.dup2({}, 3); os.dup2({}, 4); os.execv(sys.argv[1], sys.argv[1:])"
@@ -37,7 +38,7 @@ def find_browser() -> str | None:
 class Browser:
     """One process of the browser, and one page in it."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, *options: str) -> None:
         self._home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
@@ -52,6 +53,7 @@ class Browser:
             "--disable-dev-shm-usage",
             "--no-first-run",
             "--force-color-profile=srgb",
+            *options,
         ]
         self._process = subprocess.Popen(
             [sys.executable, "-c", _LAUNCH.format(*ends), program, *arguments, "about:blank"],
@@ -92,6 +94,25 @@ class Browser:
             self.send(f"{domain}.enable")
         self.shape(width, height, is_dark=is_dark)
         self.send("Page.navigate", url=url)
+
+    def go(self, url: str) -> str:
+        """Open a page in the same tab, with its cookies; return its text when it has loaded."""
+        before = len(self.seen(_LOADED))
+        assert "errorText" not in self.send("Page.navigate", url=url)
+        self._await_load(before)
+        return self.text()
+
+    def follow(self, script: str) -> str:
+        """Run a script that leads to another page; return the text of that when it has loaded."""
+        before = len(self.seen(_LOADED))
+        self.send("Runtime.evaluate", expression=script, userGesture=True)
+        self._await_load(before)
+        return self.text()
+
+    def _await_load(self, before: int) -> None:
+        end_s = time.monotonic() + WAIT_S
+        while len(self.seen(_LOADED)) == before:
+            assert time.monotonic() < end_s, "the page does not load"
 
     def shape(self, width: int, height: int, *, is_dark: bool = False) -> None:
         """Give the page a size, in pixels of CSS, and colours."""
