@@ -14,6 +14,7 @@ import pytest
 import structlog
 
 from emberd.core.errors import RequestRefused
+from emberd.core.lifecycle import State
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.reuse import CacheRoom
@@ -89,7 +90,13 @@ class ReadyEngine:
     def restart_without_lock(self) -> None:
         raise AssertionError("nobody asked for that")
 
-    async def ensure_ready(self, timeout_s: float) -> int:
+    state = State.READY
+    woken_s = None
+
+    def wake(self) -> bool:
+        return False
+
+    async def ensure_ready(self, timeout_s: float, **_: bool) -> int:
         assert timeout_s >= 0
         return 1
 
