@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, duration, file_words, gib, given_back_words, residency_words, show
+from emberd.cli.talk import as_json, ask_daemon, file_words, gib, given_back_words, residency_words, show
 from emberd.core.memory import Pressure
 from emberd.core.status import Status, from_plain
+from emberd.core.words import duration
 from emberd.host import ThisHost
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def _rows(status: Status) -> list[tuple[str, str, str]]:
         rows.append(("loading", f"{status.loading.phase} {status.loading.detail}".strip(), ""))
     if status.next_start_in_s is not None:
         rows.append(("next start", f"in {duration(max(status.next_start_in_s, 0))}", ""))
-    rows.append(("endpoint", status.endpoint or "", ""))
+    rows.append(("endpoint", ", ".join(status.endpoints) or status.endpoint or "", ""))
+    rows.append(("", status.endpoint_lacks, "yellow"))
     rows += _model_rows(status)
     if status.engine:
         age = duration(time.time() - status.engine.started_at)

@@ -93,19 +93,6 @@ def byte_progress(*, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
-def duration(seconds: float) -> str:
-    """Return seconds in words: 4 s, 3 min, 2 h 5 min, 3 d 4 h."""
-    whole = int(seconds)
-    if whole < 60:  # noqa: PLR2004  # seconds in a minute
-        return f"{whole} s"
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if minutes < 60:  # noqa: PLR2004  # minutes in an hour
-        return f"{minutes} min"
-    if hours < 24:  # noqa: PLR2004  # hours in a day
-        return f"{hours} h {minutes % 60} min"
-    return f"{days} d {hours % 24} h"
-
-
 def gib(size_bytes: int) -> str:
     """Return bytes as GiB with two decimals."""
     return f"{size_bytes / (1 << 30):.2f}"

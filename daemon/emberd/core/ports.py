@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from signal import Signals
 
     from emberd.core.engine_files import MappedFile
-    from emberd.core.generation import Generation
+    from emberd.core.generation import Generation, Rest
     from emberd.core.host_health import HostHealth
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
+    from emberd.core.questions import Questions
     from emberd.core.replay import Replay
     from emberd.core.residency import Paging
     from emberd.core.reuse import CacheRoom
@@ -29,6 +30,11 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """Its name in engine.kind."""
+        ...
+
+    @property
+    def questions(self) -> Questions:
+        """What its server answers besides its work."""
         ...
 
     @property
@@ -131,10 +137,6 @@ class Engine(Protocol):
         """Return True if a turn's prompt is in the cache as a whole; None if not known. Never raises; bounded."""
         ...
 
-    async def continues_turns(self, port: int, timeout_s: float) -> bool:
-        """Return True if the assistant's last message of a chat is continued. Never raises; bounded."""
-        ...
-
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
         """Send a request of emberd's own; return the reply's object, None if none came. Bounded by `timeout_s`.
 
@@ -151,8 +153,18 @@ class Engine(Protocol):
         """Return the counts of the generation that ended from a line of the log, None for any other line."""
         ...
 
-    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
-        """Return True if the engine can continue such a reply after its first words. Never raises; bounded."""
+    async def rest(
+        self, port: int, generation: Generation, text: str, used_tokens: int, timeout_s: float
+    ) -> Rest | None:
+        """Return the request for the rest of a cut reply, None if it cannot be continued. Never raises; bounded.
+
+        Args:
+            port: the engine's.
+            generation: the client's request, without an obstacle.
+            text: the reply so far.
+            used_tokens: tokens of this text.
+            timeout_s: for each question.
+        """
         ...
 
     def read_progress(self, line: str) -> LoadProgress | None:

@@ -343,6 +343,21 @@ class SwapStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestStatus:
+    """A request for text that has not ended.
+
+    Attributes:
+        age_s: seconds since it came.
+        state: waits (for the engine or a place), reads (the engine has it, and no word has come) or writes.
+        tokens: events of its streamed reply so far, in most engines one a token; None if it is not streamed.
+    """
+
+    age_s: float = 0.0
+    state: str = ""
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The whole status. An emberd that stands by has `remedy`, `exit_code` and `failures`, and no engine.
 
@@ -351,6 +366,8 @@ class Status:
         pid: its process.
         uptime_s: seconds since its start, or since it replaced another one.
         endpoint: where clients connect; None if the port is not held.
+        endpoints: the same by each address, IPv4 first.
+        endpoint_lacks: why it does not listen on one of the two loopback addresses, empty if nothing is wrong.
         model: model.path of the settings, may be empty.
         serving: what the ready engine serves, which can be another model.
         files: all files that it works with.
@@ -374,6 +391,7 @@ class Status:
         output_file: where the engine's output is.
         requests_waiting: requests that wait for one of the engine's places, or for the engine.
         longest_wait_s: of the one that has waited longest.
+        requests: those for text, the oldest first; never what they say.
         seconds_since_knock: since the last knock.
         remembers_turn: a user's last turn is remembered for replays.
         memory: of the engine and the computer.
@@ -388,6 +406,8 @@ class Status:
     pid: int | None = None
     uptime_s: float = 0.0
     endpoint: str | None = None
+    endpoints: tuple[str, ...] = ()
+    endpoint_lacks: str = ""
     model: str = ""
     serving: ServingStatus | None = None
     files: tuple[FileStatus, ...] = ()
@@ -412,6 +432,7 @@ class Status:
     output_file: str | None = None
     requests_waiting: int = 0
     longest_wait_s: float = 0.0
+    requests: tuple[RequestStatus, ...] = ()
     seconds_since_knock: float | None = None
     remembers_turn: bool = False
     memory: MemoryStatus | None = None

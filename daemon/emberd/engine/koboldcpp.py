@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emberd.core import questions
 from emberd.core.errors import ConfigError
-from emberd.core.generation import Dialect
+from emberd.core.generation import Dialect, continued
 from emberd.core.replay import fits
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import UNTOLD, PromptCounts, prompt_text
@@ -31,7 +32,7 @@ from emberd.host.model_file import check_files, check_model
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from emberd.core.generation import Generation
+    from emberd.core.generation import Generation, Rest
     from emberd.core.ports import Host
     from emberd.core.replay import Replay
     from emberd.core.settings import Settings
@@ -58,12 +59,14 @@ _WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bi
 """1.104 then spins on the unbound socket for ever; 1.76 exits with 1, later builds with 0."""
 _PROTECTED_MODEL = "koboldcpp/protected-model"
 CONTINUES_TURNS = (1, 104)
+"""Knows `continue_assistant_turn`, and gives a fifth of the context to the prompt (not in 1.76)."""
 _MOST_CONNECTIONS = 16
 """KoboldCPP has 24 threads, one for each connection, and no time-outs; eight are left for emberd's own
 questions."""
 _QUEUE = 10
 """What its queue takes unless told, the one that runs counted; further ones get 503 (1.115)."""
 _LIGHT_POSTS = (
+    "/api/show",
     "/api/extra/tokencount",
     "/api/extra/tokenize",
     "/api/extra/detokenize",
@@ -78,7 +81,7 @@ _LIGHT_POSTS = (
     "/api/extra/shutdown",
     "/api/admin/reload_config",
 )
-"""POSTs that do not wait for the model (1.76 to 1.104, `do_POST`)."""
+"""POSTs that do not wait for the model (1.76 to 1.104, `do_POST`; `/api/show` 1.115)."""
 _UNITS_OF_A_GENERATION = 1_000_000
 """Makes the count of finished generations exceed any length of a running reply."""
 _DEFAULT_LENGTH_TOKENS = 1024
@@ -94,6 +97,7 @@ class KoboldCpp:
     """
 
     name = "koboldcpp"
+    questions = questions.KOBOLDCPP
     stop_signals = STOP_SIGNALS
     """SIGINT is right in every mode; SIGTERM to the parent alone would orphan the worker of --admin."""
 
@@ -296,21 +300,23 @@ class KoboldCpp:
         told = (await self._http.get(port, "/api/extra/true_max_context_length", timeout_s)).get("value")
         if not isinstance(told, int):
             return None
-        keeps_a_fifth = await self.continues_turns(port, timeout_s)
+        version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
+        keeps_a_fifth = read_version(version) >= CONTINUES_TURNS
         text, default = prompt_text(turn), max(_DEFAULT_LENGTH_TOKENS, self.wishes().reply_tokens or 0)
         if fits(turn, len(text.encode("utf-8", "surrogatepass")), told, default, keeps_a_fifth=keeps_a_fifth):
             return True
         counted = await self.count_tokens(port, text, timeout_s)
         return None if counted is None else fits(turn, counted, told, default, keeps_a_fifth=keeps_a_fifth)
 
-    async def continues_turns(self, port: int, timeout_s: float) -> bool:
-        """Return True if `continue_assistant_turn` is known (1.104; not in 1.76)."""
-        version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
-        return read_version(version) >= CONTINUES_TURNS
-
-    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
-        """Return True if a reply can be continued; a chat needs an open turn."""
-        return generation.dialect is not Dialect.CHAT or await self.continues_turns(port, timeout_s)
+    async def rest(
+        self, port: int, generation: Generation, text: str, used_tokens: int, timeout_s: float
+    ) -> Rest | None:
+        """Continue a prompt, and a chat whose turn can be left open: not by a template of Jinja's (--jinja)."""
+        if generation.dialect is Dialect.CHAT:
+            told = await self._http.get(port, "/api/extra/version", timeout_s)
+            if told.get("jinja") or read_version(told.get("version")) < CONTINUES_TURNS:
+                return None
+        return continued(generation, text, used_tokens)
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
         """POST it.

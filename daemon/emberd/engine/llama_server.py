@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emberd.core import questions
 from emberd.core.errors import ConfigError, EngineNotUsable
+from emberd.core.generation import Dialect, continued, continued_as_text, templated
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import PromptCounts
 from emberd.core.types import Activity, LaunchPlan, Notice, Readiness, Switch
@@ -26,7 +28,7 @@ from emberd.host.model_file import check_files, check_model
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from emberd.core.generation import Generation
+    from emberd.core.generation import Generation, Rest
     from emberd.core.ports import Host
     from emberd.core.replay import Replay
     from emberd.core.settings import Settings
@@ -65,6 +67,7 @@ class LlamaServer:
     """HTTP and log, as the external and the embedded server share them."""
 
     name = "llama-server"
+    questions = questions.LLAMA_SERVER
     stop_signals = STOP_SIGNALS
     refusals: frozenset[int] = frozenset()
 
@@ -168,13 +171,20 @@ class LlamaServer:
         """Return True: a prompt that is too long is refused (tools/server, exceed_context_size_error)."""
         return True
 
-    async def continues_turns(self, port: int, timeout_s: float) -> bool:  # noqa: ARG002  # the Engine protocol
-        """Return True: an assistant's last message is continued (llama.cpp, common/chat.cpp, since 2025)."""
-        return True
-
-    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:  # noqa: ARG002
-        """Return True: prompts and open turns are continued."""
-        return True
+    async def rest(
+        self, port: int, generation: Generation, text: str, used_tokens: int, timeout_s: float
+    ) -> Rest | None:
+        """Continue a prompt; of a chat the prompt that /apply-template makes."""
+        if generation.dialect is not Dialect.CHAT:
+            return continued(generation, text, used_tokens)
+        chats, prompts = templated(generation), list[str]()
+        for each in chats or ():
+            answer = await self._http.post(port, "/apply-template", each, timeout_s, self.password)
+            prompt = answer.get("prompt") if answer.status == _HTTP_OK else None
+            prompts += [prompt] if isinstance(prompt, str) else []
+        if len(prompts) < 2:  # noqa: PLR2004  # both
+            return None
+        return continued_as_text(generation, text, used_tokens, *prompts)
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
         """POST it.

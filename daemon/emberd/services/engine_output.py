@@ -103,7 +103,7 @@ class EngineOutput:
         for line in self._follower.read_lines():
             self._note(line)
             if line != self._old_words:
-                self._counts = self._engine.counts_in_line(line) or self._counts
+                self._note_counts(line)
             self._old_words = ""
             self._log.info("engine_line", category="engine", line=line)
             progress = self._engine.read_progress(line)
@@ -123,8 +123,12 @@ class EngineOutput:
     def counts(self) -> PromptCounts:
         """Return the counts of the generation that has just ended."""
         self._read_for_counts()
-        new_words = "" if self._old_words else self._follower.unfinished
-        return self._engine.counts_in_line(new_words) or self._counts
+        told = None if self._old_words else self._engine.counts_in_line(self._follower.unfinished)
+        return self._counts if told is None else told.after(self._counts)
+
+    def _note_counts(self, line: str) -> None:
+        told = self._engine.counts_in_line(line)
+        self._counts = self._counts if told is None else told.after(self._counts)
 
     def _read_for_counts(self) -> None:
         """Read the log; a full disk or too many open files must not fail a request."""

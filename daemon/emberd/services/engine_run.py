@@ -144,6 +144,7 @@ class EngineRun:
         )
         self._take(process, record, is_adopted=False)
         self.starts += 1
+        self._gate.tally.starts += 1
         self._save_record()
         for notice in plan.notices:
             self._log.warning("engine_settings_notice", code=notice.code, message=notice.message)

@@ -14,6 +14,7 @@ from emberd.core.errors import NotReady
 from emberd.core.lifecycle import Lifecycle, State
 from emberd.core.lock import LockState
 from emberd.core.reuse import CacheRoom
+from emberd.core.tally import Tally
 from emberd.core.types import EngineSample, Readiness, Serving
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from emberd.services.lock_meter import LockMeter
 
 PROBE_TIMEOUT_S = 2.0
-_RETRY_AFTER_S = 5
+RETRY_AFTER_S = 5
 _RETRY_AT_REST_S = 60
 _COOL_LIMIT_S = 120.0
 """Longer than a stop takes (`stop_timeout_s` is 20 s), shorter than `emberd cool` waits for its answer."""
@@ -82,6 +83,8 @@ class Gate:
         self._changed = asyncio.Event()
         self.must_not_lock = False
         """Whether the engine is no longer asked to lock, until emberd is restarted."""
+        self.tally = Tally()
+        """What has happened, for the history."""
         self.in_flight = 0
         """Requests on their way to the engine."""
         self.held = 0
@@ -208,14 +211,14 @@ class Gate:
                 return port
         except TimeoutError:
             raise NotReady(
-                self.state.value, f"the engine was not ready within {timeout_s:g} s", _RETRY_AFTER_S
+                self.state.value, f"the engine was not ready within {timeout_s:g} s", RETRY_AFTER_S
             ) from None
         finally:
             self.held -= 1
 
     def _refuse_if_hopeless(self, *, wakes: bool) -> None:
         if self.now.is_closing:
-            raise NotReady(self.state.value, "emberd is shutting down", _RETRY_AFTER_S)
+            raise NotReady(self.state.value, "emberd is shutting down", RETRY_AFTER_S)
         will_start = wakes and self.state is State.COOL
         if self.state in lifecycle.AT_REST and self.now.has_begun and not will_start:
             reason = self.now.life.reason.splitlines()[0] if self.now.life.reason else "the engine is stopped"

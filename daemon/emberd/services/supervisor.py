@@ -249,6 +249,7 @@ class Supervisor:
 
     def _announce(self, before: Lifecycle) -> None:
         after = self._life
+        self.gate.tally.state_changes += 1
         fields: dict[str, Any] = {"state": after.state.value, "was": before.state.value}
         if after.reason:
             fields["reason"] = after.reason
