@@ -168,6 +168,9 @@ class _Serving:
         self._tell_ready = tell_ready
         self._supervisor = services.supervisor
         self._log = daemon.log
+        from emberd.services.views import Views  # noqa: PLC0415  # slow imports come after the sockets
+
+        self._views = Views(self.status, self._status, services.recorder, lambda: settings.rules, daemon.log)
 
     async def run(self) -> Why:
         """Serve until there is a reason to end, and shut down.
@@ -181,7 +184,10 @@ class _Serving:
         daemon.take_signals(lambda: daemon.spawn(self._reload_and_report()), self._supervisor.hurry)
         await daemon.open_control(self._paths.control, self._verbs())
         serve = daemon.serve(
-            services.proxy, lambda: self._supervisor.state.value, lambda: services.keepwarm.is_warm
+            services.proxy,
+            lambda: self._supervisor.state.value,
+            lambda: services.keepwarm.is_warm,
+            self._views,
         )
         owner = daemon.spawn(self._supervisor.run(), "supervisor")
         serving = daemon.spawn(serve, "endpoint")
@@ -302,6 +308,7 @@ class _Serving:
             "pause": keepwarm.pause,
             "resume": keepwarm.resume,
             "cool": keepwarm.cool,
+            "history": self._services.recorder.past,
         }
 
     async def _status(self) -> dict[str, Any]:
@@ -342,6 +349,7 @@ class _Serving:
         in_flight = self._supervisor.status().requests_in_flight
         self._log.info("emberd_replacing_itself", requests_in_flight=in_flight)
         self._daemon.notifier.replacing()
+        self._views.events.close()
         await self._daemon.endpoint.stop(self._settings.now.lifecycle.drain_timeout_s)
 
     async def _shut_down(self, *, is_failed: bool) -> None:
@@ -356,4 +364,5 @@ class _Serving:
         await self._supervisor.shut_down()
         if not is_failed:
             self._daemon.instance.stop_listening()  # nobody will accept any more
+        self._views.events.close()
         await self._daemon.endpoint.stop(_LAST_ANSWERS_S)

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from emberd.host import ThisHost
     from emberd.host.instance import Instance
     from emberd.services.control import Verb
+    from emberd.services.views import Views
 
-NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool")
+NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool", "history")
 """Verbs that an emberd without an engine refuses."""
 _OWN_FILES = 64
 """Open files besides connections: about 20 when idle."""
@@ -94,9 +95,11 @@ class Daemon:
         await control.start()
         self._control = control
 
-    async def serve(self, proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> None:
+    async def serve(
+        self, proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool], views: Views | None = None
+    ) -> None:
         """Serve clients until the endpoint is stopped: see `make_app`."""
-        await self.endpoint.serve(make_app(proxy, state, is_warm), self.instance.listeners)
+        await self.endpoint.serve(make_app(proxy, state, is_warm, views), self.instance.listeners)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
         """Run this work in a task until it or this process ends."""

@@ -20,6 +20,7 @@ from emberd.services import tunnel
 from emberd.services.exchange import Exchange, ReplyBrokenOff
 from emberd.services.messages import CLIENT_SILENCE_S, Body, Client, ClientGone, ClientSilent
 from emberd.services.places import Places
+from emberd.services.views import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from emberd.core.settings import EndpointSettings
     from emberd.services.gate import Gate
     from emberd.services.turns import Knocks, Turns
+    from emberd.services.views import Views
 
 _FIRST_PART_BYTES = 256 * 1024
 """So much of a body is read before the engine is connected: a client that sends nothing must not occupy one of
@@ -120,8 +122,17 @@ def _change_key(scope: Scope, password: str) -> None:
     scope["headers"] = headers
 
 
-def make_app(proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> ASGIApp:
-    """Return the front port's app: /emberd is emberd's own, everything else the engine's."""
+def make_app(
+    proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool], views: Views | None = None
+) -> ASGIApp:
+    """Return the front port's app: /emberd is emberd's own, everything else the engine's.
+
+    Args:
+        proxy: serves the engine's paths.
+        state: returns the engine's state.
+        is_warm: returns whether the model is warm.
+        views: serves events, history and metrics; an emberd without an engine has none.
+    """
 
     async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "live"})
@@ -138,7 +149,9 @@ def make_app(proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], boo
     own = Starlette(routes=[Route(f"/emberd/{name}", answer) for name, answer in routes.items()])
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        is_own = scope["path"] == "/emberd" or scope["path"].startswith("/emberd/")
-        await (own if is_own else proxy)(scope, receive, send)
+        path = scope["path"]
+        is_own = path == "/emberd" or path.startswith("/emberd/")
+        is_view = views is not None and path.removeprefix("/emberd/") in NAMES
+        await (views if is_own and is_view and views else own if is_own else proxy)(scope, receive, send)
 
     return app
