@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -19,6 +20,7 @@ import struct
 import subprocess
 import termios
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     MakeDaemon = Callable[..., Daemon]
 
 WAIT_S = 40.0
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 needs_prometheus = pytest.mark.skipif(
     importlib.util.find_spec("prometheus_client") is None, reason="prometheus-client is not installed"
 )
@@ -235,7 +238,7 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(ready: Daemon):
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
-# --- in the terminal ----------------------------------------------------------------------------------------------
+# --- in the terminal ------------------------------------------------------------------------------------------
 
 
 def test_history_is_csv_and_charts_without_a_daemon_too(ready: Daemon):
@@ -314,3 +317,37 @@ def test_watch_says_that_the_daemon_has_gone_comes_back_with_it_and_ends_at_an_i
 def test_the_address_of_the_page_is_printed(ready: Daemon):
     assert ready.verb("page", "--print").stdout == f"{ready.url}/emberd/\n"
     assert json.loads(ready.verb("page", "--json").stdout) == {"address": f"{ready.url}/emberd/"}
+
+
+# --- what is built on the metrics -----------------------------------------------------------------------------
+
+RULES, DASHBOARD = DOCS / "emberd-alerts.yml", DOCS / "emberd-grafana.json"
+
+
+@needs_promtool
+def test_promtool_finds_nothing_wrong_with_the_alert_rules():
+    checked = subprocess.run(
+        [PROMTOOL, "check", "rules", str(RULES)], capture_output=True, text=True, timeout=WAIT_S, check=False
+    )
+    assert (checked.returncode, "7 rules found" in checked.stdout) == (0, True), checked.stderr
+
+
+@needs_prometheus
+def test_rules_dashboard_and_docs_name_only_metrics_that_are_there(ready: Daemon):
+    text = get(ready, "metrics", accept="text/plain").text
+    # This computer may have no swap, no stalls and no forecast yet.
+    there = set(re.findall(r"^# HELP (\w+)", text, re.MULTILINE)) | {
+        "emberd_swap_written_bytes_total",
+        "emberd_memory_stall_ratio",
+        "emberd_first_token_forecast_seconds",
+        "emberd_warm_age_seconds",
+        "emberd_weights_bytes",
+        "emberd_weights_resident_bytes",
+    }
+    for file in (RULES, DASHBOARD, DOCS / "metrics.md"):
+        named = set(re.findall(r"\bemberd_[a-z_]+[a-z]\b", file.read_text(encoding="utf-8")))
+        named = {name.removesuffix("_bucket") for name in named}
+        assert named
+        assert named - there == set(), file.name
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    assert all(target["expr"] for panel in panels for target in panel["targets"])
