@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, ask_status, duration, load_of_daemon, seconds_of, show
+from emberd.cli.talk import as_json, ask_daemon, ask_status, load_of_daemon, seconds_of, show
 from emberd.core.errors import EmberdError
 from emberd.core.minute import COLUMNS, LONG_IDLE_S, PRESSURES
 from emberd.core.spark import spark
+from emberd.core.words import duration
 from emberd.host.paths import state_paths
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emberd.cli.history import charts
-from emberd.cli.status import status_table
 from emberd.cli.talk import ask_daemon, load_of_daemon
 from emberd.core.errors import EmberdError
 from emberd.core.status import Status, from_plain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import RenderableType
 
 EVERY_S = 2.0
@@ -24,15 +25,15 @@ _ROW_S = 60.0
 """A row of the history is a minute."""
 
 
-def watch(config: str | None, *, is_json: bool) -> None:
-    """Show the status until Ctrl-C, and say so while emberd is away."""
+def watch(config: str | None, draw: Callable[[Status], RenderableType], *, is_json: bool) -> None:
+    """Show the status until Ctrl-C, as `draw` puts it, and say so while emberd is away."""
     load_of_daemon(config)  # settings that do not say where it is are an error at once
     with contextlib.suppress(KeyboardInterrupt):
         if is_json:
             while True:
                 click.echo(json.dumps(_ask(config)))
                 time.sleep(EVERY_S)
-        _watch(config)
+        _watch(config, draw)
 
 
 def _ask(config: str | None) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def _ask(config: str | None) -> dict[str, Any]:
         return {"error": error.message, "remedy": error.remedy}
 
 
-def _watch(config: str | None) -> None:
+def _watch(config: str | None, draw: Callable[[Status], RenderableType]) -> None:
     from rich.console import Console, Group  # noqa: PLC0415  # heavy
     from rich.live import Live  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
@@ -66,6 +67,6 @@ def _watch(config: str | None) -> None:
                     read_s = seen_s
                     with contextlib.suppress(EmberdError):  # it stands by, or is of an older version
                         past = ask_daemon(config, "history", since_s=time.time() - _HOUR_S)
-                shown = Group(status_table(from_plain(Status, plain)), Text(""), charts(past, console.width))
+                shown = Group(draw(from_plain(Status, plain)), Text(""), charts(past, console.width))
                 live.update(shown, refresh=True)
             time.sleep(EVERY_S)

@@ -10,10 +10,12 @@ import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+from starlette.responses import Response
 
-    from starlette.types import Receive, Send
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from starlette.types import Receive, Scope, Send
     from structlog.typing import FilteringBoundLogger
 
 MOST_VIEWERS = 16
@@ -49,7 +51,7 @@ class Events:
         """End all views: a daemon that ends waits for nobody who only looks."""
         self._is_closed.set()
 
-    async def serve(self, receive: Receive, send: Send) -> None:
+    async def serve(self, receive: Receive, send: Send, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """Tell one viewer until it leaves, reads nothing, or the daemon ends. Look at `is_full` before."""
         self._viewers += 1
         if self._telling is None:
@@ -58,6 +60,8 @@ class Events:
         closing = asyncio.create_task(self._is_closed.wait())
         try:
             with contextlib.suppress(TimeoutError):
+                start = {"type": "http.response.start", "status": 200, "headers": list(headers)}
+                await self._send(send, start)
                 await self._follow(send, {leaving, closing})
         finally:
             for task in (leaving, closing):
@@ -68,15 +72,6 @@ class Events:
                 self._telling, self._event = None, b""
 
     async def _follow(self, send: Send, ends: set[asyncio.Task[Any]]) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream"),
-            (b"cache-control", b"no-store"),
-            (
-                b"x-accel-buffering",
-                b"no",
-            ),  # a reverse proxy must not collect events (nginx.org, ngx_http_proxy_module)
-        ]
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
         await self._send(send, {"type": "http.response.body", "body": _AGAIN + self._event, "more_body": True})
         while not any(each.done() for each in ends):
             coming = asyncio.create_task(self._has_come.wait())
@@ -109,6 +104,20 @@ class Events:
                 has_come, self._has_come = self._has_come, asyncio.Event()
                 has_come.set()
             await asyncio.sleep(EVERY_S)
+
+
+class LiveResponse(Response):
+    """The live view for one viewer."""
+
+    def __init__(self, events: Events) -> None:
+        # A reverse proxy must not collect events (nginx.org, ngx_http_proxy_module).
+        super().__init__(media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's
+        """Tell the viewer."""
+        await self._events.serve(receive, send, self.raw_headers)
 
 
 async def _left(receive: Receive) -> None:

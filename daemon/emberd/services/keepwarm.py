@@ -157,6 +157,11 @@ class KeepWarm:
         )
 
     @property
+    def is_locked_outside(self) -> bool:
+        """Whether emberd holds a lock on all of the engine's mapped files."""
+        return self._warming.weights.is_locked_outside
+
+    @property
     def progress(self) -> dict[str, int]:
         """Progress of a pass over the weights; zeros while there is none."""
         return to_plain(self._warming.weights.progress or ProgressStatus())
@@ -211,7 +216,7 @@ class KeepWarm:
         settings, weights, replays = self._settings(), self._warming.weights, self._warming.replays
         return Snapshot(
             now_s=time.monotonic(),
-            is_ready=self._gate.port is not None,
+            is_ready=self._gate.port is not None and not self._gate.is_empty,
             is_stopped=self._gate.state is State.COOL,
             requests=self._use.requests,
             lock=self._gate.lock_state,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from emberd.core.errors import NotReady
+    from emberd.core.generation import Rest
 
 _HOP_BY_HOP = frozenset(
     {
@@ -196,17 +197,20 @@ class Body:
             pass
 
 
-def engine_request(scope: Scope, body: Body, port: int, content: bytes | None = None) -> EngineRequest:
+def engine_request(scope: Scope, body: Body, port: int, rest: Rest | None = None) -> EngineRequest:
     """Return the same request for the engine, with the target byte by byte.
 
     Args:
         scope: ASGI's.
         body: the client's.
         port: the engine's.
-        content: sent in place of the client's body; None to pass that.
+        rest: asked for in place of what the client asked for.
     """
+    content = None if rest is None else json.dumps(rest.body).encode()
     target: bytes = scope["raw_path"]
-    if scope["query_string"]:
+    if rest is not None and rest.path != scope["path"]:
+        target = rest.path.encode()
+    elif scope["query_string"]:
         target += b"?" + scope["query_string"]
     headers = end_to_end(scope["headers"])
     names = {name for name, _ in scope["headers"]}

@@ -37,7 +37,7 @@ _OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 
 def render(
     status: Status, counts: Mapping[str, int], tally: Tally, swap: SwapWrites, accept: str
-) -> tuple[bytes, str]:
+) -> tuple[str, str]:
     """Return the metrics and their content type: OpenMetrics, or the older text for who asks for that alone.
 
     Args:
@@ -51,7 +51,7 @@ def render(
     registry.register(_Collector(list(_metrics(status, counts, tally, swap))))
     is_any = not accept or _ANY in accept.replace(" ", "").split(";")[0].split(",")
     encode, content_type = choose_encoder(_OPEN_METRICS if is_any and "openmetrics" not in accept else accept)
-    return encode(registry), content_type
+    return encode(registry).decode(), content_type
 
 
 class _Collector:

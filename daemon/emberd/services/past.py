@@ -27,7 +27,9 @@ _LONGEST_SPAN_S = 367 * 24 * 3600.0
 _BUSY_S = 2.0
 
 
-def tell_past(history: History | File, since_s: float, until_s: float, step_s: int | None = None) -> dict[str, Any]:
+def tell_past(
+    history: History | File, since_s: float, until_s: float, step_s: float | None = None
+) -> dict[str, Any]:
     """Return what happened between two times; blocks.
 
     Args:

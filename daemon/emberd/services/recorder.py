@@ -128,7 +128,7 @@ class Recorder:
         return self._swap.total
 
     async def past(
-        self, since_s: float | None = None, until_s: float | None = None, step_s: int | None = None
+        self, since_s: float | None = None, until_s: float | None = None, step_s: float | None = None
     ) -> dict[str, Any]:
         """Return what `tell_past` tells of a time, of the last day if no other is named."""
         from emberd.services.past import DEFAULT_SPAN_S, tell_past  # noqa: PLC0415  # asked for once in a while
