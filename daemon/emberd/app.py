@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emberd import __version__
 from emberd.core import lifecycle
+from emberd.core.access import ONE_FAMILY_REMEDY
 from emberd.core.errors import EmberdError, EngineFailed
 from emberd.core.lifecycle import State
 from emberd.core.managed import find_manager
@@ -204,6 +205,8 @@ class _Serving:
             state_directory=str(self._paths.directory),
             log=logs.places(),
         )
+        if daemon.instance.lacks:
+            self._log.warning("endpoint_incomplete", reason=daemon.instance.lacks, remedy=ONE_FAMILY_REMEDY)
         try:
             failed = await self._wait_for_end(owner, serving)
             if failed is None and daemon.ending.result() is Why.ASKED:

@@ -59,7 +59,8 @@ def _rows(status: Status) -> list[tuple[str, str, str]]:
         rows.append(("loading", f"{status.loading.phase} {status.loading.detail}".strip(), ""))
     if status.next_start_in_s is not None:
         rows.append(("next start", f"in {duration(max(status.next_start_in_s, 0))}", ""))
-    rows.append(("endpoint", status.endpoint or "", ""))
+    rows.append(("endpoint", ", ".join(status.endpoints) or status.endpoint or "", ""))
+    rows.append(("", status.endpoint_lacks, "yellow"))
     rows += _model_rows(status)
     if status.engine:
         age = duration(time.time() - status.engine.started_at)

@@ -37,6 +37,7 @@ others (each one's documentation). Nobody can register a name below .internal.""
 _SHELLS = frozenset({"app", "tauri", "vscode-file", "vscode-webview"})
 """Schemes of desktop programs' own pages; no page of the internet has them. Ollama lets in the same."""
 _EXTENSIONS = frozenset({"chrome-extension", "moz-extension", "safari-web-extension"})
+ONE_FAMILY_REMEDY = "End that program, or use http://127.0.0.1: clients that are told localhost may reach it."
 LOGIN_PATH, LOGOUT_PATH = "/emberd/login", "/emberd/logout"
 
 
@@ -158,6 +159,16 @@ def own_names(hostname: str) -> tuple[str, ...]:
     if not label:
         return ()
     return (label, f"{label}.local", *([name] if is_private_name(name) and name != label else []))
+
+
+def listen_addresses(host: str, *, has_ipv6: bool) -> tuple[str, ...]:
+    """Return where to listen for an endpoint.host: 127.0.0.1 and localhost stand for both loopback addresses.
+
+    Clients that are told `localhost` try `::1` first on many computers. `has_ipv6`: this computer has that address.
+    """
+    if host.lower() not in {"127.0.0.1", "localhost"}:
+        return (host,)
+    return ("127.0.0.1", "::1") if has_ipv6 else ("127.0.0.1",)
 
 
 def is_loopback(host: str) -> bool:

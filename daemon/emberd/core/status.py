@@ -368,6 +368,8 @@ class Status:
         pid: its process.
         uptime_s: seconds since its start, or since it replaced another one.
         endpoint: where clients connect; None if the port is not held.
+        endpoints: the same by each address, IPv4 first.
+        endpoint_lacks: why it does not listen on one of the two loopback addresses, empty if nothing is wrong.
         model: model.path of the settings, may be empty.
         serving: what the ready engine serves, which can be another model.
         files: all files that it works with.
@@ -406,6 +408,8 @@ class Status:
     pid: int | None = None
     uptime_s: float = 0.0
     endpoint: str | None = None
+    endpoints: tuple[str, ...] = ()
+    endpoint_lacks: str = ""
     model: str = ""
     serving: ServingStatus | None = None
     files: tuple[FileStatus, ...] = ()

@@ -114,6 +114,7 @@ class DaemonHealth:
     last_words: str = ""  # why it failed the last time
     heartbeat_problem: str = ""  # why Metal will not hold the idle model
     heartbeat_remedy: str = ""
+    endpoint_lacks: str = ""  # why it does not listen on ::1, which localhost can mean
     swapped_bytes: int | None = None  # of the engine, in swap or compressed
     lock: LockState | None = None
     lock_message: str = ""  # the limit in the way

@@ -80,6 +80,8 @@ class Daemon:
             "pid": os.getpid(),
             "uptime_s": self.uptime_s,
             "endpoint": self.instance.url,
+            "endpoints": self.instance.urls,
+            "endpoint_lacks": self.instance.lacks,
             "model": model,
             "settings_file": str(self._settings_file),
         }
