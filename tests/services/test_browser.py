@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from browser import WAIT_S, Browser, find_browser
+from browser import PROGRAM, WAIT_S, Browser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     MakeDaemon = Callable[..., Daemon]
 
-PROGRAM = find_browser() or ""
 pytestmark = [
     pytest.mark.skipif(not PROGRAM, reason="Chromium is not installed"),
     pytest.mark.timeout(180),
@@ -78,16 +77,16 @@ def other_page() -> Iterator[int]:
 def stream_through_a_crash(browser: Browser, daemon: Daemon) -> None:
     """Generate in the page, kill the engine in the middle, and see the text go on to its end."""
     engine = daemon.status()["engine"]["pid"]
-    browser.evaluate(STREAM % TOKENS)
+    browser.run(STREAM % TOKENS)
     deadline_s = time.monotonic() + WAIT_S
-    while len(browser.evaluate("told.text").split()) < TOKENS // 4:
-        assert not browser.evaluate("told.end")
+    while len(browser.run("told.text").split()) < TOKENS // 4:
+        assert not browser.run("told.end")
         assert time.monotonic() < deadline_s
     os.kill(engine, signal.SIGKILL)
-    while not browser.evaluate("told.end"):
+    while not browser.run("told.end"):
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
-    assert (browser.evaluate("told.end"), len(browser.evaluate("told.text").split())) == ("whole 200", TOKENS)
+    assert (browser.run("told.end"), len(browser.run("told.text").split())) == ("whole 200", TOKENS)
     assert daemon.wait_ready()["engine"]["pid"] != engine
 
 
@@ -99,13 +98,12 @@ def fetched(url: str, **headers: str) -> str:
     )
 
 
-def test_a_page_goes_on_although_its_engine_is_killed(make_daemon: MakeDaemon):
+def test_a_page_goes_on_although_its_engine_is_killed(make_daemon: MakeDaemon, tmp_path: Path):
     daemon = make_daemon(STANDIN_TOKEN_MS="20")
     daemon.start()
     daemon.wait_ready()
-    with Browser(PROGRAM) as browser:
-        browser.open("about:blank")
-        assert "stand-in" in browser.go(f"http://localhost:{daemon.port}/")
+    with Browser(tmp_path) as browser:
+        assert "stand-in" in browser.open(f"http://localhost:{daemon.port}/")
         stream_through_a_crash(browser, daemon)
 
 
@@ -117,28 +115,27 @@ def test_with_a_key_a_browser_logs_in_and_foreign_pages_stay_out(make_daemon: Ma
     daemon.start()
     daemon.wait_ready()
     url = f"http://localhost:{daemon.port}"
-    rules = "--host-resolver-rules=MAP evil.example 127.0.0.1"
-    with other_page() as port, Browser(PROGRAM, rules) as browser:
-        browser.open("about:blank")
-        assert "stand-in" in browser.go(f"{url}/"), "the page opens without a key"
-        assert browser.evaluate(fetched("/api/v1/model")) == "401 null"
-        browser.go(f"{url}/noscript")
-        assert "/emberd/login" in browser.evaluate("location.href")
-        browser.evaluate("document.querySelector('[name=key]').value = 'wrong'; 0")
-        assert "not the key" in browser.follow("document.querySelector('button').click()")
-        browser.evaluate(
+    with other_page() as port, Browser(tmp_path, "--host-resolver-rules=MAP evil.example 127.0.0.1") as browser:
+        assert "stand-in" in browser.open(f"{url}/"), "the page opens without a key"
+        assert browser.run(fetched("/api/v1/model")) == "401 null"
+        browser.open(f"{url}/noscript")
+        assert "/emberd/login" in browser.run("location.href")
+        browser.run("document.querySelector('[name=key]').value = 'wrong'; 0")
+        browser.submit("document.querySelector('button').click()")
+        assert "not the key" in browser.run("document.body.innerText")
+        browser.run(
             f"document.querySelector('[name=key]').value = {KEY!r}; document.querySelector('[name=to]').value = '/'"
         )
-        browser.follow("document.querySelector('button').click()")
-        assert browser.evaluate("location.pathname") == "/"
-        assert browser.evaluate("document.cookie") == "", "no script reads it"
+        browser.submit("document.querySelector('button').click()")
+        assert browser.run("location.pathname") == "/"
+        assert browser.run("document.cookie") == "", "no script reads it"
         stream_through_a_crash(browser, daemon)
 
-        browser.go(f"http://localhost:{port}/")
+        browser.open(f"http://localhost:{port}/")
         model = f"{url}/api/v1/model"
-        assert browser.evaluate(fetched(model, authorization="Bearer wrong")) == "401 null", "not `failed to fetch`"
-        assert browser.evaluate(fetched(model, authorization=f"Bearer {KEY}")) == "200 null"
-        assert browser.evaluate(fetched(model)) == "401 null", "its requests are not logged in"
-        browser.go(f"http://evil.example:{port}/")
-        assert browser.evaluate(fetched(model, authorization=f"Bearer {KEY}")) == "TypeError: Failed to fetch"
-        assert "not known as evil.example" in browser.go(f"http://evil.example:{daemon.port}/")
+        assert browser.run(fetched(model, authorization="Bearer wrong")) == "401 null", "not `failed to fetch`"
+        assert browser.run(fetched(model, authorization=f"Bearer {KEY}")) == "200 null"
+        assert browser.run(fetched(model)) == "401 null", "its requests are not logged in"
+        browser.open(f"http://evil.example:{port}/")
+        assert browser.run(fetched(model, authorization=f"Bearer {KEY}")) == "TypeError: Failed to fetch"
+        assert "not known as evil.example" in browser.open(f"http://evil.example:{daemon.port}/")
