@@ -29,6 +29,7 @@ class OwnerWishes:
         unloads_by: the option that unloads an idle model, empty for none.
         files: other files that are loaded: projectors, drafts, adapters, speech, images, embeddings.
         reply_tokens: greatest reply where a request names none.
+        serves: what it serves in place of text: embeddings or rerank; empty for text.
         is_renamed: the model is served under another name than its file's.
         api_keys: what it wants of its clients, one of them as a bearer token. Never shown.
         api_key_file: a file with further ones, empty for none.
@@ -44,6 +45,7 @@ class OwnerWishes:
     unloads_by: str = ""
     files: tuple[str, ...] = ()
     reply_tokens: int | None = None
+    serves: str = ""
     is_renamed: bool = False
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: str = ""

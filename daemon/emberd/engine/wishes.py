@@ -57,6 +57,8 @@ class _Names:
     one_slot: tuple[str, ...] = ()
     reply: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    rerank: tuple[str, ...] = ()
     api_key: tuple[str, ...] = ()
     api_key_file: tuple[str, ...] = ()
 
@@ -103,6 +105,8 @@ _LLAMA_SERVER = _Names(
     slots=("--parallel", "-np"),
     unload=("--sleep-idle-seconds",),
     files=("--mmproj", "-mm", "--model-draft", "-md", "--spec-draft-model", "--lora", "--lora-scaled"),
+    embeddings=("--embeddings", "--embedding"),
+    rerank=("--reranking", "--rerank"),
     api_key=(API_KEY,),
     api_key_file=("--api-key-file",),
 )
@@ -118,6 +122,8 @@ _VARIABLES = {
     "LLAMA_ARG_MMPROJ": "--mmproj",
     "LLAMA_ARG_MODEL_DRAFT": "--model-draft",
     "LLAMA_ARG_SPEC_DRAFT_MODEL": "--spec-draft-model",
+    "LLAMA_ARG_EMBEDDINGS": "--embeddings",
+    "LLAMA_ARG_RERANKING": "--reranking",
     API_KEY_VARIABLE: API_KEY,
     "LLAMA_ARG_API_KEY_FILE": "--api-key-file",
 }
@@ -210,6 +216,7 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         unloads_by=next((name for name in names.unload if is_asked(name)), ""),
         files=parts(*names.files),
         reply_tokens=count(*names.reply),
+        serves="rerank" if is_asked(*names.rerank) else "embeddings" if is_asked(*names.embeddings) else "",
         is_renamed=bool(is_asked(*names.rename)),
         api_keys=parts(*names.api_key),
         api_key_file=value(*names.api_key_file),

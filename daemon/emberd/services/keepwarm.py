@@ -175,7 +175,7 @@ class KeepWarm:
 
     async def _snapshot(self) -> Snapshot:
         """Return the present, and what made emberd look."""
-        self._pauses.note_use(self._turns.ended_s)
+        self._pauses.note_use(self._turns.used_s)
         power, settings = await self._watch.power(), self._settings()
         seen = self._consider(self._observer.look(), power)
         if settings.replay and warmth.may_warm(seen, settings):  # letting go waits for no answer
@@ -199,9 +199,9 @@ class KeepWarm:
             last_critical_s=self._watch.last_critical_s,
             power=power,
             paused_until_s=self._pauses.paused_until_s,
-            cool_until_s=self._pauses.cool_end_s(settings, self._turns.ended_s),
+            cool_until_s=self._pauses.cool_end_s(settings, self._turns.used_s),
             hold=self._watch.guard.hold,
-            last_use_s=self._turns.ended_s,
+            last_use_s=self._turns.used_s,
             last_pass_s=self._use.last_pass_s,
             interval_s=self._interval_s,
             loss_wait_s=self._loss_wait_s,
