@@ -14,6 +14,7 @@ import pytest
 import structlog
 
 from emberd.core.errors import RequestRefused
+from emberd.core.lifecycle import State
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.reuse import CacheRoom
@@ -22,6 +23,7 @@ from emberd.core.thrash import HoldLevel, ThrashGuard
 from emberd.core.turn import UNTOLD, PromptCounts, Turn
 from emberd.core.types import EngineSample
 from emberd.core.warmth import Reason, Trigger
+from emberd.core.wishes import OwnerWishes
 from emberd.host import ThisHost
 from emberd.host.toucher import Locked, Touched, Toucher, ToucherRefused
 from emberd.services import places, pressure_watch, touching
@@ -60,7 +62,11 @@ class ReadyEngine:
 
     def __init__(self, model: Path) -> None:
         parts = {"name": "koboldcpp", "most_connections": 4, "most_at_work": 1}
-        self.engine: Any = type("Engine", (), {**parts, "send": self._send, "took_whole": self._agree})()
+        self.engine: Any = type(
+            "Engine",
+            (),
+            {**parts, "send": self._send, "took_whole": self._agree, "wishes": lambda _: OwnerWishes()},
+        )()
         self.engine.counts_in_reply = lambda told: told.get("counts", UNTOLD)
         self.in_log = UNTOLD
         self._model = model
@@ -90,7 +96,13 @@ class ReadyEngine:
     def restart_without_lock(self) -> None:
         raise AssertionError("nobody asked for that")
 
-    async def ensure_ready(self, timeout_s: float) -> int:
+    state = State.READY
+    woken_s = None
+
+    def wake(self) -> bool:
+        return False
+
+    async def ensure_ready(self, timeout_s: float, **_: bool) -> int:
         assert timeout_s >= 0
         return 1
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, duration, gib, residency_words, show
+from emberd.cli.talk import as_json, ask_daemon, duration, gib, given_back_words, residency_words, show
 from emberd.core.memory import Pressure
 from emberd.core.status import Status, from_plain
 from emberd.host import ThisHost
@@ -112,6 +112,8 @@ def _warmth_words(warmth: WarmthStatus) -> str:
     if warmth.mode == "off":
         return "off"
     words = []
+    if warmth.cool_for_s and warmth.given_back:
+        words.append(given_back_words(warmth.given_back))
     for left_s, word in ((warmth.cool_for_s, "cool for"), (warmth.paused_for_s, "paused for")):
         if left_s:
             words.append(f"{word} {duration(left_s)}")

@@ -17,7 +17,7 @@ from emberd.services.control import ASK_LIMIT_S, ask
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from emberd.core.status import ResidencyStatus, Status
+    from emberd.core.status import GivenBackStatus, ResidencyStatus, Status
     from emberd.host.config_file import Loaded
 
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON instead of text.")
@@ -119,3 +119,16 @@ def residency_words(seen: ResidencyStatus) -> str:
     if seen.at_least != seen.at_most:
         text += f" (between {seen.at_least:.1%} and {seen.at_most:.1%})"
     return text
+
+
+def given_back_words(given: GivenBackStatus) -> str:
+    """Return a line on what a cool spell gave back."""
+
+    def freed(before: int | None, after: int | None) -> str:
+        return "unknown" if before is None or after is None else f"{gib(max(before - after, 0))} GiB"
+
+    locked = freed(given.locked_before_bytes, given.locked_after_bytes)
+    if not given.engine_stopped:
+        return f"{locked} unlocked; the engine goes on"
+    resident = freed(given.resident_before_bytes, given.resident_after_bytes)
+    return f"{resident} given back, {locked} of it locked: the engine was stopped, and the next request starts it"

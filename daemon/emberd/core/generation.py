@@ -61,6 +61,17 @@ _OTHER_USES = ("/embeddings", "/embedding", "/rerank", "/reranking", "/api/embed
 another model for them."""
 _OTHER_CHANGES = re.compile(r"/api/admin/(load|clear)_state$|^/slots/\d+$")
 """Requests that restore or drop a state of the cache: KoboldCPP 1.104, llama.cpp's server (or only save it)."""
+_LOOKS_AFTER_ENGINE = (
+    "/health",
+    "/metrics",
+    "/slots",
+    "/api/extra/perf",
+    "/api/extra/abort",
+    "/api/extra/generate/check",
+    "/api/extra/multiplayer/status",
+)
+"""Questions of monitors and open pages, to llama.cpp's server and to KoboldCPP. Kobold Lite asks the last one every
+second in multiplayer."""
 _OLLAMA_PATHS = ("/api/generate", "/api/chat", "/api/tags", "/api/show", "/api/ps", "/api/embed", "/api/embeddings")
 _BUDGETS = {
     Dialect.KOBOLD: ("max_length",),
@@ -188,6 +199,18 @@ def changes_cache(method: str, path: str) -> bool:
 def uses_model(method: str, path: str) -> bool:
     """Return True if a request is a user's work with a model: it makes text, vectors or an order of documents."""
     return changes_cache(method, path) or (method == "POST" and path.rstrip("/").endswith(_OTHER_USES))
+
+
+def needs_engine(method: str, path: str, *, is_user_back: bool) -> bool:
+    """Return True if an engine that was stopped to give its memory to other work is started for a request.
+
+    Not for questions of monitors and open pages, nor for a GET amid others: an open page asks all the time.
+    """
+    if changes_cache(method, path):
+        return True
+    if path.rstrip("/").endswith(_LOOKS_AFTER_ENGINE) or method in {"HEAD", "OPTIONS"}:
+        return False
+    return method != "GET" or is_user_back
 
 
 def is_ollama(path: str) -> bool:

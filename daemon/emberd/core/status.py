@@ -213,6 +213,25 @@ class CostStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenBackStatus:
+    """What a cool spell gave back. Resident memory is the engine's, locked memory the engine's and emberd's.
+
+    Attributes:
+        seconds: how long it took.
+        engine_stopped: the engine was stopped; otherwise only emberd's own lock was let go.
+        resident_before_bytes: resident before. resident_after_bytes: after.
+        locked_before_bytes: locked before. locked_after_bytes: after.
+    """
+
+    seconds: float = 0.0
+    engine_stopped: bool = False
+    resident_before_bytes: int | None = None
+    resident_after_bytes: int | None = None
+    locked_before_bytes: int | None = None
+    locked_after_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WarmthStatus:
     """How the model is kept warm.
 
@@ -224,7 +243,8 @@ class WarmthStatus:
         is_storming: the computer takes memory from its programs now.
         is_locked_outside: the outside lock holds.
         paused_for_s: seconds left of `emberd pause`.
-        cool_for_s: seconds left of `emberd cool`.
+        cool_for_s: seconds left of `emberd cool`, or of `warmth.cool_hours`.
+        given_back: by the last cool spell, None if it had no lock to let go of.
         interval_s: between two looks.
         over_budget_for_s: until keeping warm is within its budget again; 0 if it is.
         next_look_in_s: until the next look.
@@ -246,6 +266,7 @@ class WarmthStatus:
     is_locked_outside: bool = False
     paused_for_s: float | None = None
     cool_for_s: float | None = None
+    given_back: GivenBackStatus | None = None
     interval_s: float | None = None
     over_budget_for_s: float = 0.0
     next_look_in_s: float | None = None

@@ -158,6 +158,11 @@ class DarwinHost(PosixHost):
         # A kqueue is itself readable when an event is pending (kqueue(2)), so the loop can wait for it.
         return ReadableWatch(queue.fileno(), close, lambda: queue.control(None, 16, 0))
 
+    @staticmethod
+    def is_held(local: tuple[str, int], remote: tuple[str, int]) -> bool | None:  # noqa: ARG004  # as on Linux
+        """Return None: it is unknown here whether a process still holds the socket at `local`."""
+        return None
+
     def start_token(self, pid: int) -> str | None:
         """Return the start time that the kernel noted at fork (`p_starttime`); it is not moved by clock changes."""
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.memory import Power, PowerSource
 from emberd.core.residency import Paging
-from emberd.host import linux_memory, log_sinks
+from emberd.host import linux_memory, linux_sockets, log_sinks
 from emberd.host.linux_health import read_health
 from emberd.host.linux_memory import MADV_POPULATE_READ, OwnMemory, watch_stalls
 from emberd.host.posix import PosixHost, ReadableWatch
@@ -125,6 +125,8 @@ class LinuxHost(PosixHost):
             return watch_stalls(self._proc, longest_s)
         except OSError:
             return None
+
+    is_held = staticmethod(linux_sockets.is_held)
 
     def start_token(self, pid: int) -> str | None:
         """Return boot id and start time in ticks: unlike a wall-clock time, it survives clock changes."""

@@ -80,8 +80,8 @@ class Exchange:
         self._asked_s: float | None = None
         self._was_cut = True
 
-    async def run(self, scope: Scope, body: Body, client: Client) -> None:
-        """Carry it out.
+    async def run(self, scope: Scope, body: Body, client: Client, *, wakes: bool = True) -> None:
+        """Carry it out; unless it `wakes` a cool engine, it is refused by one.
 
         Raises:
             ClientGone: the client left.
@@ -95,7 +95,7 @@ class Exchange:
         try:
             while sends < _MOST_SENDS and (body.can_be_sent_again or self._stream is not None):
                 async with self._places.taken(
-                    patience, is_work=is_work, goes_first=had_place, uses_model=waits
+                    patience, is_work=is_work, goes_first=had_place, uses_model=waits, wakes=wakes
                 ) as port:
                     self._port, had_place = port, True
                     seen = len(self._stream.text) if self._stream else 0

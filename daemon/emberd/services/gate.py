@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 PROBE_TIMEOUT_S = 2.0
 _RETRY_AFTER_S = 5
 _RETRY_AT_REST_S = 60
+_COOL_LIMIT_S = 120.0
+"""Longer than a stop takes (`stop_timeout_s` is 20 s), shorter than `emberd cool` waits for its answer."""
+_COOL_REASON = "its memory is given to other work; the next request for text starts it"
 _LATE_EXIT_S = 0.5
 """An exit is noticed within milliseconds; the rest is for a machine that swaps."""
 SERVING = frozenset({State.READY, State.DRAINING})
@@ -82,12 +86,17 @@ class Gate:
         """Requests sent so far."""
         self.flowed_bytes = 0
         """Bytes of replies so far: a sign of life."""
+        self.woken_s: float | None = None
+        """When a cool engine was last needed again, on the monotonic clock; None for never."""
 
     # --- what the engine is ---------------------------------------------------------------------------------
 
     def change(self, **changes: Any) -> None:
         """Take over what has changed of the engine."""
+        was_cool = self.now.life.is_cool
         self.now = replace(self.now, **changes)
+        if was_cool and not self.now.life.is_cool:
+            self.woken_s = time.monotonic()
 
     def wake_waiters(self) -> None:
         """Wake everybody who waits: an event was handled, whether or not the state has changed."""
@@ -160,11 +169,11 @@ class Gate:
 
     # --- requests -------------------------------------------------------------------------------------------
 
-    async def ensure_ready(self, timeout_s: float) -> int:
-        """Return the engine's port as soon as it is READY.
+    async def ensure_ready(self, timeout_s: float, *, wakes: bool = True) -> int:
+        """Return the engine's port as soon as it is READY; if the caller `wakes` it, start one that is cool.
 
         Raises:
-            NotReady: not within `timeout_s`, or never (stopped, failed, emberd is shutting down).
+            NotReady: not within `timeout_s`, or never (stopped, failed, cool, emberd is shutting down).
         """
         port = self.port
         if port is not None and not self.now.is_closing:
@@ -173,7 +182,9 @@ class Gate:
         try:
             async with asyncio.timeout(timeout_s):
                 while (port := self.port) is None:
-                    self._refuse_if_hopeless()
+                    self._refuse_if_hopeless(wakes=wakes)
+                    if wakes:
+                        self.wake()
                     await self._changed.wait()
                 return port
         except TimeoutError:
@@ -183,10 +194,11 @@ class Gate:
         finally:
             self.held -= 1
 
-    def _refuse_if_hopeless(self) -> None:
+    def _refuse_if_hopeless(self, *, wakes: bool) -> None:
         if self.now.is_closing:
             raise NotReady(self.state.value, "emberd is shutting down", _RETRY_AFTER_S)
-        if self.state in lifecycle.AT_REST and self.now.has_begun:
+        will_start = wakes and self.state is State.COOL
+        if self.state in lifecycle.AT_REST and self.now.has_begun and not will_start:
             reason = self.now.life.reason.splitlines()[0] if self.now.life.reason else "the engine is stopped"
             raise NotReady(self.state.value, reason, _RETRY_AT_REST_S)
 
@@ -237,6 +249,24 @@ class Gate:
     def counts_in_log(self) -> PromptCounts:
         """Return the counts in the engine's log of the generation that has just ended."""
         return self._output.counts()
+
+    async def cool(self) -> bool:
+        """Stop the idle engine to give its memory to other work; return True if that was done.
+
+        A request that has come meanwhile goes on, or makes the supervisor start the engine again.
+        """
+        self._post(lifecycle.Cool(_COOL_REASON))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_COOL_LIMIT_S):
+                while self.state is State.STOPPING or (self.state is State.READY and not self.in_flight):
+                    await self._changed.wait()
+        return self.state is State.COOL
+
+    def wake(self) -> bool:
+        """Have an engine started that was stopped to give its memory away; return True if it was."""
+        if self.now.life.is_cool:
+            self._post(lifecycle.Wake())
+        return self.now.life.is_cool
 
     def restart_without_lock(self) -> None:
         """Start the engine anew, without asking it to lock, until emberd itself is restarted."""

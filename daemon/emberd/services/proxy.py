@@ -15,7 +15,8 @@ from starlette.routing import Route
 
 from emberd.core import access
 from emberd.core.errors import NotReady
-from emberd.core.generation import changes_cache
+from emberd.core.generation import changes_cache, needs_engine
+from emberd.services import tunnel
 from emberd.services.exchange import Exchange, ReplyBrokenOff
 from emberd.services.messages import CLIENT_SILENCE_S, Body, Client, ClientGone, ClientSilent
 from emberd.services.places import Places
@@ -64,6 +65,7 @@ class Proxy:
         self._knocks = knocks
         self._log = log
         self.places = Places(gate, lambda: settings().max_waiting)
+        self._tunnels = tunnel.Tunnels(gate, self.places, lambda: settings().hold_timeout_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -77,14 +79,11 @@ class Proxy:
                 return
             if rules.key:
                 _change_key(scope, self._gate.engine.password)
-            if _asks_for_websocket(scope):
-                await client.answer(501, "no_websocket", "the engine speaks no WebSocket")
-                return
             makes_text = changes_cache(scope["method"], scope["path"])
-            if not makes_text:
-                self._knocks.knock()
+            is_user_back = makes_text or self._knocks.knock()
+            wakes = needs_engine(scope["method"], scope["path"], is_user_back=is_user_back)
             body = Body(receive, _PROMPT_BYTES if makes_text else _FIRST_PART_BYTES)
-            await self._serve(scope, body, client)
+            await self._serve(scope, body, client, wakes=wakes)
         except (ClientGone, ReplyBrokenOff):
             return  # uvicorn closes the connection without a normal end
         except ClientSilent:
@@ -96,11 +95,12 @@ class Proxy:
             if not client.has_begun:
                 await client.refuse(NotReady("STOPPING", "emberd is shutting down", _RETRY_STOPPING_S))
 
-    async def _serve(self, scope: Scope, body: Body, client: Client) -> None:
+    async def _serve(self, scope: Scope, body: Body, client: Client, *, wakes: bool) -> None:
         await body.read_first_part()
         hold_timeout_s = self._settings().hold_timeout_s
         exchange = Exchange(self._gate, self.places, self._turns, self._log, hold_timeout_s)
-        passing = asyncio.create_task(exchange.run(scope, body, client))
+        work = self._tunnels if tunnel.is_asked_for(scope) else exchange
+        passing = asyncio.create_task(work.run(scope, body, client, wakes=wakes))
         leaving = asyncio.create_task(body.wait_for_client_to_leave())
         try:
             await client.wait_beside((passing, leaving))
@@ -120,10 +120,6 @@ def _change_key(scope: Scope, password: str) -> None:
     scope["headers"] = headers
 
 
-def _asks_for_websocket(scope: Scope) -> bool:
-    return any(name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"])
-
-
 def make_app(proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> ASGIApp:
     """Return the front port's app: /emberd is emberd's own, everything else the engine's."""
 
@@ -131,8 +127,8 @@ def make_app(proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], boo
         return JSONResponse({"status": "live"})
 
     async def readyz(_: Request) -> Response:
-        name = state()
-        return JSONResponse({"status": name}, 200 if name == "READY" else 503)
+        name = state()  # when COOL, only a request starts the engine: whoever asks here must go on sending them
+        return JSONResponse({"status": name}, 200 if name in {"READY", "COOL"} else 503)
 
     async def warmz(_: Request) -> Response:
         is_so = state() == "READY" and is_warm()

@@ -206,6 +206,9 @@ class Supervisor:
             return lifecycle.DeadlinePassed()
 
     def _apply(self, event: Event) -> None:
+        if isinstance(event, lifecycle.Cool) and self.gate.in_flight:
+            self.gate.wake_waiters()  # a request has come since
+            return
         before = self._life
         life, effects = lifecycle.step(
             before,

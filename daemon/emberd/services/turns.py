@@ -342,12 +342,14 @@ class Knocks:
         self._last_s: float | None = None
         self._heard = asyncio.Event()
 
-    def knock(self) -> None:
-        """Note a request that is not for text."""
+    def knock(self) -> bool:
+        """Note a request that is not for text; return True if it means that a user is back."""
         now_s = time.monotonic()
-        if self.is_back_at(now_s):
+        is_back = self.is_back_at(now_s)
+        if is_back:
             self._heard.set()
         self._last_s = now_s
+        return is_back
 
     def is_back_at(self, now_s: float) -> bool:
         """Return True if a knock at that monotonic time would mean that a user is back."""

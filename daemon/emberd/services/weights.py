@@ -69,6 +69,12 @@ class Weights:
         """Whether the outside lock stands; it ends with the toucher, and when the toucher maps another file."""
         return self._locked_by is not None and self._locked_by == self._lockable()
 
+    @property
+    def locked_bytes(self) -> int:
+        """What emberd itself has locked, as the kernel counts it."""
+        pid = self._toucher.pid if self.is_locked_outside else None
+        return 0 if pid is None else self._host.engine_memory((pid,)).locked_bytes or 0
+
     def can_lock(self, engine: EngineSample, memory: SystemMemory) -> bool | None:
         """Return True if limits and room let the toucher lock the weights, None if their size is unknown."""
         if not self._gate.will_lock or engine.key == self._refused_lock_of:
