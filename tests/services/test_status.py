@@ -52,7 +52,7 @@ starts engine
 """
 NEW = """
 remedy exit_code failures
-warmth.is_helpless warmth.is_storming warmth.over_budget_for_s
+warmth.is_helpless warmth.is_storming warmth.over_budget_for_s warmth.given_back
 warmth.relief: bytes_per_s_before bytes_per_s_after
 warmth.reuse: replays misses wasted_tokens lost_turns barred
 warmth.reuse.last_turn: reused processed generated

@@ -119,6 +119,25 @@ def judge(
     )
 
 
+ACTION_HEADER = b"x-emberd"
+"""A page can add a header of its own only to requests to its own origin, unless that origin allows it (CORS)."""
+
+
+def judge_view(method: str, headers: Sequence[tuple[bytes, bytes]]) -> Refusal | None:
+    """Return why a request may not see or change what emberd does, None if it may: only its own page and programs.
+
+    Stricter than `judge`: a page of endpoint.origins may use the model, and has no business with these.
+    """
+    host, origin = (only(headers, b"host") or "").lower(), only(headers, b"origin")
+    is_own = origin is None or origin.lower() in {f"http://{host}", f"https://{host}"}
+    is_own = is_own and only(headers, b"sec-fetch-site") in {None, "same-origin", "none"}
+    if not is_own:
+        return Refusal(403, "foreign_page", "this is for emberd's own page, and for programs")
+    if method == "POST" and only(headers, ACTION_HEADER) is None:
+        return Refusal(403, "no_header", "to change something, send the header X-Emberd with any value")
+    return None
+
+
 def is_own_host(host: str, names: Sequence[str]) -> bool:
     """Return True if a Host header names this computer.
 

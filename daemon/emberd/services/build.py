@@ -24,6 +24,7 @@ from emberd.services.observer import Observer
 from emberd.services.pressure_watch import PressureWatch
 from emberd.services.proxy import Proxy
 from emberd.services.recall import Recall
+from emberd.services.recorder import Recorder
 from emberd.services.replays import Replays
 from emberd.services.residency_meter import ResidencyMeter
 from emberd.services.sleep_blocker import SleepBlocker
@@ -106,13 +107,13 @@ class Services:
     swap: SwapMeter
     residency: ResidencyMeter
     keepwarm: KeepWarm
+    recorder: Recorder
     sleep: SleepBlocker
     recall: Recall
 
     async def close(self) -> None:
         """Save what is not yet on disk, and end the toucher."""
-        await self.keepwarm.close()
-        await self.accounts.close()
+        await self.recorder.close()
         await self.residency.close()
 
 
@@ -123,7 +124,7 @@ def build(settings: SettingsInForce, host: ThisHost, paths: StatePaths) -> Servi
     supervisor = Supervisor(settings.now, engine, host, run_paths, logger("supervisor"))
     gate = supervisor.gate
     knocks = Knocks()
-    turns = Turns(lambda: settings.now.endpoint.remember_kib * 1024, lambda: gate.room)
+    turns = Turns(lambda: settings.now.endpoint.remember_kib * 1024, lambda: gate.room, gate.tally)
     recall = Recall(
         gate,
         EngineHttp(),
@@ -142,7 +143,7 @@ def build(settings: SettingsInForce, host: ThisHost, paths: StatePaths) -> Servi
     )
     observer = Observer(host, logger("memory"), gate.sample)
     accounts = Accounts(paths.history, logger("history"))
-    swap = SwapMeter(observer, accounts, logger("swap"))
+    swap = SwapMeter(observer, accounts)
     residency = ResidencyMeter(host.paging, logger("residency"), observer)
     log = logger("keepwarm")
     use = ModelUse(gate, proxy.places)
@@ -153,8 +154,11 @@ def build(settings: SettingsInForce, host: ThisHost, paths: StatePaths) -> Servi
     watch = PressureWatch(host, log, lambda: settings.now.warmth, gate, observer, weights, use)
     warming = Warming(log, gate, use, weights, replays, forecaster, spending)
     keepwarm = KeepWarm(log, lambda: settings.now.warmth, gate, observer, warming, watch, knocks)
+    recorder = Recorder(logger("history"), swap, gate, forecaster, spending, turns, lambda: keepwarm.is_warm)
     sleep = SleepBlocker(host, logger("power"), lambda: settings.now, gate)
-    return Services(supervisor, proxy, turns, knocks, observer, accounts, swap, residency, keepwarm, sleep, recall)
+    return Services(
+        supervisor, proxy, turns, knocks, observer, accounts, swap, residency, keepwarm, recorder, sleep, recall
+    )
 
 
 def _mark(path: str) -> tuple[int, int] | None:

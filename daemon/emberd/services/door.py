@@ -43,6 +43,11 @@ class Door:
         self._wrong = 0
         self._last_wrong_s = 0.0
 
+    @property
+    def has_key(self) -> bool:
+        """Whether clients must send a key."""
+        return bool(self._rules().key)
+
     async def admit(self, scope: Scope, send: Send, *, is_open: bool = False) -> Send | None:
         """Return how to send the answer, None if the request was answered here. Takes the keys out of `scope`.
 

@@ -10,12 +10,13 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, RedirectResponse
 from starlette.routing import Route
 
 from emberd.core.access import LOGIN_PATH, LOGOUT_PATH
 from emberd.core.errors import NotReady
-from emberd.core.generation import changes_cache
+from emberd.core.generation import changes_cache, needs_engine
+from emberd.services import tunnel
 from emberd.services.door import Door
 from emberd.services.exchange import Exchange, ReplyBrokenOff
 from emberd.services.login import Login
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from emberd.core.access import AccessRules
     from emberd.core.settings import EndpointSettings
+    from emberd.core.status import RequestStatus
     from emberd.services.gate import Gate
     from emberd.services.recall import Said
     from emberd.services.turns import Knocks, Turns
@@ -69,30 +71,33 @@ class Proxy:
         self._knocks = knocks
         self._log = log
         self._recall = recall
-        self._door = Door(rules, log)
-        self.login = Login(self._door, rules)
+        self.door = Door(rules, log)
+        self.login = Login(self.door, rules)
         self.places = Places(gate, lambda: settings().max_waiting)
+        self._running: dict[Exchange, None] = {}
+        self._tunnels = tunnel.Tunnels(gate, self.places, lambda: settings().hold_timeout_s)
+
+    def requests(self) -> tuple[RequestStatus, ...]:
+        """Return the requests for text that have not ended, the oldest first."""
+        return tuple(each.status() for each in self._running)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         client = Client(send, scope["path"])
         try:
             is_open = self._gate.engine.questions.is_open(scope["method"], scope["path"])
-            shown = await self._door.admit(scope, send, is_open=is_open)
+            shown = await self.door.admit(scope, send, is_open=is_open)
             if shown is None:
                 return
             client = Client(shown, scope["path"])
             self._add_password(scope)
-            if _asks_for_websocket(scope):
-                await client.answer(501, "no_websocket", "the engine speaks no WebSocket")
-                return
             makes_text = changes_cache(scope["method"], scope["path"])
-            if not makes_text:
-                self._knocks.knock()
-                if await self._recalled(scope, client):
-                    return
+            is_user_back = makes_text or self._knocks.knock()
+            if not makes_text and await self._recalled(scope, client):
+                return
+            wakes = needs_engine(scope["method"], scope["path"], is_user_back=is_user_back)
             body = Body(receive, _PROMPT_BYTES if makes_text else _FIRST_PART_BYTES)
-            await self._serve(scope, body, client)
+            await self._serve(scope, body, client, wakes=wakes)
         except (ClientGone, ReplyBrokenOff):
             return  # uvicorn closes the connection without a normal end
         except ClientSilent:
@@ -118,15 +123,19 @@ class Proxy:
             await client.send({"type": "http.response.body", "body": said.body})
         return said is not None
 
-    async def _serve(self, scope: Scope, body: Body, client: Client) -> None:
+    async def _serve(self, scope: Scope, body: Body, client: Client, *, wakes: bool) -> None:
         await body.read_first_part()
         hold_timeout_s = self._settings().hold_timeout_s
         exchange = Exchange(self._gate, self.places, self._turns, self._log, hold_timeout_s)
-        passing = asyncio.create_task(exchange.run(scope, body, client))
+        if changes_cache(scope["method"], scope["path"]):
+            self._running[exchange] = None
+        work = self._tunnels if tunnel.is_asked_for(scope) else exchange
+        passing = asyncio.create_task(work.run(scope, body, client, wakes=wakes))
         leaving = asyncio.create_task(body.wait_for_client_to_leave())
         try:
             await client.wait_beside((passing, leaving))
         finally:
+            self._running.pop(exchange, None)
             for task in (passing, leaving):
                 task.cancel()
             ended, _ = await asyncio.gather(passing, leaving, return_exceptions=True)
@@ -134,21 +143,29 @@ class Proxy:
             raise ended
 
 
-def _asks_for_websocket(scope: Scope) -> bool:
-    return any(name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"])
-
-
 def make_app(
-    proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool], login: ASGIApp | None = None
+    proxy: ASGIApp,
+    state: Callable[[], str],
+    is_warm: Callable[[], bool],
+    login: ASGIApp | None = None,
+    page: ASGIApp | None = None,
 ) -> ASGIApp:
-    """Return the front port's app: /emberd is emberd's own, everything else the engine's."""
+    """Return the front port's app: /emberd is emberd's own, everything else the engine's.
+
+    Args:
+        proxy: what serves the engine's paths.
+        state: returns the engine's state.
+        is_warm: returns whether the model is warm.
+        login: logs browsers in and out.
+        page: serves emberd's other paths.
+    """
 
     async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "live"})
 
     async def readyz(_: Request) -> Response:
-        name = state()
-        return JSONResponse({"status": name}, 200 if name == "READY" else 503)
+        name = state()  # when COOL, only a request starts the engine: whoever asks here must go on sending them
+        return JSONResponse({"status": name}, 200 if name in {"READY", "COOL"} else 503)
 
     async def warmz(_: Request) -> Response:
         is_so = state() == "READY" and is_warm()
@@ -159,10 +176,15 @@ def make_app(
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        if login is not None and path in {LOGIN_PATH, LOGOUT_PATH}:
+        if path != "/emberd" and not path.startswith("/emberd/"):
+            await proxy(scope, receive, send)
+        elif login is not None and path in {LOGIN_PATH, LOGOUT_PATH}:
             await login(scope, receive, send)
-            return
-        is_own = path == "/emberd" or path.startswith("/emberd/")
-        await (own if is_own else proxy)(scope, receive, send)
+        elif page is None or path.removeprefix("/emberd/") in routes:
+            await own(scope, receive, send)
+        elif path == "/emberd":
+            await RedirectResponse("/emberd/", 308)(scope, receive, send)
+        else:
+            await page(scope, receive, send)
 
     return app
