@@ -6,12 +6,13 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
 
-from browser import WAIT_S, Browser, find_browser
+from browser import PROGRAM, WAIT_S, Browser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     MakeDaemon = Callable[..., Daemon]
 
-PROGRAM = find_browser() or ""
 pytestmark = [
     pytest.mark.skipif(not PROGRAM, reason="Chromium is not installed"),
     pytest.mark.timeout(180),
@@ -79,26 +79,17 @@ def other_page() -> Iterator[int]:
 def stream_through_a_crash(browser: Browser, daemon: Daemon) -> None:
     """Generate in the page, kill the engine in the middle, and see the text go on to its end."""
     engine = daemon.status()["engine"]["pid"]
-    browser.evaluate(STREAM % TOKENS)
-    browser.wait_for(f"told.text.split(' ').length > {TOKENS // 4}")
-    assert browser.evaluate("told.end") == ""
+    browser.run(STREAM % TOKENS)
+    deadline_s = time.monotonic() + WAIT_S
+    while len(browser.run("told.text").split()) < TOKENS // 4:
+        assert not browser.run("told.end")
+        assert time.monotonic() < deadline_s
     os.kill(engine, signal.SIGKILL)
-    assert browser.wait_for("told.end") == "whole 200"
-    assert len(browser.evaluate("told.text").split()) == TOKENS
+    while not browser.run("told.end"):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    assert (browser.run("told.end"), len(browser.run("told.text").split())) == ("whole 200", TOKENS)
     assert daemon.wait_ready()["engine"]["pid"] != engine
-
-
-def go(browser: Browser, url: str, words: str) -> None:
-    """Go to another page with the cookies that are there, and wait for its words."""
-    browser.send("Page.navigate", url=url)
-    browser.wait_for(f"document.readyState === 'complete' && document.body.innerText.includes({words!r})")
-
-
-def log_in(browser: Browser, key: str, words: str) -> None:
-    """Send the form, and wait for the page that comes."""
-    browser.evaluate(f"document.querySelector('[name=key]').value = {key!r}")
-    browser.evaluate("document.querySelector('button').click()")
-    browser.wait_for(f"document.readyState === 'complete' && document.body.innerText.includes({words!r})")
 
 
 def fetched(url: str, **headers: str) -> str:
@@ -109,13 +100,12 @@ def fetched(url: str, **headers: str) -> str:
     )
 
 
-def test_a_page_goes_on_although_its_engine_is_killed(make_daemon: MakeDaemon):
+def test_a_page_goes_on_although_its_engine_is_killed(make_daemon: MakeDaemon, tmp_path: Path):
     daemon = make_daemon(STANDIN_TOKEN_MS="20")
     daemon.start()
     daemon.wait_ready()
-    with Browser(PROGRAM) as browser:
-        browser.open(f"http://localhost:{daemon.port}/")
-        browser.wait_for("document.body.innerText.includes('stand-in')")
+    with Browser(tmp_path) as browser:
+        assert "stand-in" in browser.open(f"http://localhost:{daemon.port}/")
         stream_through_a_crash(browser, daemon)
 
 
@@ -127,23 +117,27 @@ def test_with_a_key_a_browser_logs_in_and_foreign_pages_stay_out(make_daemon: Ma
     daemon.start()
     daemon.wait_ready()
     url = f"http://localhost:{daemon.port}"
-    with other_page() as port, Browser(PROGRAM, "--host-resolver-rules=MAP evil.example 127.0.0.1") as browser:
-        browser.open(f"{url}/")
-        browser.wait_for("document.body.innerText.includes('stand-in')")  # the page opens without a key
-        assert browser.evaluate(fetched("/api/v1/model")) == "401 null"
-        go(browser, f"{url}/noscript", "asks for a key")
-        log_in(browser, "wrong", "not the key")
-        browser.evaluate("document.querySelector('[name=to]').value = '/'")
-        log_in(browser, KEY, "stand-in")
-        assert browser.evaluate("location.pathname") == "/"
-        assert browser.evaluate("document.cookie") == "", "no script reads it"
+    with other_page() as port, Browser(tmp_path, "--host-resolver-rules=MAP evil.example 127.0.0.1") as browser:
+        assert "stand-in" in browser.open(f"{url}/"), "the page opens without a key"
+        assert browser.run(fetched("/api/v1/model")) == "401 null"
+        browser.open(f"{url}/noscript")
+        assert "/emberd/login" in browser.run("location.href")
+        browser.run("document.querySelector('[name=key]').value = 'wrong'; 0")
+        browser.submit("document.querySelector('button').click()")
+        assert "not the key" in browser.run("document.body.innerText")
+        browser.run(
+            f"document.querySelector('[name=key]').value = {KEY!r}; document.querySelector('[name=to]').value = '/'"
+        )
+        browser.submit("document.querySelector('button').click()")
+        assert browser.run("location.pathname") == "/"
+        assert browser.run("document.cookie") == "", "no script reads it"
         stream_through_a_crash(browser, daemon)
 
-        go(browser, f"http://localhost:{port}/", "another page")
+        browser.open(f"http://localhost:{port}/")
         model = f"{url}/api/v1/model"
-        assert browser.evaluate(fetched(model, authorization="Bearer wrong")) == "401 null", "not `failed to fetch`"
-        assert browser.evaluate(fetched(model, authorization=f"Bearer {KEY}")) == "200 null"
-        assert browser.evaluate(fetched(model)) == "401 null", "its requests are not logged in"
-        go(browser, f"http://evil.example:{port}/", "another page")
-        assert browser.evaluate(fetched(model, authorization=f"Bearer {KEY}")) == "TypeError: Failed to fetch"
-        go(browser, f"http://evil.example:{daemon.port}/", "not known as evil.example")
+        assert browser.run(fetched(model, authorization="Bearer wrong")) == "401 null", "not `failed to fetch`"
+        assert browser.run(fetched(model, authorization=f"Bearer {KEY}")) == "200 null"
+        assert browser.run(fetched(model)) == "401 null", "its requests are not logged in"
+        browser.open(f"http://evil.example:{port}/")
+        assert browser.run(fetched(model, authorization=f"Bearer {KEY}")) == "TypeError: Failed to fetch"
+        assert "not known as evil.example" in browser.open(f"http://evil.example:{daemon.port}/")
