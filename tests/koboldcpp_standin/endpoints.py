@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import options as command_line
 from generation import Job, tokens_of
 
 if TYPE_CHECKING:
@@ -309,7 +310,8 @@ class Site:
         is_allowed = self.reload is not None and (
             not self.options.adminpassword or key == self.options.adminpassword
         )
-        if self.reload is None or not is_allowed or not (Path(self.options.admindir) / name).is_file():
+        is_there = name == command_line.UNLOAD or (Path(self.options.admindir) / name).is_file()
+        if self.reload is None or not is_allowed or not is_there:
             return _json({"success": False})
         timer = threading.Timer(0.5, self.reload, args=(name,))
         timer.daemon = True

@@ -19,6 +19,7 @@ from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.reuse import CacheRoom
 from emberd.core.settings import Settings, WarmthSettings
+from emberd.core.tally import Tally
 from emberd.core.thrash import HoldLevel, ThrashGuard
 from emberd.core.turn import UNTOLD, PromptCounts, Turn
 from emberd.core.types import EngineSample
@@ -69,6 +70,7 @@ class ReadyEngine:
         )()
         self.engine.counts_in_reply = lambda told: told.get("counts", UNTOLD)
         self.in_log = UNTOLD
+        self.tally = Tally()
         self._model = model
 
     @staticmethod

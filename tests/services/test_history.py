@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,8 @@ import structlog
 from emberd.core.minute import HOUR_S, FirstToken, Minute, fold
 from emberd.core.swap_account import SwapWrites
 from emberd.core.warmth_cost import WarmthCost
+from emberd.services import series
 from emberd.services.history import _MIGRATIONS, KEPT_DAYS, History
-from emberd.services.series import KEPT_HOURS, KEPT_MINUTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,6 +116,7 @@ from datetime import date
 from pathlib import Path
 from emberd.core.swap_account import SwapWrites
 from emberd.core.warmth_cost import WarmthCost
+from emberd.services import series
 from emberd.services.history import History
 history = History(Path(sys.argv[1]), structlog.get_logger())
 assert history.add(date(2026, 5, 1), SwapWrites(1, 2, 3, 4, 5, 6))
@@ -454,30 +455,19 @@ def test_a_minute_that_two_daemons_saw_is_one_row(book: Book):
     assert history.minutes(AT_S, AT_S + 60, HOUR_S) == [expected]
 
 
-def test_a_week_of_minutes_and_a_year_of_hours_are_kept_within_the_file(book: Book):
-    history = book.open()
-    busy = {
-        "resident_bytes": 40 << 30,
-        "available_bytes": 20 << 30,
-        "swap_other_bytes": 1 << 30,
-        "pass_reasons": "timer",
-    }
-    year = [Minute(AT_S + HOUR_S * number, observed_s=3600, **busy) for number in range(KEPT_HOURS + 100)]  # type: ignore[arg-type]
-    for number in range(0, len(year), 1000):
-        assert history.write([], year[number : number + 1000])
-    begin_s = year[-1].at_s + HOUR_S
-    week = minutes(KEPT_MINUTES + 90, begin_s, **busy)
-    for number in range(0, len(week), 30):
-        assert history.write([], week[number : number + 30])
-    end_s = week[-1].at_s + 60
-    kept_hours = history.minutes(0, end_s, HOUR_S)
-    assert KEPT_HOURS <= len(kept_hours) <= KEPT_HOURS + 25
-    kept = history.minutes(begin_s, end_s, 60)
-    assert kept[-1] == week[-1]
-    assert KEPT_MINUTES <= len(kept) <= KEPT_MINUTES + 24 * 60
-    assert book.events == []
-    history.close()
-    assert book.path.stat().st_size < 6 << 20
+def test_the_newest_minutes_and_hours_are_kept_each_for_a_time_of_its_own(
+    book: Book, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(series, "_MINUTES", replace(series._MINUTES, kept=150))
+    monkeypatch.setattr(series, "_HOURS", replace(series._HOURS, kept=20))
+    history, rows = book.open(), minutes(25 * 60)
+    for number in range(0, len(rows), 60):
+        assert history.write([], rows[number : number + 60])
+    end_s = rows[-1].at_s + 60
+    assert history.minutes(0, end_s, 60) == rows[-150:]
+    assert history.minutes(0, end_s, HOUR_S) == fold(rows, HOUR_S)[-20:]
+    assert history.minutes(end_s - 600, end_s - 300, 60) == rows[-10:-5]
+    assert history.minutes(end_s - 5 * HOUR_S, end_s - HOUR_S, HOUR_S) == fold(rows, HOUR_S)[-5:-1]
 
 
 def test_first_tokens_are_kept_with_what_was_foretold(book: Book):
@@ -509,5 +499,5 @@ def test_the_tables_have_the_columns_of_a_minute(book: Book):
     connection = sqlite3.connect(book.path)
     for table in ("minutes", "hours"):
         columns = [name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")]
-        assert columns == [each.name for each in fields(Minute)]
+        assert columns[1:] == [each.name for each in fields(Minute)]
     connection.close()

@@ -292,6 +292,18 @@ async def test_what_is_too_much_for_this_server_is_not_called_wrong(front: Front
     assert (await front.exchange(coded)).startswith(b"HTTP/1.1 501 ")
 
 
+@pytest.mark.parametrize("pieces", [[b"\r\n" + GET], [b"\r\n", GET], [b"\r", b"\n" + GET]])
+async def test_an_empty_line_before_a_request_is_ignored(front: Front, pieces: list[bytes]):
+    await serve(front, hello)
+    reader, writer = await front.connect()
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0.02)  # lets the pieces arrive one by one
+    async with asyncio.timeout(LIMIT_S):
+        assert (await reader.readuntil(b"hello")).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
 # --- WebSockets ---------------------------------------------------------------------------------------------
 
 

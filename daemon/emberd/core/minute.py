@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, fields, replace
-from itertools import groupby
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,16 @@ class FirstToken:
         return self.idle_s >= LONG_IDLE_S
 
 
+def worth_keeping(tokens: Iterable[FirstToken]) -> list[FirstToken]:
+    """Return those of a minute that came after long idleness, and the slowest of the others.
+
+    People read a reply before they ask again; programs that do not would fill the disk.
+    """
+    by_time = sorted(tokens, key=lambda token: token.took_s)
+    others = [token for token in by_time if not token.was_idle]
+    return [token for token in by_time if token.was_idle] + others[-1:]
+
+
 def step_for(span_s: float) -> int:
     """Return the shortest step, in seconds, that shows a span in at most _MOST_POINTS points."""
     return next((step for step in _STEPS_S if span_s / step <= _MOST_POINTS), _STEPS_S[-1])
@@ -136,7 +146,7 @@ def fold(rows: Iterable[Minute], step_s: int) -> list[Minute]:
     ordered = sorted(rows, key=lambda row: row.at_s)
     return [
         _join(at_step * step_s, list(several))
-        for at_step, several in groupby(ordered, lambda row: row.at_s // step_s)
+        for at_step, several in itertools.groupby(ordered, lambda row: row.at_s // step_s)
     ]
 
 

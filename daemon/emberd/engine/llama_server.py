@@ -11,18 +11,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emberd.core import questions
 from emberd.core.errors import ConfigError, EngineNotUsable
 from emberd.core.generation import Dialect, continued, continued_as_text, templated
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import PromptCounts
-from emberd.core.types import Activity, LaunchPlan, Notice, Readiness
+from emberd.core.types import Activity, LaunchPlan, Notice, Readiness, Switch
 from emberd.core.wishes import OwnerWishes
 from emberd.engine import llama_log
 from emberd.engine.http import NOTHING_LISTENS, Answer
 from emberd.engine.process import HARMFUL, STOP_SIGNALS
 from emberd.engine.program import check_executable, check_ran, find_program
 from emberd.engine.wishes import API_KEY, API_KEY_VARIABLE, given, of_llama_server, without
-from emberd.host.model_file import check_model
+from emberd.host.model_file import check_files, check_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -68,6 +69,7 @@ class LlamaServer:
     """HTTP and log, as the external and the embedded server share them."""
 
     name = "llama-server"
+    questions = questions.LLAMA_SERVER
     stop_signals = STOP_SIGNALS
     refusals: frozenset[int] = frozenset()
 
@@ -76,6 +78,7 @@ class LlamaServer:
         self._host = host
         self._http = http
         self.room = CacheRoom()
+        self.switch: Switch | None = None
 
     @property
     def most_connections(self) -> int:
@@ -100,6 +103,25 @@ class LlamaServer:
         """Return model.path."""
         named = self._settings.model.path
         return Path(named).expanduser().absolute() if named else None
+
+    async def served_name(self, port: int, timeout_s: float) -> str | None:
+        """Return the model's path in /props."""
+        served = (await self._http.get(port, "/props", timeout_s, self.password)).get("model_path")
+        return served if isinstance(served, str) else None
+
+    def calls_it(self, model: Path, name: str) -> bool:
+        """Compare with the path that it was given."""
+        return name == str(model)
+
+    def switch_in_line(self, line: str) -> None:  # the Engine protocol
+        """Return None: a server that was given a model serves no other one."""
+
+    def switch_in_request(self, method: str, path: str, body: bytes) -> None:  # the Engine protocol
+        """Return None, for the same reason."""
+
+    def loads_again(self, line: str) -> bool:
+        """Recognise the end of an idle server's sleep (--sleep-idle-seconds): it reads the model again."""
+        return llama_log.reads_model(line) is not None
 
     def wishes(self) -> OwnerWishes:
         """Return nothing: the embedded engine takes no options from its owner."""
@@ -252,7 +274,7 @@ class EmbeddedServer(LlamaServer):
 
     name = "embedded"
 
-    async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
+    async def plan(self, port: int, *, will_lock: bool, switch: Switch | None = None) -> LaunchPlan:  # noqa: ARG002
         """Compose `python -m emberd.engine.embedded ...`.
 
         Raises:
@@ -303,7 +325,7 @@ class ExternalServer(LlamaServer):
         """Return what extra_args and llama.cpp's own variables, which the engine inherits, ask for."""
         return of_llama_server(self._settings.engine.extra_args, os.environ)
 
-    async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
+    async def plan(self, port: int, *, will_lock: bool, switch: Switch | None = None) -> LaunchPlan:  # noqa: ARG002
         """Compose the command line from this build's --help.
 
         Raises:
@@ -326,6 +348,7 @@ class ExternalServer(LlamaServer):
         check_arguments(engine.extra_args, offered)
         check_variables(os.environ)
         wishes = self.wishes()
+        check_files(wishes.files, "engine.extra_args or LLAMA_ARG_*")
         self._password = _a_key(wishes)
         notices = notices_of(wishes) + inherited(os.environ)
         if engine.kcpps:

@@ -20,6 +20,7 @@ from emberd.host.posix import PosixHost, ReadableWatch
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from emberd.core.engine_files import MappedFile
     from emberd.core.host_health import HostHealth
     from emberd.core.memory import EngineMemory, GpuLimits, SystemMemory
     from emberd.core.ports import SystemLog
@@ -146,6 +147,10 @@ class LinuxHost(PosixHost):
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         """Sum the kernel's counters of these processes."""
         return linux_memory.engine_memory(self._proc, pids)
+
+    def mapped_files(self, pids: Sequence[int], *, with_locks: bool = False) -> tuple[MappedFile, ...] | None:
+        """Read maps, or smaps."""
+        return linux_memory.mapped_files(self._proc, pids, with_locks=with_locks)
 
     def proportional_bytes(self, pids: Sequence[int]) -> int | None:
         """Return the sum of their Pss."""

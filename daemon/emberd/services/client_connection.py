@@ -153,6 +153,10 @@ class ClientConnection(H11Protocol):
             self._linger_left_bytes -= len(data)
             self._linger(self._linger_until_s)
             return
+        if not self._has_begun_head and self.conn.their_state is h11.IDLE:
+            data = data.lstrip(b"\r\n")  # a server should ignore an empty line before a request (RFC 9112, 2.2)
+            if not data:
+                return
         super().data_received(data)
         if self._is_busy:
             self._has_begun_head = False

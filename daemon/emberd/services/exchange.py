@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from emberd.core.errors import NotReady
 from emberd.core.generation import Rest, changes_cache, recognise, uses_model
+from emberd.core.minute import FirstToken
+from emberd.core.status import RequestStatus
 from emberd.core.streamed import StreamedReply
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
 from emberd.services.messages import ClientGone, end_to_end, engine_request
@@ -79,6 +81,17 @@ class Exchange:
         self._port = 0
         self._asked_s: float | None = None
         self._was_cut = True
+        self._first = FirstToken()
+        self._began_s = time.monotonic()
+
+    def status(self) -> RequestStatus:
+        """Return how old it is and how far; never what it says."""
+        has_words = self._stream is not None and self._asked_s is None
+        state = "waits" if not self._port else "writes" if has_words or self._whole else "reads"
+        age_s = round(time.monotonic() - self._began_s, 3)
+        if self._stream is not None:
+            self._stream.read()
+        return RequestStatus(age_s, state, None if self._stream is None else self._stream.events)
 
     async def run(self, scope: Scope, body: Body, client: Client, *, wakes: bool = True) -> None:
         """Carry it out; unless it `wakes` a cool engine, it is refused by one.
@@ -110,6 +123,7 @@ class Exchange:
                     except EngineRefused:
                         pass  # nothing was sent, so nothing counts
                     except _Cut:
+                        self._gate.tally.cuts += 1
                         has_grown = self._stream is not None and len(self._stream.text) > seen
                         sends = 0 if has_grown else sends + 1
                         patience.renew()
@@ -165,7 +179,7 @@ class Exchange:
     ) -> None:
         replaces, engine_key = changes_cache(scope["method"], scope["path"]), self._gate.engine_key
         if replaces:
-            self._turns.begin(engine_key)
+            self._first = self._turns.begin(engine_key)
             self._gate.forget_counts()
             if self._generation is None and body.in_hand is not None:
                 self._generation = recognise(scope["method"], scope["path"], body.in_hand)
@@ -173,9 +187,12 @@ class Exchange:
         self._asked_s, self._status, self._was_cut = time.monotonic(), None, True
         was_sent = True
         try:
+            asked = body.in_hand
             head = await connection.ask(engine_request(scope, body, self._port, rest))
             body.let_go()
             self._status = head.status
+            if head.status == _HTTP_OK and asked is not None:
+                self._gate.note_switch(scope["method"], scope["path"], asked)
             await self._reply(head, connection, client, flowed)
             self._was_cut = False
         except EngineRefused:
@@ -189,7 +206,7 @@ class Exchange:
             connection.close()
             if replaces and was_sent and not self._was_refused():
                 in_log = self._gate.counts_in_log()
-                self._turns.end(engine_key, self._ended(in_log).turn, in_log)
+                self._turns.end(engine_key, self._ended(in_log).turn, in_log, self._first)
             elif replaces:
                 self._turns.end_unheard()
             elif self._status == _HTTP_OK and uses_model(scope["method"], scope["path"]):
@@ -244,7 +261,7 @@ class Exchange:
                 self._whole = self._turns.with_room(self._whole, chunk)
             return chunk
         if self._asked_s is not None:
-            self._turns.spoke(time.monotonic() - self._asked_s)
+            self._turns.spoke(time.monotonic() - self._asked_s, self._first)
             self._asked_s = None
         return self._stream.take(chunk)
 
@@ -275,6 +292,7 @@ class Exchange:
                 return
             if not stream.obstacle:
                 raise _Cut from error
+        self._gate.tally.cuts += 1
         self._log.warning("reply_broken_off", error=error_name)
         self._gate.doubt(self._port)
         if stream is not None:
@@ -300,6 +318,7 @@ class Exchange:
                 return None
             rest = found
         stream.begin_again(used, rest.dialect)
+        self._gate.tally.continuations += 1
         self._log.info("reply_continued", tokens_so_far=used)
         return rest
 

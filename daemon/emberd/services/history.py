@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 KEPT_DAYS = 366
 """Days with writes, not calendar days: a clock that is wrong for an hour must not delete a year."""
 _BUSY_TIMEOUT_S = 2.0
-_PAGE_LIMIT = 2048
-"""8 MiB with SQLite's pages of 4 KiB; a week of minutes and a year of hours take 3."""
-_FORGET_EACH = 24 * 60
-"""So many minutes are written between two deletions of what is too old."""
+_PAGE_LIMIT = 4096
+"""16 MiB with SQLite's pages of 4 KiB; a week of minutes and a year of hours take 3, and a year of first tokens 7
+if there were one each five minutes."""
 _MOST_PENDING = 24 * 60
 """So many minutes and first tokens wait in memory for a disk that takes nothing."""
 _COLD_KEPT = 9
@@ -119,7 +118,6 @@ class History:
         self._pending: dict[type[Any], dict[date, Any]] = {kind: {} for kind in _BOOKS}
         self._minutes: list[Minute] = []
         self._tokens: list[FirstToken] = []
-        self._since_forgetting = _FORGET_EACH
         self._trouble = ""
         self._inode = 0
 
@@ -137,7 +135,17 @@ class History:
         minutes: Iterable[Minute] = (),
         tokens: Iterable[FirstToken] = (),
     ) -> bool:
-        """Add a batch, all in one transaction; returns what `add` returns."""
+        """Add a batch, and write it; returns what `add` returns."""
+        self.keep(accounts, minutes, tokens)
+        return self.flush()
+
+    def keep(
+        self,
+        accounts: Iterable[tuple[date, SwapWrites | WarmthCost]],
+        minutes: Iterable[Minute] = (),
+        tokens: Iterable[FirstToken] = (),
+    ) -> None:
+        """Add a batch, in memory: nothing is opened or written before `flush`."""
         with self._lock:
             for day, account in accounts:
                 if account.total:
@@ -147,6 +155,10 @@ class History:
                         del pending[min(pending)]
             self._minutes = [*self._minutes, *minutes][-_MOST_PENDING:]
             self._tokens = [*self._tokens, *tokens][-_MOST_PENDING:]
+
+    def flush(self) -> bool:
+        """Write what waits in memory, all in one transaction; returns what `add` returns."""
+        with self._lock:
             return self._flush()
 
     def minutes(self, since_s: float, until_s: float, step_s: int) -> list[Minute]:
@@ -235,14 +247,11 @@ class History:
                         connection.executemany(_BOOKS[kind].add, accounts)
                         connection.execute(_BOOKS[kind].forget, (KEPT_DAYS,))
                 series.write(connection, self._minutes, self._tokens)
-                if is_time_to_forget := self._since_forgetting >= _FORGET_EACH:
-                    series.forget(connection)
         except sqlite3.Error as error:
             self._stumble(error)
             return False
         for pending in self._pending.values():
             pending.clear()
-        self._since_forgetting = len(self._minutes) + (0 if is_time_to_forget else self._since_forgetting)
         self._minutes, self._tokens = [], []
         return True
 

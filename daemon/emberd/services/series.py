@@ -5,21 +5,19 @@ All functions block, and take an open connection; errors are those of `sqlite3`.
 
 from __future__ import annotations
 
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from emberd.core.minute import COLUMNS, HOUR_S, LONG_IDLE_S, FirstToken, Minute, fold, unique_words
+from emberd.core.minute import COLUMNS, HOUR_S, LONG_IDLE_S, MINUTE_S, FirstToken, Minute, fold, unique_words
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 KEPT_MINUTES = 7 * 24 * 60
 KEPT_HOURS = 366 * 24
-KEPT_FIRST_TOKENS = 10_000
-"""Of those after long idleness, and as many others: 27 a day for a year, and 1400 a day for a week."""
 _ROW = """
-    at_s INTEGER PRIMARY KEY,
+    slot INTEGER PRIMARY KEY, at_s INTEGER NOT NULL,
     observed_s INTEGER, ready_s INTEGER, warm_s INTEGER, state_changes INTEGER, starts INTEGER,
     resident_bytes INTEGER, locked_bytes INTEGER, swapped_bytes INTEGER, missing_bytes INTEGER, lost_bytes INTEGER,
     pressure INTEGER, stall_some_share NUMERIC, available_bytes INTEGER,
@@ -33,6 +31,7 @@ TABLES = (
     f"CREATE TABLE hours ({_ROW})",
     """
     CREATE TABLE first_tokens (
+        slot INTEGER PRIMARY KEY,
         at_s REAL NOT NULL,
         idle_s REAL NOT NULL,
         temperature TEXT NOT NULL,
@@ -50,54 +49,73 @@ _NAMES = ", ".join(COLUMNS)
 _TOKEN_NAMES = ", ".join(each.name for each in fields(FirstToken))
 _OF_SEVERAL = {
     "time": "min({0}) / :step * :step",
-    "sum": "sum({0})",
+    "sum": "sum({0})",  # of nothing it is NULL, as unknown is
     "min": "min({0})",
     "max": "max({0})",
     "words": "group_concat(DISTINCT {0})",
 }
-_OF_TWO = {
-    "sum": "CASE WHEN {0} IS NULL THEN excluded.{0} ELSE {0} + coalesce(excluded.{0}, 0) END",
-    "min": "min(coalesce({0}, excluded.{0}), coalesce(excluded.{0}, {0}))",
-    "max": "max(coalesce({0}, excluded.{0}), coalesce(excluded.{0}, {0}))",
-    "words": "coalesce({0} || ',' || excluded.{0}, {0}, excluded.{0})",
-}
-_ADD = (
-    f"INSERT INTO minutes ({_NAMES}) VALUES (?{', ?' * (len(COLUMNS) - 1)}) ON CONFLICT (at_s) DO UPDATE SET "  # noqa: S608
-    + ", ".join(f"{name} = {_OF_TWO[how].format(name)}" for name, how in COLUMNS.items() if how != "time")
-)
-"""A minute that an emberd before this one has begun is added to."""
-_ADD_TOKEN = f"INSERT INTO first_tokens ({_TOKEN_NAMES}) VALUES (?{', ?' * (len(fields(FirstToken)) - 1)})"  # noqa: S608
+_JOINED = ", ".join(_OF_SEVERAL[how].format(name) for name, how in COLUMNS.items())
 
 
-def _select(table: str) -> str:
-    joined = ", ".join(_OF_SEVERAL[how].format(name) for name, how in COLUMNS.items())
-    # The sum over no row is NULL, as unknown is.
-    return f"SELECT {joined} FROM {table} WHERE at_s >= :since AND at_s < :until GROUP BY at_s / :step"  # noqa: S608
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """A table of rows of a length, the oldest of which is overwritten.
+
+    Nothing is deleted: to free a page and to take it again also writes the list of free pages, the page above it
+    and the first one, 4 KiB each.
+    """
+
+    table: str
+    step_s: int
+    kept: int
+
+    def slot(self, at_s: float) -> int:
+        """Return the place of a time in the table."""
+        return int(at_s // self.step_s) % self.kept
+
+    def write(self, connection: sqlite3.Connection, rows: Iterable[Minute]) -> None:
+        """Write rows; those of the same time replace what is there."""
+        statement = f"INSERT OR REPLACE INTO {self.table} (slot, {_NAMES}) VALUES (?{', ?' * len(COLUMNS)})"  # noqa: S608
+        connection.executemany(statement, [(self.slot(row.at_s), *astuple(row)) for row in rows])
+
+    def read(self, connection: sqlite3.Connection, since_s: float, until_s: float, step_s: int) -> list[Minute]:
+        """Return the rows between two times, joined to steps."""
+        first, last = self.slot(since_s), self.slot(until_s)
+        place = "slot BETWEEN :first AND :last" if first <= last else "(slot >= :first OR slot <= :last)"
+        if until_s - since_s >= (self.kept - 1) * self.step_s:
+            place = "1"
+        where = f"{place} AND at_s >= :since AND at_s < :until GROUP BY at_s / :step"
+        values = {"since": since_s, "until": until_s, "step": step_s, "first": first, "last": last}
+        rows = [
+            Minute(*each)
+            for each in connection.execute(f"SELECT {_JOINED} FROM {self.table} WHERE {where}", values)  # noqa: S608
+        ]
+        return [replace(row, pass_reasons=unique_words(row.pass_reasons)) for row in rows]
 
 
-_ROLL_UP = f"INSERT OR REPLACE INTO hours ({_NAMES}) {_select('minutes')}"
+_MINUTES = _Ring("minutes", MINUTE_S, KEPT_MINUTES)
+_HOURS = _Ring("hours", HOUR_S, KEPT_HOURS)
+_LONG_IDLE = _Ring("first_tokens", int(LONG_IDLE_S), KEPT_HOURS * HOUR_S // int(LONG_IDLE_S))
+"""After so long idleness there is at most one in this time."""
 
 
-def write(connection: sqlite3.Connection, minutes: Iterable[Minute], tokens: Iterable[FirstToken]) -> None:
-    """Add minutes and first tokens, and bring their hours up to date."""
-    rows = [astuple(minute) for minute in minutes]
-    connection.executemany(_ADD, rows)
-    for hour_s in sorted({row[0] // HOUR_S * HOUR_S for row in rows}):
-        connection.execute(_ROLL_UP, {"since": hour_s, "until": hour_s + HOUR_S, "step": HOUR_S})
-    connection.executemany(_ADD_TOKEN, [astuple(token) for token in tokens])
+def _token_slot(token: FirstToken) -> int:
+    """Return a place of their own for those after long idleness, and a place a minute, below zero, for others."""
+    return _LONG_IDLE.slot(token.at_s) if token.was_idle else -1 - _MINUTES.slot(token.at_s)
 
 
-def forget(connection: sqlite3.Connection) -> None:
-    """Delete what is too old; by number, because a clock that is wrong for an hour must not delete a year."""
-    for table, kept in (("minutes", KEPT_MINUTES), ("hours", KEPT_HOURS)):
-        newest = f"SELECT at_s FROM {table} ORDER BY at_s DESC LIMIT ?"  # noqa: S608  # names from above
-        connection.execute(f"DELETE FROM {table} WHERE at_s < (SELECT min(at_s) FROM ({newest}))", (kept,))  # noqa: S608
-    for which in (f"idle_s >= {LONG_IDLE_S}", f"idle_s < {LONG_IDLE_S}"):
-        newest = f"SELECT rowid FROM first_tokens WHERE {which} ORDER BY rowid DESC LIMIT ?"  # noqa: S608
-        connection.execute(
-            f"DELETE FROM first_tokens WHERE {which} AND rowid NOT IN ({newest})",  # noqa: S608
-            (KEPT_FIRST_TOKENS,),
-        )
+def write(connection: sqlite3.Connection, minutes: Sequence[Minute], tokens: Sequence[FirstToken]) -> None:
+    """Add minutes and first tokens, of which one a minute is kept besides those after long idleness."""
+    if minutes:
+        since_s, until_s = min(row.at_s for row in minutes), max(row.at_s for row in minutes) + 1
+        # An emberd before this one may have begun a minute.
+        begun = _MINUTES.read(connection, since_s, since_s + 1, MINUTE_S)
+        _MINUTES.write(connection, fold([*begun, *minutes], MINUTE_S))
+        _HOURS.write(connection, _MINUTES.read(connection, since_s // HOUR_S * HOUR_S, until_s, HOUR_S))
+    statement = (
+        f"INSERT OR REPLACE INTO first_tokens (slot, {_TOKEN_NAMES}) VALUES (?{', ?' * len(fields(FirstToken))})"  # noqa: S608
+    )
+    connection.executemany(statement, [(_token_slot(token), *astuple(token)) for token in tokens])
 
 
 def read(connection: sqlite3.Connection, since_s: float, until_s: float, step_s: int) -> list[Minute]:
@@ -105,12 +123,8 @@ def read(connection: sqlite3.Connection, since_s: float, until_s: float, step_s:
 
     From steps of an hour on, the hours are read, which are kept longer.
     """
-    table = "hours" if step_s % HOUR_S == 0 else "minutes"
-    first_s = int(since_s // step_s * step_s)
-    rows = connection.execute(_select(table), {"since": first_s, "until": until_s, "step": step_s})
-    place = list(COLUMNS).index("pass_reasons")
-    found = ([*row[:place], unique_words(row[place]), *row[place + 1 :]] for row in rows)
-    return fold((Minute(*row) for row in found), step_s)
+    ring = _HOURS if step_s % HOUR_S == 0 else _MINUTES
+    return ring.read(connection, since_s // step_s * step_s, until_s, step_s)
 
 
 def read_tokens(connection: sqlite3.Connection, since_s: float, until_s: float) -> list[FirstToken]:
@@ -121,5 +135,5 @@ def read_tokens(connection: sqlite3.Connection, since_s: float, until_s: float) 
 
 def read_cold(connection: sqlite3.Connection, most: int) -> list[FirstToken]:
     """Return the last first tokens that met a cold model, the oldest first."""
-    statement = f"SELECT {_TOKEN_NAMES} FROM first_tokens WHERE temperature = 'cold' ORDER BY rowid DESC LIMIT ?"  # noqa: S608
+    statement = f"SELECT {_TOKEN_NAMES} FROM first_tokens WHERE temperature = 'cold' ORDER BY at_s DESC LIMIT ?"  # noqa: S608
     return [FirstToken(*row) for row in connection.execute(statement, (most,))][::-1]
