@@ -228,7 +228,7 @@ class Turns:
     def spoke(self, seconds: float, first: FirstToken) -> None:
         """A streamed reply began this long after its request."""
         first.at_s, first.took_s = round(time.time(), 3), round(seconds, 3)
-        self._tally.first_tokens += 1
+        self._tally.note_first_token(seconds)
         self._first_tokens.append(first)
         self.last_first_token = first
 
