@@ -477,7 +477,7 @@ def from_plain(kind: type[T], plain: Mapping[str, Any]) -> T:
 
 @cache
 def _hints(kind: type[Any]) -> dict[str, Any]:
-    """Return the types of a part's attributes; to read them anew took two thirds of a live view's processor time."""
+    """Return the types of a part's attributes; to read them anew took most of a live view's processor time."""
     return get_type_hints(kind)
 
 
