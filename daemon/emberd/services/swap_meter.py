@@ -50,4 +50,5 @@ class SwapMeter:
             other_bytes=today.other_idle + today.other_busy,
             unknown_bytes=today.unknown_idle + today.unknown_busy,
             share_of_endurance=share_of_endurance(today.total, endurance_tb),
+            endurance_bytes=round(endurance_tb * 1e12) or None,
         )

@@ -116,6 +116,8 @@ class Turns:
         self._first: FirstToken | None = None
         self.ended_s: float | None = None
         """When a user's generation ended last, on the monotonic clock."""
+        self.used_s: float | None = None
+        """When any use of the model by a user ended last."""
 
     def __repr__(self) -> str:
         return "<Turns>"
@@ -183,7 +185,7 @@ class Turns:
             self.end_unheard()
             return
         self._running -= 1
-        self.ended_s = time.monotonic()
+        self.ended_s = self.used_s = time.monotonic()
         shows_worth = self._first is not None and self._first.was_idle
         if self._room().conversations > 1 or self._conversations_of != engine_key or shows_worth:
             self._take_apart()  # the turn before may be of another conversation
@@ -208,6 +210,10 @@ class Turns:
             self._is_known = True
         else:
             self._cache_of, self._is_known = self._before
+
+    def note_use(self) -> None:
+        """A request has used the model, and left the prompt cache as it was."""
+        self.used_s = time.monotonic()
 
     def take_first_tokens(self) -> list[FirstToken]:
         """Return the first tokens since the last call, with the counts of the last turn if it has ended."""
