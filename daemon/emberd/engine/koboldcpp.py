@@ -84,8 +84,8 @@ _LIGHT_POSTS = (
 """POSTs that do not wait for the model (1.76 to 1.104, `do_POST`; `/api/show` 1.115)."""
 _UNITS_OF_A_GENERATION = 1_000_000
 """Makes the count of finished generations exceed any length of a running reply."""
-_DEFAULT_LENGTH_TOKENS = 1024
-"""Above 896, 1.104's (`--defaultgenamt`), and what older versions take."""
+_OLD_DEFAULT_LENGTH_TOKENS, _DEFAULT_LENGTH_TOKENS = 1024, 2048
+"""Above 896, 1.104's (`--defaultgenamt`), and what older versions take; and 1.115's."""
 
 
 class KoboldCpp:
@@ -300,9 +300,10 @@ class KoboldCpp:
         told = (await self._http.get(port, "/api/extra/true_max_context_length", timeout_s)).get("value")
         if not isinstance(told, int):
             return None
-        version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
-        keeps_a_fifth = read_version(version) >= CONTINUES_TURNS
-        text, default = prompt_text(turn), max(_DEFAULT_LENGTH_TOKENS, self.wishes().reply_tokens or 0)
+        version = read_version((await self._http.get(port, "/api/extra/version", timeout_s)).get("version"))
+        keeps_a_fifth = version >= CONTINUES_TURNS
+        usual = _DEFAULT_LENGTH_TOKENS if version[:2] > CONTINUES_TURNS else _OLD_DEFAULT_LENGTH_TOKENS
+        text, default = prompt_text(turn), max(usual, self.wishes().reply_tokens or 0)
         if fits(turn, len(text.encode("utf-8", "surrogatepass")), told, default, keeps_a_fifth=keeps_a_fifth):
             return True
         counted = await self.count_tokens(port, text, timeout_s)
