@@ -196,8 +196,8 @@ class KoboldCpp:
 
         Raises:
             EngineNotUsable: the program is missing or cannot run.
-            ModelError: the model, or another file, cannot be used.
-            ConfigError: an argument that this build refuses, or that would undo emberd's work.
+            ModelError: the model cannot be used.
+            ConfigError: an argument that this build refuses, or that would undo emberd's work; a missing file.
         """
         engine = self._settings.engine
         program, command = self._command()
