@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.errors import ConfigError
+from emberd.core.errors import ConfigError, StateUnusable
 from emberd.core.generation import Dialect
 from emberd.core.replay import fits
 from emberd.core.reuse import CacheRoom
@@ -150,7 +150,8 @@ class KoboldCpp:
         engine = self._settings.engine
         program, command = self._command()
         environment = self._environment()
-        make_private_folder(self._scratch)
+        with contextlib.suppress(StateUnusable):  # a full disk: it is rarely needed
+            make_private_folder(self._scratch)
         said = await self._asker.ask(command, ("--help",), program, environment)
         check_ran(program, said)
         build = read_help(said.out)

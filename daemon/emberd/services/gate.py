@@ -188,6 +188,9 @@ class Gate:
             raise NotReady(self.state.value, "emberd is shutting down", _RETRY_AFTER_S)
         if self.state in lifecycle.AT_REST and self.now.has_begun:
             reason = self.now.life.reason.splitlines()[0] if self.now.life.reason else "the engine is stopped"
+            cause = self.now.life.cause
+            if cause is not None:
+                raise NotReady(self.state.value, f"{reason} ({cause.remedy})", _RETRY_AFTER_S)
             raise NotReady(self.state.value, reason, _RETRY_AT_REST_S)
 
     @contextlib.contextmanager
