@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from emberd.core.errors import EngineNotUsable, ModelError, StateUnusable
 if TYPE_CHECKING:
     from emberd.core.errors import EmberdError
 
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+"""Of open files, memory and processes (fork(2), open(2))."""
 LEAST_ROOM_BYTES = 64 * 1024
 """With less than this free a disk is full: an engine's start prints some 30 KiB."""
 FIRST_RETRY_S = 15.0
@@ -73,6 +76,14 @@ def of_error(error: EmberdError) -> Cause | None:
     if isinstance(error, ModelError | EngineNotUsable):
         return Cause(Kind.FILES, error.message, error.remedy)
     return None
+
+
+def of_os_error(error: OSError) -> Cause:
+    """Return the cause of a start that the system refused: what it refuses now it may grant later."""
+    if error.errno in SHORTAGES:
+        remedy = "Close programs, or raise the limit of open files or processes; emberd tries again by itself."
+        return Cause(Kind.MEMORY, error.strerror or str(error), remedy)
+    return Cause(Kind.DISK, str(error), "Make the disk writable and make room; emberd tries again by itself.")
 
 
 def of_exit(

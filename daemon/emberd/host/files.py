@@ -18,11 +18,11 @@ _BLOCK_BYTES = 512
 """Unit of st_blocks (stat(2))."""
 
 
-def write_atomically(path: Path, text: str, mode: int = PRIVATE_FILE_MODE) -> None:
+def write_atomically(path: Path, text: str, mode: int = PRIVATE_FILE_MODE, *, may_write_over: bool = False) -> None:
     """Replace `path` with `text`, of exactly this mode: temporary file, fsync, rename, fsync of the folder.
 
-    On a full disk a text that fits into the old file's blocks is written over the old one: a record that is out of
-    date may cost more than one that a power cut could tear.
+    With `may_write_over`, a text that fits into the old file's blocks is written over the old one on a full disk: a
+    record that is out of date may cost more than one that a power cut could tear.
 
     Raises:
         StateUnusable: the folder is not writable or the disk is full; the old file is untouched.
@@ -46,7 +46,7 @@ def write_atomically(path: Path, text: str, mode: int = PRIVATE_FILE_MODE) -> No
         finally:
             os.close(folder)
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT} and _write_over(path, text.encode()):
+        if error.errno in {errno.ENOSPC, errno.EDQUOT} and may_write_over and _write_over(path, text.encode()):
             return
         raise StateUnusable(
             f"cannot write {path}: {error.strerror}", "Free space or mend the folder's permissions."

@@ -84,7 +84,7 @@ class StartHistory:
             return
         content = {"format": _FORMAT, "boot": self._boot, "runs": [asdict(run) for run in self._runs]}
         try:
-            write_atomically(self._path, json.dumps(content))
+            write_atomically(self._path, json.dumps(content), may_write_over=True)
             self._is_lost = False
         except StateUnusable:
             self._is_lost = True  # the run itself will say what is wrong there; the next change is tried again

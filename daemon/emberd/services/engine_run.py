@@ -115,7 +115,7 @@ class EngineRun:
         self._empty_scratch()
         for name, text in plan.files.items():
             if not has_text(Path(name), text):
-                write_atomically(Path(name), text)
+                write_atomically(Path(name), text, may_write_over=True)
         self._output.skip_to_end()
         output = self._output.open_for_engine()
         try:

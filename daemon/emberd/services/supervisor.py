@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import lifecycle
-from emberd.core.causes import look_after_s
+from emberd.core.causes import look_after_s, of_os_error
 from emberd.core.errors import EmberdError, StateUnusable
 from emberd.core.lifecycle import Effect, Event, Lifecycle, State
 from emberd.core.status import EngineStatus, Status
@@ -315,7 +315,8 @@ class Supervisor:
             permanent = not isinstance(error, StateUnusable)
             self.post(lifecycle.LaunchFailed(str(error), is_permanent=permanent, cause=cause))
         except OSError as error:
-            self.post(lifecycle.LaunchFailed(f"cannot start the engine: {error}", is_permanent=False))
+            reason = f"cannot start the engine: {error}"
+            self.post(lifecycle.LaunchFailed(reason, is_permanent=False, cause=of_os_error(error)))
 
     def _follow(self) -> None:
         process = self._run.process
