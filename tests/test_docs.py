@@ -26,6 +26,8 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 EVENTS = (
     lifecycle.Start(),
     lifecycle.Stop(),
+    lifecycle.Cool(""),
+    lifecycle.Wake(),
     lifecycle.Restart("asked"),
     lifecycle.Launched(),
     lifecycle.Adopted(),

@@ -202,6 +202,8 @@ EVENTS = st.sampled_from(
         lifecycle.Start(),
         lifecycle.Stop(),
         lifecycle.Restart("r"),
+        lifecycle.Cool("c"),
+        lifecycle.Wake(),
         lifecycle.Launched(),
         lifecycle.Adopted(),
         lifecycle.LaunchFailed("f", is_permanent=True),
@@ -264,9 +266,39 @@ def test_every_waiting_state_was_given_something_to_wait_for(events: list[tuple[
         assert now.state in AT_REST | {State.DRAINING, State.STOPPING} or now.is_wanted
 
 
+def test_ready_to_cool_and_back_when_somebody_needs_it():
+    stopping, effects = after(READY, lifecycle.Cool("for other work"))
+    assert (stopping.state, effects) == (State.STOPPING, (Effect.TERMINATE,))
+    cool, effects = after(stopping, lifecycle.Gone())
+    assert (cool.state, cool.reason, effects) == (State.COOL, "for other work", ())
+    for need in (lifecycle.Wake(), lifecycle.Start(), lifecycle.Restart("asked")):
+        now, effects = after(cool, need)
+        assert (now.state, now.is_cool, effects) == (State.STARTING, False, (Effect.LAUNCH,))
+    assert after(cool, lifecycle.Stop())[0] == Lifecycle(State.STOPPED, since_s=10.0)
+
+
+def test_whoever_comes_while_it_stops_for_other_work_gets_a_new_engine():
+    stopping, _ = after(READY, lifecycle.Cool("for other work"))
+    for need in (lifecycle.Wake(), lifecycle.Start(), lifecycle.Restart("asked")):
+        needed, effects = after(stopping, need)
+        assert (needed.state, effects) == (State.STOPPING, ())
+        assert after(needed, lifecycle.Gone())[0].state is State.STARTING
+    unwanted, _ = after(stopping, lifecycle.Stop())
+    assert after(unwanted, lifecycle.Gone())[0].state is State.STOPPED
+
+
+def test_only_a_ready_engine_is_stopped_for_other_work_and_only_a_cool_one_is_woken():
+    for state in set(State) - {State.READY}:
+        now = Lifecycle(state, is_wanted=True)
+        assert after(now, lifecycle.Cool("for other work")) == (now, ())
+    for state in set(State) - {State.COOL}:
+        now = Lifecycle(state, is_wanted=True)
+        assert after(now, lifecycle.Wake()) == (now, ())
+
+
 @pytest.mark.parametrize("state", [state for state in State if state not in AT_REST])
 def test_every_state_has_a_way_out_without_a_person(state: State):
-    """Only STOPPED and FAILED rest; everything else moves on when the world answers."""
+    """Only STOPPED, COOL and FAILED rest; everything else moves on when the world answers."""
     answer = ANSWERS.get(state, lifecycle.Exited("dead"))
     now = Lifecycle(state, is_wanted=True, deadline_s=0.0)
     assert after(now, answer)[0].state is not state

@@ -45,6 +45,7 @@ snapshots = st.builds(
     now_s=st.just(NOW_S),
     trigger=st.sampled_from(Trigger),
     is_ready=st.booleans(),
+    is_stopped=st.booleans(),
     requests=st.integers(0, 2),
     lock=st.sampled_from(LockState),
     is_locked_outside=st.booleans(),
@@ -159,6 +160,21 @@ def test_the_engine_is_restarted_only_if_allowed_and_only_for_its_lock(seen: Sna
 
 
 @given(snapshots, settings)
+def test_the_engine_is_stopped_only_for_its_lock_while_it_is_cool_and_never_beside_a_request(
+    seen: Snapshot, wish: WarmthSettings
+):
+    if Step.STOP in decide(seen, wish).steps:
+        assert seen.cool_until_s is not None
+        assert seen.cool_until_s > NOW_S
+        assert seen.lock in {LockState.HELD, LockState.PARTIAL}
+        assert seen.is_ready
+        assert not seen.requests
+    if Step.START in decide(seen, wish).steps:
+        assert seen.is_stopped
+        assert seen.cool_until_s is None or seen.cool_until_s <= NOW_S
+
+
+@given(snapshots, settings)
 def test_steps_and_reasons_agree(seen: Snapshot, wish: WarmthSettings):
     decision = decide(seen, wish)
     resting = {Reason.NOT_DUE, Reason.NOTHING_TO_DO, Reason.PAUSED, Reason.BUSY, Reason.PRESSURE, Reason.NOT_READY}
@@ -214,6 +230,8 @@ def test_a_wish_to_lock_nothing_from_outside_and_to_replay_nothing_is_obeyed():
         ({"last_critical_s": NOW_S - CALM_AFTER_CRITICAL_S + 1}, Reason.PRESSURE),
         ({"paused_until_s": NOW_S + 1}, Reason.PAUSED),
         ({"cool_until_s": NOW_S + 1, "paused_until_s": NOW_S + 1}, Reason.COOL),
+        ({"is_ready": False, "is_stopped": True, "cool_until_s": NOW_S + 1}, Reason.COOL),
+        ({"is_ready": False, "is_stopped": True, "trigger": Trigger.ASKED}, Reason.ASKED),
         ({"hold": HoldLevel.NO_WARMING}, Reason.LETTING_GO),
         ({"last_pass_s": NOW_S - 9}, Reason.NOT_DUE),
         ({"last_use_s": NOW_S - 9, "last_pass_s": NOW_S - 500}, Reason.NOT_DUE),
@@ -239,6 +257,20 @@ def test_the_end_of_a_rest_that_was_asked_for_is_not_slept_through(left_s: float
     wish = WarmthSettings(min_interval_s=5.0, max_interval_s=900.0)
     for rest in ("paused_until_s", "cool_until_s"):
         assert decide(Snapshot(NOW_S, **{rest: NOW_S + left_s}), wish).look_again_s == look_again_s
+
+
+def test_what_the_engine_has_locked_is_given_to_other_work_by_a_stop_and_brought_back_at_the_end():
+    cool = Snapshot(NOW_S, lock=LockState.HELD, cool_until_s=NOW_S + 60)
+    assert decide(cool, AUTO).steps == (Step.STOP,)
+    assert decide(replace(cool, is_locked_outside=True), AUTO).steps == (Step.UNLOCK, Step.STOP)
+    assert decide(replace(cool, lock=LockState.ABSENT), AUTO).steps == ()
+    busy = decide(replace(cool, requests=1), AUTO)
+    assert (busy.steps, busy.look_again_s) == ((), AUTO.min_interval_s)
+    stopped = replace(cool, is_ready=False, is_stopped=True)
+    assert decide(stopped, AUTO).steps == ()
+    over = replace(stopped, cool_until_s=NOW_S - 1)
+    for wish in (AUTO, WarmthSettings(mode="off")):
+        assert decide(over, wish).steps == (Step.START,)
 
 
 def test_on_battery_the_owner_can_still_ask_for_a_pass():

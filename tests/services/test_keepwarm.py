@@ -250,7 +250,7 @@ def test_what_keeping_warm_cost_today_survives_a_restart(make_daemon: MakeDaemon
 
 
 def test_in_the_hours_for_other_work_nothing_is_warmed_until_somebody_asks(make_daemon: MakeDaemon):
-    daemon = warm_daemon(make_daemon, {"warmth.cool_hours": ["00:00-24:00"]})
+    daemon = warm_daemon(make_daemon, {"warmth.cool_hours": ["00:00-24:00"], "engine.lock": "never"})
     said = json.loads(daemon.verb("warm", "--json").stdout)
     assert (said["steps"], said["reason"]) == ([], "cool")
     timed(daemon, "ba ke", 1)

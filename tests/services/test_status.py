@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     MakeDaemon = Callable[..., Daemon]
 
 BEFORE = """
-version pid uptime_s endpoint model settings_file state state_for_s reason crashes_in_a_row next_start_in_s starts
+version pid uptime_s endpoint endpoints endpoint_lacks
+model settings_file state state_for_s reason crashes_in_a_row next_start_in_s starts
 last_exit requests_in_flight requests_held
 loading: phase detail
 engine: kind pid port adopted started_at command
@@ -45,12 +46,15 @@ log
 """
 """Recorded from the daemon of commit 21eed80 on Linux. `a: b` is the keys `a` and `a.b`; `a[]`, items of a list."""
 BEFORE_STANDBY = """
-version pid uptime_s endpoint model settings_file state state_for_s reason remedy exit_code failures next_start_in_s
+version pid uptime_s endpoint endpoints endpoint_lacks
+model settings_file state state_for_s reason remedy exit_code failures next_start_in_s
 starts engine
 """
 NEW = """
 remedy exit_code failures
-warmth.is_helpless warmth.is_storming warmth.over_budget_for_s
+serving: name model is_of_settings switched_by survives_restart
+files[]: path role size_bytes held resident_bytes locked_bytes
+warmth.is_helpless warmth.is_storming warmth.over_budget_for_s warmth.given_back
 warmth.relief: bytes_per_s_before bytes_per_s_after
 warmth.reuse: replays misses wasted_tokens lost_turns barred
 warmth.reuse.last_turn: reused processed generated
@@ -60,6 +64,7 @@ warmth.cost.processed_tokens warmth.cost_today.processed_tokens
 NEW_STANDBY = """
 crashes_in_a_row last_exit requests_in_flight requests_held loading lock metal_heartbeat notices output_file
 requests_waiting longest_wait_s seconds_since_knock remembers_turn memory prevents_sleep residency warmth swap log
+serving files
 """
 """One that cannot start has all keys of one that can, with nothing in them."""
 PASSING = {"warmth.progress.done_bytes", "warmth.progress.total_bytes"}
@@ -113,7 +118,7 @@ def test_an_engine_that_loads_has_the_keys_that_it_had(make_daemon: MakeDaemon):
     daemon.start()
     daemon.wait_for(lambda status: status["state"] == "LOADING" and bool(status["loading"]))
     nothing_in = ("lock", "notices", "warmth.last", "warmth.forecast.last")
-    compare(daemon, keys_in(BEFORE, *nothing_in), keys_in(NEW))
+    compare(daemon, keys_in(BEFORE, *nothing_in), keys_in(NEW, "serving", "files"))
 
 
 def test_an_engine_that_has_failed_has_the_keys_that_it_had(make_daemon: MakeDaemon):
@@ -121,7 +126,7 @@ def test_an_engine_that_has_failed_has_the_keys_that_it_had(make_daemon: MakeDae
     daemon.start()
     daemon.wait_for(lambda status: status["state"] == "FAILED")
     nothing_in = ("loading", "engine", "lock", "notices", "residency", "warmth.last", "warmth.forecast.last")
-    compare(daemon, keys_in(BEFORE, *nothing_in), keys_in(NEW))
+    compare(daemon, keys_in(BEFORE, *nothing_in), keys_in(NEW, "serving", "files"))
 
 
 def test_an_emberd_that_cannot_start_has_the_keys_that_it_had(make_daemon: MakeDaemon):

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, byte_progress, duration, seconds_of, show
+from emberd.cli.talk import as_json, ask_daemon, byte_progress, given_back_words, seconds_of, show
 from emberd.core.errors import EmberdError
+from emberd.core.status import GivenBackStatus, from_plain
+from emberd.core.words import duration
 from emberd.services.control import ASK_LIMIT_S, SLOW_ASK_LIMIT_S
 
 if TYPE_CHECKING:
@@ -62,9 +64,15 @@ def resume(answer: dict[str, Any]) -> str:
 def cool(answer: dict[str, Any]) -> str:
     """Let go of the memory for DURATION (1h by default) or until the next request.
 
-    emberd's own lock is let go at once; the engine's lock stays until the engine is restarted.
+    An engine that has locked the model is stopped, and started again by the next request.
     """
-    return f"let go for {duration(answer['seconds'])}; `emberd resume` ends it"
+    lines = [f"let go for {duration(answer['seconds'])}; `emberd resume` ends it"]
+    given = answer.get("given_back")
+    if given is not None:
+        lines.append(given_back_words(from_plain(GivenBackStatus, given)))
+    elif answer.get("is_put_off"):
+        lines.append("the engine is stopped as soon as no request runs")
+    return "\n".join(lines)
 
 
 @_verb()
@@ -102,7 +110,9 @@ def _watch(config: str | None, progress: Callable[[int, int], None], is_over: th
 
 def _print_warmed(answer: dict[str, Any]) -> None:
     refused = f"the engine refused the replay (HTTP {answer['refused']})" if answer.get("refused") else ""
-    if answer.get("steps"):
+    if answer.get("steps") == ["start"]:
+        click.echo("start: the engine loads the model, which is warmed when it is ready")
+    elif answer.get("steps"):
         done = f"{', '.join(answer['steps'])}: {answer['seconds']:.2f} s"
         click.echo(f"{done}; {refused}" if refused else done)
     else:

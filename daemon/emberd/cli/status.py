@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, duration, gib, residency_words, show
+from emberd.cli.talk import as_json, ask_daemon, file_words, gib, given_back_words, residency_words, show
 from emberd.core.memory import Pressure
 from emberd.core.status import Status, from_plain
+from emberd.core.words import duration
 from emberd.host import ThisHost
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from emberd.core.lock import LockVerdict
     from emberd.core.status import (
         EngineMemoryStatus,
@@ -28,17 +31,32 @@ _COLOURS = {"READY": "green", "FAILED": "red", "BACKOFF": "yellow", "STOPPED": "
 
 
 @click.command("status")
+@click.option("--watch", "is_watched", is_flag=True, help="Go on until Ctrl-C, with the last hour as small charts.")
 @as_json
 @click.pass_obj
-def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
-    """Show the engine's state; exit code 3 if emberd is not running."""
+def command(config: str | None, *, is_json: bool, is_watched: bool) -> None:
+    """Show the engine's state; exit code 3 if emberd is not running.
+
+    With --watch it is shown anew every two seconds, also after emberd was away; with --json as a line each time.
+    """
+    if is_watched:
+        from emberd.cli.watch import watch  # noqa: PLC0415  # only for this
+
+        watch(config, status_table, is_json=is_json)
+        return
     show(ask_daemon(config, "status"), is_json, lambda plain: print_status(from_plain(Status, plain)))
 
 
 def print_status(status: Status) -> None:
     """Print a status for a person."""
     from rich.console import Console  # noqa: PLC0415  # heavy, and not needed for --json
-    from rich.table import Table  # noqa: PLC0415
+
+    Console(highlight=False).print(status_table(status))
+
+
+def status_table(status: Status) -> Table:
+    """Return a status for a person."""
+    from rich.table import Table  # noqa: PLC0415  # heavy, and not needed for --json
     from rich.text import Text  # noqa: PLC0415
 
     table = Table.grid(padding=(0, 2))
@@ -46,7 +64,7 @@ def print_status(status: Status) -> None:
     table.add_column(overflow="fold")
     for name, value, style in (_standby_rows if status.state == "STANDBY" else _rows)(status):
         table.add_row(name, Text(value, style=style))
-    Console(highlight=False).print(table)
+    return table
 
 
 def _rows(status: Status) -> list[tuple[str, str, str]]:
@@ -58,8 +76,9 @@ def _rows(status: Status) -> list[tuple[str, str, str]]:
         rows.append(("loading", f"{status.loading.phase} {status.loading.detail}".strip(), ""))
     if status.next_start_in_s is not None:
         rows.append(("next start", f"in {duration(max(status.next_start_in_s, 0))}", ""))
-    rows.append(("endpoint", status.endpoint or "", ""))
-    rows.append(("model", Path(status.model).name if status.model else "named in engine.kcpps", ""))
+    rows.append(("endpoint", ", ".join(status.endpoints) or status.endpoint or "", ""))
+    rows.append(("", status.endpoint_lacks, "yellow"))
+    rows += _model_rows(status)
     if status.engine:
         age = duration(time.time() - status.engine.started_at)
         adopted = ", adopted" if status.engine.adopted else ""
@@ -89,6 +108,24 @@ def _rows(status: Status) -> list[tuple[str, str, str]]:
     return [row for row in rows if row[1]]
 
 
+def _model_rows(status: Status) -> list[tuple[str, str, str]]:
+    """Say which model serves, and which one the settings name."""
+    named = Path(status.model).name if status.model else "named in engine.kcpps"
+    serving = status.serving
+    rows = [("model", named, "")]
+    if serving is not None and not serving.is_of_settings:
+        now = Path(serving.model).name if serving.model else serving.name or "none, it was unloaded"
+        how = f"switched by {serving.switched_by}" if serving.switched_by else "switched, emberd does not know how"
+        then = "keeps it" if serving.survives_restart else "ends that"
+        rows = [("model", f"{now} ({how}; a restart of the engine {then})", "yellow")]
+        rows.append(("", f"the settings: {named}", "dim"))
+    elif serving is not None and serving.model:
+        rows = [("model", Path(serving.model).name, "")]
+    if len(status.files) > 1 or any(each.held != "mapped" for each in status.files):
+        rows += [("files" if number == 0 else "", file_words(each), "") for number, each in enumerate(status.files)]
+    return rows
+
+
 def _standby_rows(status: Status) -> list[tuple[str, str, str]]:
     """Say why there is no engine: emberd stands by."""
     next_try = f"in {duration(status.next_start_in_s or 0)}, when a file changes, or: emberd restart"
@@ -112,6 +149,8 @@ def _warmth_words(warmth: WarmthStatus) -> str:
     if warmth.mode == "off":
         return "off"
     words = []
+    if warmth.cool_for_s and warmth.given_back:
+        words.append(given_back_words(warmth.given_back))
     for left_s, word in ((warmth.cool_for_s, "cool for"), (warmth.paused_for_s, "paused for")):
         if left_s:
             words.append(f"{word} {duration(left_s)}")

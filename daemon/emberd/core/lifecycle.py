@@ -34,13 +34,15 @@ class State(Enum):
     """The process tree has been signalled."""
     BACKOFF = "BACKOFF"
     """It crashed, and the next start has to wait."""
+    COOL = "COOL"
+    """It was stopped to give its memory to other work; whoever needs it starts it again."""
     FAILED = "FAILED"
     """It crashed too often, or cannot start at all. A cause that can pass is waited for; else a person must act."""
 
 
 HAS_PROCESS = frozenset({State.LOADING, State.READY, State.DRAINING, State.STOPPING})
-AT_REST = frozenset({State.STOPPED, State.FAILED})
-"""States without an engine, in which requests are refused."""
+AT_REST = frozenset({State.STOPPED, State.COOL, State.FAILED})
+"""States that are left only when somebody asks: a person, or, of COOL, a client and the end of the cool spell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,18 @@ class Restart:
     """Somebody wants a fresh engine; running requests may finish first."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cool:
+    """The idle engine's memory is wanted for other work, until somebody needs the engine."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Somebody needs the engine although it is cool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +101,9 @@ class BecameReady:
 
 @dataclass(frozen=True, slots=True)
 class LostReadiness:
-    """The process lives and its port is closed: it is loading again (KoboldCPP's admin reload)."""
+    """The process lives and does not serve: it is loading again (KoboldCPP's admin reload)."""
+
+    reason: str = "its port closed; it is loading again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +145,8 @@ Event = (
     Start
     | Stop
     | Restart
+    | Cool
+    | Wake
     | Launched
     | Adopted
     | LaunchFailed
@@ -172,6 +190,7 @@ class Lifecycle:
         is_stuck: the stop under way is due to a hang, and counts as a crash.
         cause: what keeps the engine from running and can pass, None if nothing is known to.
         retries: tries out of FAILED that emberd made by itself, forgotten with the crashes.
+        is_cool: the stop under way, or the rest after it, gives the memory to other work.
     """
 
     state: State = State.STOPPED
@@ -183,6 +202,7 @@ class Lifecycle:
     is_stuck: bool = False
     cause: Cause | None = None
     retries: int = 0
+    is_cool: bool = False
 
 
 def backoff_s(crashes: int, settings: LifecycleSettings, random_unit: float) -> float:
@@ -220,6 +240,12 @@ def step(  # noqa: C901, PLR0911, PLR0912  # the one door: a branch an arrow
     match event:
         case Start() | Restart() | Stop():
             return _asked(now, event, now_s, settings)
+        case Cool() if now.state is State.READY:
+            return replace(_enter(now, State.STOPPING, now_s, event.reason), is_cool=True), (Effect.TERMINATE,)
+        case Wake() if now.state is State.COOL:
+            return _enter(now, State.STARTING, now_s), (Effect.LAUNCH,)
+        case Wake():
+            return replace(now, is_cool=False), ()
         case Launched():
             return _launched(now, now_s, settings)
         case Adopted() if now.state is State.STOPPED:
@@ -230,7 +256,7 @@ def step(  # noqa: C901, PLR0911, PLR0912  # the one door: a branch an arrow
         case BecameReady() if now.state is State.LOADING:
             return replace(_enter(now, State.READY, now_s), deadline_s=now_s + settings.stable_after_s), ()
         case LostReadiness() if now.state is State.READY:
-            loading = _enter(now, State.LOADING, now_s, "its port closed; it is loading again")
+            loading = _enter(now, State.LOADING, now_s, event.reason)
             return replace(loading, deadline_s=now_s + settings.load_timeout_s), (Effect.WATCH,)
         case Exited() if now.state in {State.LOADING, State.READY}:
             return _crashed(now, event.reason, now_s, settings, random_unit, event.cause)
@@ -253,7 +279,16 @@ def step(  # noqa: C901, PLR0911, PLR0912  # the one door: a branch an arrow
 
 
 def _enter(now: Lifecycle, state: State, now_s: float, reason: str = "") -> Lifecycle:
-    return replace(now, state=state, since_s=now_s, deadline_s=None, reason=reason, is_stuck=False, cause=None)
+    return replace(
+        now,
+        state=state,
+        since_s=now_s,
+        deadline_s=None,
+        reason=reason,
+        is_stuck=False,
+        is_cool=False,
+        cause=None,
+    )
 
 
 def _asked(
@@ -263,9 +298,9 @@ def _asked(
     reason = event.reason if isinstance(event, Restart) else ""
     asked = replace(now, is_wanted=is_wanted)
     match now.state:
-        case State.STOPPED | State.FAILED | State.BACKOFF if is_wanted:
+        case State.STOPPED | State.COOL | State.FAILED | State.BACKOFF if is_wanted:
             return _enter(replace(asked, crashes=0, retries=0), State.STARTING, now_s, reason), (Effect.LAUNCH,)
-        case State.STOPPED | State.FAILED | State.BACKOFF:
+        case State.STOPPED | State.COOL | State.FAILED | State.BACKOFF:
             return _enter(replace(asked, crashes=0, retries=0), State.STOPPED, now_s), ()
         case State.LOADING | State.READY if isinstance(event, Start):
             return asked, ()
@@ -276,7 +311,7 @@ def _asked(
             return replace(draining, deadline_s=now_s + settings.drain_timeout_s), (Effect.DRAIN,)
         case _:
             # STARTING, DRAINING and STOPPING run to their end; only then `is_wanted` counts.
-            return replace(asked, is_stuck=now.is_stuck and is_wanted), ()
+            return replace(asked, is_stuck=now.is_stuck and is_wanted, is_cool=False), ()
 
 
 def _launched(now: Lifecycle, now_s: float, settings: LifecycleSettings) -> tuple[Lifecycle, tuple[Effect, ...]]:
@@ -332,6 +367,8 @@ def _stuck(now: Lifecycle, reason: str, now_s: float) -> tuple[Lifecycle, tuple[
 
 
 def _after_stop(now: Lifecycle, now_s: float, *else_effects: Effect) -> tuple[Lifecycle, tuple[Effect, ...]]:
+    if now.is_wanted and now.is_cool:
+        return replace(_enter(now, State.COOL, now_s, now.reason), crashes=0, is_cool=True), else_effects
     if now.is_wanted:
         return _enter(replace(now, crashes=0), State.STARTING, now_s, now.reason), (Effect.LAUNCH,)
     return _enter(replace(now, crashes=0), State.STOPPED, now_s), else_effects

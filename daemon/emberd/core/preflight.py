@@ -58,6 +58,7 @@ class PreflightFacts:
         available_bytes: memory that can be used without swapping, pages of files included.
         wired_bytes: memory that the kernel, the GPU and other programs have locked already.
         users: how many people have sessions on this computer, emberd's owner included.
+        others_bytes: size of further files that the engine copies: projectors, adapters, speech, images.
     """
 
     limits: LockLimits
@@ -68,6 +69,7 @@ class PreflightFacts:
     available_bytes: int | None
     wired_bytes: int | None
     users: int | None
+    others_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,8 @@ def preflight(facts: PreflightFacts, policy: LockPolicy) -> Preflight:
     choke: the engine does not fit into what is available, or less than the reserve would remain of RAM. A limit
     in the way is no reason not to ask: the engine locks what it can, and goes on.
     """
-    needed = sum(part or 0 for part in (facts.weights_bytes, facts.kv_bytes, facts.compute_bytes))
+    parts = (facts.weights_bytes, facts.kv_bytes, facts.compute_bytes, facts.others_bytes)
+    needed = sum(part or 0 for part in parts)
     fits = _fits(facts, needed)
     remains = _remains(facts, needed)
     reserve = _reserve(facts)
@@ -214,5 +217,6 @@ def _parts(facts: PreflightFacts) -> str:
         ("weights", facts.weights_bytes),
         ("context", facts.kv_bytes),
         ("buffers", facts.compute_bytes),
+        *((("other files", facts.others_bytes),) if facts.others_bytes else ()),
     )
     return ", ".join(f"{name} {'unknown' if size is None else shown(size)}" for name, size in parts)

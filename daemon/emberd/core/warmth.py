@@ -56,6 +56,10 @@ class Step(Enum):
     """The last turn again, with one token: uses the KV cache and the compute buffers, and so keeps them."""
     TINY = "tiny"
     """A generation of one token with emberd's own prompt, if no user's prompt can be lost."""
+    STOP = "stop"
+    """The engine is stopped: only that frees its lock. Whoever needs it starts it again."""
+    START = "start"
+    """The engine that was stopped is started."""
     RESTART = "restart"
     """The engine is started anew without its lock: the last resort of the thrash guard."""
 
@@ -168,6 +172,7 @@ class Snapshot:
         now_s: the present.
         trigger: what made emberd look.
         is_ready: the engine serves.
+        is_stopped: the engine was stopped to give its memory to other work.
         requests: users' requests that run or wait.
         lock: the verdict about the engine's own lock.
         is_locked_outside: the outside lock holds all of the weights.
@@ -193,6 +198,7 @@ class Snapshot:
     now_s: float
     trigger: Trigger = Trigger.TIMER
     is_ready: bool = True
+    is_stopped: bool = False
     requests: int = 0
     lock: LockState = LockState.ABSENT
     is_locked_outside: bool = False
@@ -271,7 +277,7 @@ def _pass(seen: Snapshot, settings: WarmthSettings) -> Decision:
 def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
     """Return why nothing may be warmed now, None if it may."""
     unlock = (Step.UNLOCK,) if seen.is_locked_outside else ()
-    is_locked = seen.lock in {LockState.HELD, LockState.PARTIAL}
+    is_locked = seen.lock in {LockState.HELD, LockState.PARTIAL} and seen.is_ready
     needs_restart = seen.hold is HoldLevel.NOTHING and is_locked and settings.may_restart
     is_free = seen.is_ready and not seen.requests
     soon_s, late_s = settings.min_interval_s, settings.max_interval_s
@@ -279,11 +285,14 @@ def _obstacle(seen: Snapshot, settings: WarmthSettings) -> Decision | None:
         late_s if until_s is None else min(max(until_s - seen.now_s, soon_s), late_s)
         for until_s in (seen.cool_until_s, seen.paused_until_s)
     )
+    # What the engine has locked is free only without the engine.
+    let_go = (*unlock, Step.STOP) if is_locked and is_free else unlock
     spares_power = settings.on_battery == "off" and saves_power(seen.power) and seen.trigger is not Trigger.ASKED
     # The first that is true counts.
     obstacles: tuple[tuple[bool, tuple[Step, ...], Reason, float], ...] = (
+        (_is_before(seen.now_s, seen.cool_until_s), let_go, Reason.COOL, soon_s if is_locked else cool_s),
+        (seen.is_stopped, (*unlock, Step.START), _REASONS[seen.trigger], soon_s),
         (settings.mode == "off", unlock, Reason.OFF, late_s),
-        (_is_before(seen.now_s, seen.cool_until_s), unlock, Reason.COOL, cool_s),
         (needs_restart and is_free, (*unlock, Step.RESTART), Reason.LETTING_GO, soon_s),
         (seen.hold.lets_go, unlock, Reason.LETTING_GO, soon_s),
         (seen.hold is not HoldLevel.ALL, (), Reason.LETTING_GO, soon_s),

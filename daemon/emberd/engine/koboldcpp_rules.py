@@ -106,6 +106,12 @@ _PORT = Rule(
     Act.REPLACE, Act.REPLACE, "emberd chooses the engine's port; clients use endpoint.port.", "port_ignored"
 )
 _MODEL = Rule(Act.REFUSE, Act.DROP, "emberd names the model.", remedy="Set model.path instead.")
+_ROUTER = Rule(
+    Act.REFUSE,
+    Act.REFUSE,
+    "KoboldCPP's router listens on all interfaces, at port 5001, past emberd's endpoint and its key (1.115).",
+    remedy="Remove it; --admin with --admindir switches models through emberd's endpoint.",
+)
 _IDLE = Rule(Act.WARN, Act.WARN, "KoboldCPP will unload the model that emberd keeps warm.", "idle_unloading")
 
 RULES: Mapping[str, Rule] = {
@@ -161,7 +167,8 @@ RULES: Mapping[str, Rule] = {
     ),
     # What undoes emberd's work, or surprises.
     "adminunloadtimeout": _IDLE,
-    "autoswapmode": _IDLE,
+    "autoswapmode": _ROUTER,
+    "routermode": _ROUTER,
     "launch": Rule(
         Act.WARN,
         Act.REPLACE,

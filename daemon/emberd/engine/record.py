@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from emberd.core.errors import AlreadyRunning
+from emberd.core.status import from_plain
+from emberd.core.types import Switch
 from emberd.engine.process import STOP_SIGNALS, ProcessTree, is_alive
 from emberd.host.files import write_atomically
 from emberd.host.instance import hold_lock
@@ -45,6 +47,7 @@ class EngineRecord:
         will_lock: the engine was asked to lock the model.
         started_at: wall-clock time of the start, seconds since the epoch, for display only.
         is_mapped: the weights are pages of the file; None if its log did not tell.
+        switch: what it was switched to, None if it serves the settings' model.
     """
 
     pid: int
@@ -57,6 +60,7 @@ class EngineRecord:
     started_at: float
     will_lock: bool
     is_mapped: bool | None = None
+    switch: Switch | None = None
 
 
 def digest(words: Sequence[str]) -> str:
@@ -101,6 +105,7 @@ def load(path: Path) -> EngineRecord | None:
             started_at=float(content["started_at"]),
             will_lock=bool(content.get("will_lock", True)),
             is_mapped=is_mapped if isinstance(is_mapped := content.get("is_mapped"), bool) else None,
+            switch=from_plain(Switch, switch) if isinstance(switch := content.get("switch"), dict) else None,
         )
     except FileNotFoundError:
         return None

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from emberd.core.engine_files import OPTIONS, NamedFile, Role, listed
 from emberd.core.gguf import F16_BYTES
 from emberd.core.wishes import OwnerWishes
 
@@ -51,12 +52,17 @@ class _Names:
     values: tuple[str, ...]
     slots: tuple[str, ...]
     unload: tuple[str, ...]
-    files: tuple[str, ...]
     load_mode: tuple[str, ...] = ()
     queue: tuple[str, ...] = ()
     one_slot: tuple[str, ...] = ()
     reply: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
+    switch: tuple[str, ...] = ()
+    switch_folder: tuple[str, ...] = ()
+    switch_models: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    rerank: tuple[str, ...] = ()
     api_key: tuple[str, ...] = ()
     api_key_file: tuple[str, ...] = ()
 
@@ -72,25 +78,12 @@ _KOBOLDCPP = _Names(
     queue=("--multiuser",),
     one_slot=("--smartcontext", "--draftmodel", "--model-draft", "-md", "--enableguidance"),
     unload=("--adminunloadtimeout", "--autoswapmode"),
-    files=(
-        "--mmproj",
-        "--draftmodel",
-        "--model-draft",
-        "-md",
-        "--lora",
-        "--whispermodel",
-        "--ttsmodel",
-        "--ttswavtokenizer",
-        "--embeddingsmodel",
-        "--sdmodel",
-        "--sdlora",
-        "--sdvae",
-        "--sdt5xxl",
-        "--sdclipl",
-        "--sdclipg",
-    ),
     reply=("--defaultgenamt",),
     rename=("--hordemodelname",),
+    switch=("--admin", "--routermode", "--autoswapmode"),
+    switch_folder=("--admindir",),
+    switch_models=("--admintextmodelsdir",),
+    missing=("--ignoremissing",),
 )
 _LLAMA_SERVER = _Names(
     lock=("--mlock",),
@@ -102,7 +95,8 @@ _LLAMA_SERVER = _Names(
     values=("--cache-type-v", "-ctv"),
     slots=("--parallel", "-np"),
     unload=("--sleep-idle-seconds",),
-    files=("--mmproj", "-mm", "--model-draft", "-md", "--spec-draft-model", "--lora", "--lora-scaled"),
+    embeddings=("--embeddings", "--embedding"),
+    rerank=("--reranking", "--rerank"),
     api_key=(API_KEY,),
     api_key_file=("--api-key-file",),
 )
@@ -118,9 +112,16 @@ _VARIABLES = {
     "LLAMA_ARG_MMPROJ": "--mmproj",
     "LLAMA_ARG_MODEL_DRAFT": "--model-draft",
     "LLAMA_ARG_SPEC_DRAFT_MODEL": "--spec-draft-model",
+    "LLAMA_ARG_EMBEDDINGS": "--embeddings",
+    "LLAMA_ARG_RERANKING": "--reranking",
     API_KEY_VARIABLE: API_KEY,
     "LLAMA_ARG_API_KEY_FILE": "--api-key-file",
 }
+
+_REPEATED = frozenset({"--lora", "--lora-scaled", "--control-vector", "--control-vector-scaled"})
+_SPELLINGS = {option: role.value for option, role in OPTIONS.items() if role in {Role.PROJECTOR, Role.DRAFT}}
+"""Options of which only the last one counts, whatever its spelling."""
+_SCALE = re.compile(r":-?[\d.]+$")
 
 _Given = tuple[str, tuple[str, ...]]
 """An option and its values."""
@@ -169,6 +170,19 @@ def _of_file(file: Mapping[str, object]) -> Iterator[_Given]:
             yield f"--{key}", said if said != ("",) else ()
 
 
+def _files(said: Sequence[_Given]) -> Iterator[NamedFile]:
+    """Yield the files that options name; of one that takes a single file the last word counts."""
+    last = {_SPELLINGS.get(option, option): number for number, (option, _) in enumerate(said)}
+    for number, (option, values) in enumerate(said):
+        is_old = option not in _REPEATED and last[_SPELLINGS.get(option, option)] != number
+        if option not in OPTIONS or is_old:
+            continue
+        for part in (part for value in values for part in listed(value)):
+            path = _SCALE.sub("", part) if option.endswith("-scaled") else part
+            if path:
+                yield NamedFile(path, OPTIONS[option], option)
+
+
 def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
     """Answer every question; the last word counts."""
 
@@ -208,9 +222,14 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         slots=None if any(is_asked(name) for name in names.one_slot) else count(*names.slots),
         queue=count(*names.queue),
         unloads_by=next((name for name in names.unload if is_asked(name)), ""),
-        files=parts(*names.files),
+        files=tuple(_files(said)),
         reply_tokens=count(*names.reply),
+        serves="rerank" if is_asked(*names.rerank) else "embeddings" if is_asked(*names.embeddings) else "",
         is_renamed=bool(is_asked(*names.rename)),
+        can_switch=any(is_asked(name) for name in names.switch),
+        switch_folder=value(*names.switch_folder),
+        switch_models=value(*names.switch_models),
+        ignores_missing=bool(is_asked(*names.missing)),
         api_keys=parts(*names.api_key),
         api_key_file=value(*names.api_key_file),
     )

@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from emberd.core.settings import Settings
     from emberd.host import ThisHost
     from emberd.host.instance import Instance
     from emberd.services.control import Verb
+    from emberd.services.door import Door
+    from emberd.services.page import Page
 
-NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool")
+NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool", "history", "metrics")
 """Verbs that an emberd without an engine refuses."""
 _OWN_FILES = 64
 """Open files besides connections: about 20 when idle."""
@@ -58,6 +60,7 @@ class Daemon:
         self._began_s = time.monotonic()
         self._control: ControlServer | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._page: Page | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -80,6 +83,8 @@ class Daemon:
             "pid": os.getpid(),
             "uptime_s": self.uptime_s,
             "endpoint": self.instance.url,
+            "endpoints": self.instance.urls,
+            "endpoint_lacks": self.instance.lacks,
             "model": model,
             "settings_file": str(self._settings_file),
         }
@@ -103,9 +108,30 @@ class Daemon:
         if self._control is not None:
             await self._control.keep()
 
-    async def serve(self, proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> None:
-        """Serve clients until the endpoint is stopped: see `make_app`."""
-        await self.endpoint.serve(make_app(proxy, state, is_warm), self.instance.listeners)
+    async def serve(
+        self,
+        proxy: ASGIApp,
+        state: Callable[[], str],
+        is_warm: Callable[[], bool],
+        login: ASGIApp,
+        door: Door,
+        verbs: Mapping[str, Verb],
+    ) -> None:
+        """Serve clients until the endpoint is stopped: see `make_app` and `Page`."""
+
+        async def page(scope: Scope, receive: Receive, send: Send) -> None:
+            if self._page is None:
+                from emberd.services.page import Page  # noqa: PLC0415  # most daemons are never looked at
+
+                self._page = Page(verbs, door, self.log)
+            await self._page(scope, receive, send)
+
+        await self.endpoint.serve(make_app(proxy, state, is_warm, login, page), self.instance.listeners)
+
+    def close_views(self) -> None:
+        """End the live views: the end of this process waits for nobody who only looks."""
+        if self._page is not None:
+            self._page.events.close()
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
         """Run this work in a task until it or this process ends."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from emberd.core.types import LaunchPlan, Notice
     from emberd.services.engine_output import EngineOutput
     from emberd.services.gate import Gate
-    from emberd.services.lock_meter import LockMeter
+    from emberd.services.switching import Switching
 
 _RELEASE_LIMIT_S = 10.0
 _RELEASE_POLL_S = 0.05
@@ -58,16 +58,17 @@ class EngineRun:
         paths: Paths,
         log: FilteringBoundLogger,
         gate: Gate,
-        meter: LockMeter,
         output: EngineOutput,
+        switching: Switching,
     ) -> None:
         self._settings = settings
         self._host = host
         self._paths = paths
         self._log = log
         self._gate = gate
-        self._meter = meter
+        self._meter = switching.meter
         self._output = output
+        self._switching = switching
         self._wired_before: int | None = None
         self._wired_loaded: int | None = None
         self._died_s: float | None = None
@@ -110,8 +111,14 @@ class EngineRun:
             return self._settings().engine.lock != "never", ()
         return decision.will_lock and not self._gate.must_not_lock, decision.reasons
 
-    def start(self, plan: LaunchPlan, *, will_lock: bool) -> None:
-        """Start the process and write its record, without a pause between."""
+    def start(self, plan: LaunchPlan, of_settings: LaunchPlan, *, will_lock: bool) -> None:
+        """Start the process and write its record, without a pause between.
+
+        Args:
+            plan: what is started.
+            of_settings: what the settings alone ask for: another plan only after a switch of the model.
+            will_lock: the engine is asked to lock.
+        """
         self._empty_scratch()
         for name, text in plan.files.items():
             if not has_text(Path(name), text):
@@ -132,14 +139,16 @@ class EngineRun:
             start_token=self._host.start_token(process.pid) or "",
             command_digest=None,
             command=plan.shown_arguments(),
-            plan_digest=plan_digest(plan),
+            plan_digest=plan_digest(of_settings),
             port=plan.port,
             engine=self._gate.engine.name,
             started_at=time.time(),
             will_lock=will_lock,
+            switch=self._gate.engine.switch,
         )
         self._take(process, record, is_adopted=False)
         self.starts += 1
+        self._gate.tally.starts += 1
         self._save_record()
         for notice in plan.notices:
             self._log.warning("engine_settings_notice", code=notice.code, message=notice.message)
@@ -159,6 +168,7 @@ class EngineRun:
     def _take(self, process: EngineProcess, record: records.EngineRecord, *, is_adopted: bool) -> None:
         self.process = process
         self._gate.change(record=record, pids=(process.pid,), is_adopted=is_adopted)
+        self._switching.begin(self._gate, loads=not is_adopted)
 
     def note_ready(self) -> None:
         """Record what only a loaded engine shows: a wrapper script has become the engine by now."""
@@ -170,6 +180,7 @@ class EngineRun:
             self._gate.now.record,
             command_digest=self._gate.now.record.command_digest if command is None else records.digest(command),
             is_mapped=self._meter.is_mapped,
+            switch=self._gate.now.serving.switch,
         )
         if found != self._gate.now.record:
             self._gate.change(record=found)
@@ -219,6 +230,7 @@ class EngineRun:
                 await tree.terminate(self._gate.engine.stop_signals, self._settings().lifecycle.stop_timeout_s)
             self._paths.record.unlink(missing_ok=True)
             return False
+        self._gate.engine.switch = record.switch
         await self._meter.adopt(self._gate.engine.model_path(), is_mapped=record.is_mapped)
         self._output.skip_to_end()
         self._output.make_room()
@@ -276,9 +288,24 @@ class EngineRun:
         listening = self._host.listeners(self.process.members()) if self.process else None
         return listening is None or port in listening
 
-    def judge_lock(self, *, is_asked: bool) -> None:
-        """Judge whether the lock holds, and log a change: a lock can be lost."""
+    def loads_again(self) -> None:
+        """The engine loads a model in place, or has done so already."""
+        self._switching.loads_again()
+
+    async def find_model(self, record: records.EngineRecord) -> None:
+        """Find out what the ready engine serves, and with which files."""
         try:
+            await self._switching.find(record, tuple(self.process.members()) if self.process else ())
+        except Exception:  # noqa: BLE001  # a reading that fails must not cost the engine
+            self._log.exception("model_not_found_out")
+
+    def judge_lock(self) -> None:
+        """Judge whether the lock holds, and log a change: a lock can be lost."""
+        record, switch = self._gate.now.record, self._gate.now.serving.switch
+        is_asked = record is not None and record.will_lock
+        try:
+            if switch is not None and switch.is_in_place:
+                is_asked = bool(self._gate.engine.wishes().locks)
             pids = tuple(self.process.members()) if self.process else ()
             self._gate.change(pids=pids)
             has_changed = self._meter.judge(pids, is_asked=is_asked)

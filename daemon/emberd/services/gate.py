@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import lifecycle
+from emberd.core.engine_files import is_model_mapped
 from emberd.core.errors import NotReady
 from emberd.core.lifecycle import Lifecycle, State
 from emberd.core.lock import LockState
 from emberd.core.reuse import CacheRoom
-from emberd.core.types import EngineSample, Readiness
+from emberd.core.tally import Tally
+from emberd.core.types import EngineSample, Readiness, Serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,13 +23,17 @@ if TYPE_CHECKING:
     from emberd.core.lifecycle import Event
     from emberd.core.ports import Engine
     from emberd.core.turn import PromptCounts
+    from emberd.core.types import Switch
     from emberd.engine.record import EngineRecord
     from emberd.services.engine_output import EngineOutput
     from emberd.services.lock_meter import LockMeter
 
 PROBE_TIMEOUT_S = 2.0
-_RETRY_AFTER_S = 5
+RETRY_AFTER_S = 5
 _RETRY_AT_REST_S = 60
+_COOL_LIMIT_S = 120.0
+"""Longer than a stop takes (`stop_timeout_s` is 20 s), shorter than `emberd cool` waits for its answer."""
+_COOL_REASON = "its memory is given to other work; the next request for text starts it"
 _LATE_EXIT_S = 0.5
 """An exit is noticed within milliseconds; the rest is for a machine that swaps."""
 SERVING = frozenset({State.READY, State.DRAINING})
@@ -42,6 +49,7 @@ class EngineNow:
         pids: that process and its descendants.
         is_adopted: it served before this emberd was there.
         room: what its KV cache holds.
+        serving: what it serves.
         has_begun: an event was handled; before that an engine may still be adopted, and nobody is refused.
         is_closing: emberd is shutting down.
     """
@@ -51,6 +59,7 @@ class EngineNow:
     pids: tuple[int, ...] = ()
     is_adopted: bool = False
     room: CacheRoom = field(default_factory=CacheRoom)
+    serving: Serving = field(default_factory=Serving)
     has_begun: bool = False
     is_closing: bool = False
 
@@ -74,20 +83,29 @@ class Gate:
         self._changed = asyncio.Event()
         self.must_not_lock = False
         """Whether the engine is no longer asked to lock, until emberd is restarted."""
+        self.tally = Tally()
+        """What has happened, for the history."""
         self.in_flight = 0
         """Requests on their way to the engine."""
         self.held = 0
         """Requests that wait until it is ready."""
         self.requests = 0
         """Requests sent so far."""
+        self.hear_switch: Callable[[Switch], None] = lambda _: None
+        """Called when a client has asked the engine to serve another model."""
         self.flowed_bytes = 0
         """Bytes of replies so far: a sign of life."""
+        self.woken_s: float | None = None
+        """When a cool engine was last needed again, on the monotonic clock; None for never."""
 
     # --- what the engine is ---------------------------------------------------------------------------------
 
     def change(self, **changes: Any) -> None:
         """Take over what has changed of the engine."""
+        was_cool = self.now.life.is_cool
         self.now = replace(self.now, **changes)
+        if was_cool and not self.now.life.is_cool:
+            self.woken_s = time.monotonic()
 
     def wake_waiters(self) -> None:
         """Wake everybody who waits: an event was handled, whether or not the state has changed."""
@@ -111,14 +129,24 @@ class Gate:
 
     @property
     def engine_key(self) -> str | None:
-        """Text that tells this engine's process from others, None while there is none."""
-        record = self.now.record
-        return f"{record.pid}:{record.start_token}" if record and self.state in lifecycle.HAS_PROCESS else None
+        """Text that tells this engine and its model from others, None while there is none.
+
+        An engine that loads another model in place keeps its process, and nothing else.
+        """
+        record, loads = self.now.record, self.now.serving.loads
+        if record is None or self.state not in lifecycle.HAS_PROCESS:
+            return None
+        return f"{record.pid}:{record.start_token}" + (f":{loads}" if loads else "")
 
     @property
     def is_adopted(self) -> bool:
-        """Whether the engine served before this emberd was there."""
-        return self.now.is_adopted
+        """Whether the engine served what it serves before this emberd was there."""
+        return self.now.is_adopted and not self.now.serving.loads
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the engine is ready, and somebody has unloaded its model."""
+        return self.state in SERVING and self.now.serving.is_empty
 
     @property
     def lock_state(self) -> LockState:
@@ -128,7 +156,7 @@ class Gate:
     @property
     def will_lock(self) -> bool:
         """Whether the engine was asked to lock: there is room, and the owner wants it."""
-        return self.now.record is not None and self.now.record.will_lock
+        return self.now.record is not None and self.now.record.will_lock and self.now.serving.may_lock
 
     @property
     def room(self) -> CacheRoom:
@@ -137,15 +165,18 @@ class Gate:
 
     def sample(self) -> EngineSample:
         """Return the engine at this moment, for measurements."""
+        serving = self.now.serving
+        is_found = serving.name is not None or serving.model is not None
         return EngineSample(
             key=self.engine_key,
             pids=self.now.pids if self.state in lifecycle.HAS_PROCESS else (),
             is_idle=self.state is State.READY and not self.in_flight,
             requests=self.requests,
-            model=self.engine.model_path(),
+            model=serving.model if is_found else self.engine.model_path(),
             weights_bytes=self._meter.weights_bytes,
-            is_mapped=self._meter.is_mapped,
+            is_mapped=is_model_mapped(serving.files) if self._meter.is_mapped is None else self._meter.is_mapped,
             keeps_state=self._meter.keeps_state,
+            files=serving.files if self.state in SERVING else (),
         )
 
     async def wait_for(self, *states: State) -> State:
@@ -160,11 +191,11 @@ class Gate:
 
     # --- requests -------------------------------------------------------------------------------------------
 
-    async def ensure_ready(self, timeout_s: float) -> int:
-        """Return the engine's port as soon as it is READY.
+    async def ensure_ready(self, timeout_s: float, *, wakes: bool = True) -> int:
+        """Return the engine's port as soon as it is READY; if the caller `wakes` it, start one that is cool.
 
         Raises:
-            NotReady: not within `timeout_s`, or never (stopped, failed, emberd is shutting down).
+            NotReady: not within `timeout_s`, or never (stopped, failed, cool, emberd is shutting down).
         """
         port = self.port
         if port is not None and not self.now.is_closing:
@@ -173,24 +204,27 @@ class Gate:
         try:
             async with asyncio.timeout(timeout_s):
                 while (port := self.port) is None:
-                    self._refuse_if_hopeless()
+                    self._refuse_if_hopeless(wakes=wakes)
+                    if wakes:
+                        self.wake()
                     await self._changed.wait()
                 return port
         except TimeoutError:
             raise NotReady(
-                self.state.value, f"the engine was not ready within {timeout_s:g} s", _RETRY_AFTER_S
+                self.state.value, f"the engine was not ready within {timeout_s:g} s", RETRY_AFTER_S
             ) from None
         finally:
             self.held -= 1
 
-    def _refuse_if_hopeless(self) -> None:
+    def _refuse_if_hopeless(self, *, wakes: bool) -> None:
         if self.now.is_closing:
-            raise NotReady(self.state.value, "emberd is shutting down", _RETRY_AFTER_S)
-        if self.state in lifecycle.AT_REST and self.now.has_begun:
+            raise NotReady(self.state.value, "emberd is shutting down", RETRY_AFTER_S)
+        will_start = wakes and self.state is State.COOL
+        if self.state in lifecycle.AT_REST and self.now.has_begun and not will_start:
             reason = self.now.life.reason.splitlines()[0] if self.now.life.reason else "the engine is stopped"
             cause = self.now.life.cause
             if cause is not None:
-                raise NotReady(self.state.value, f"{reason} ({cause.remedy})", _RETRY_AFTER_S)
+                raise NotReady(self.state.value, f"{reason} ({cause.remedy})", RETRY_AFTER_S)
             raise NotReady(self.state.value, reason, _RETRY_AT_REST_S)
 
     @contextlib.contextmanager
@@ -233,6 +267,12 @@ class Gate:
         if self.now.record and port == self.now.record.port:
             self._post(lifecycle.LostReadiness())
 
+    def note_switch(self, method: str, path: str, body: bytes) -> None:
+        """A request was answered: note it if it asks for another model."""
+        switch = self.engine.switch_in_request(method, path, body)
+        if switch is not None:
+            self.hear_switch(switch)
+
     def forget_counts(self) -> None:
         """Forget counts in the engine's log: a generation is about to be sent."""
         self._output.forget_counts()
@@ -240,6 +280,24 @@ class Gate:
     def counts_in_log(self) -> PromptCounts:
         """Return the counts in the engine's log of the generation that has just ended."""
         return self._output.counts()
+
+    async def cool(self) -> bool:
+        """Stop the idle engine to give its memory to other work; return True if that was done.
+
+        A request that has come meanwhile goes on, or makes the supervisor start the engine again.
+        """
+        self._post(lifecycle.Cool(_COOL_REASON))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_COOL_LIMIT_S):
+                while self.state is State.STOPPING or (self.state is State.READY and not self.in_flight):
+                    await self._changed.wait()
+        return self.state is State.COOL
+
+    def wake(self) -> bool:
+        """Have an engine started that was stopped to give its memory away; return True if it was."""
+        if self.now.life.is_cool:
+            self._post(lifecycle.Wake())
+        return self.now.life.is_cool
 
     def restart_without_lock(self) -> None:
         """Start the engine anew, without asking it to lock, until emberd itself is restarted."""

@@ -8,7 +8,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import warmth
-from emberd.core.status import PassStatus, ProgressStatus, WarmthStatus, from_plain, to_plain
+from emberd.core.lifecycle import State
+from emberd.core.lock import LockState
+from emberd.core.status import (
+    GivenBackStatus,
+    PassStatus,
+    ProgressStatus,
+    WarmthStatus,
+    from_plain,
+    to_plain,
+)
 from emberd.core.warmth import Decision, Found, Reason, Snapshot, Step, Trigger
 from emberd.core.warmth_cost import WarmthCost
 from emberd.services.pressure_watch import WATCH_INTERVAL_S
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from emberd.core.memory import Observation, Power
+    from emberd.core.memory import EngineMemory, Observation, Power
     from emberd.core.settings import WarmthSettings
     from emberd.services.gate import Gate
     from emberd.services.observer import Observer
@@ -81,9 +90,11 @@ class KeepWarm:
         self._schedule.wake(trigger)
 
     async def warm(self) -> dict[str, Any]:
-        """Warm everything now; return what was done and why."""
+        """Warm everything now, a cool engine as soon as it is READY again; return what was done and why."""
         self._pauses.end()
         self._schedule.ask()
+        if self._gate.wake():
+            return {"ok": True, "reason": Reason.ASKED.value, "steps": [Step.START.value], "seconds": 0.0}
         before, replays = self._last, self._warming.replays
         replays.take_refusal()
         await self._look()
@@ -98,19 +109,23 @@ class KeepWarm:
 
     def resume(self) -> dict[str, Any]:
         """End a pause or a cool spell."""
-        was_paused = self._pauses.end()
+        was_paused = self._pauses.end() | self._gate.wake()
         self.wake(Trigger.ASKED)
         return {"ok": True, "was_paused": was_paused}
 
     async def cool(self, seconds: float) -> dict[str, Any]:
-        """Let go of the model's memory for a while, or until the next request."""
+        """Let go of the model's memory for a while, or until the next request; return what was given back."""
         self._pauses.cool(seconds)
+        self._gate.tally.lettings_go += 1
         await self._look()
-        return {"ok": True, "seconds": seconds}
-
-    async def close(self) -> None:
-        """Save the cost that is not on disk yet."""
-        await self._warming.spending.save()
+        given = self._pauses.given_back
+        is_locked = self._gate.lock_state is LockState.HELD and self._gate.port is not None
+        return {
+            "ok": True,
+            "seconds": seconds,
+            "is_put_off": is_locked,
+            "given_back": None if given is None else to_plain(given),
+        }
 
     async def status(self) -> WarmthStatus:
         """Return mode, last and next pass, the forecast, and what it has cost."""
@@ -120,12 +135,14 @@ class KeepWarm:
         cost, cost_today = await warming.spending.status()
         now_s = time.monotonic()
         passed_s = self._use.last_pass_s
+        self._note_use()
         return replace(
             self._watch.status(),
             mode=self._settings().mode,
             is_locked_outside=warming.weights.is_locked_outside,
             paused_for_s=left_s(now_s, self._pauses.paused_until_s),
-            cool_for_s=left_s(now_s, self._pauses.cool_until_s),
+            cool_for_s=left_s(now_s, self._cool_end_s()),
+            given_back=self._pauses.given_back,
             interval_s=round(self._interval_s, 3),
             over_budget_for_s=round(warming.spending.wait_s, 3),
             next_look_in_s=self._schedule.next_in_s,
@@ -138,6 +155,11 @@ class KeepWarm:
             cost=cost,
             cost_today=cost_today,
         )
+
+    @property
+    def is_locked_outside(self) -> bool:
+        """Whether emberd holds a lock on all of the engine's mapped files."""
+        return self._warming.weights.is_locked_outside
 
     @property
     def progress(self) -> dict[str, int]:
@@ -175,7 +197,7 @@ class KeepWarm:
 
     async def _snapshot(self) -> Snapshot:
         """Return the present, and what made emberd look."""
-        self._pauses.note_use(self._turns.ended_s)
+        self._note_use()
         power, settings = await self._watch.power(), self._settings()
         seen = self._consider(self._observer.look(), power)
         if settings.replay and warmth.may_warm(seen, settings):  # letting go waits for no answer
@@ -183,12 +205,19 @@ class KeepWarm:
             seen = self._consider(self._observer.look(), power)
         return replace(seen, trigger=self._schedule.take_trigger())
 
+    def _note_use(self) -> None:
+        self._pauses.note_use(self._use.arrived_s, self._gate.woken_s)
+
+    def _cool_end_s(self) -> float | None:
+        return self._pauses.cool_end_s(self._settings(), self._turns.used_s, self._gate.woken_s)
+
     def _consider(self, seen: Observation, power: Power, found: Found | None = None) -> Snapshot:
         """Return the snapshot to decide on; nothing is awaited here, so that all of it is of one moment."""
         settings, weights, replays = self._settings(), self._warming.weights, self._warming.replays
         return Snapshot(
             now_s=time.monotonic(),
-            is_ready=self._gate.port is not None,
+            is_ready=self._gate.port is not None and not self._gate.is_empty,
+            is_stopped=self._gate.state is State.COOL,
             requests=self._use.requests,
             lock=self._gate.lock_state,
             is_locked_outside=weights.is_locked_outside,
@@ -199,9 +228,9 @@ class KeepWarm:
             last_critical_s=self._watch.last_critical_s,
             power=power,
             paused_until_s=self._pauses.paused_until_s,
-            cool_until_s=self._pauses.cool_end_s(settings, self._turns.ended_s),
+            cool_until_s=self._cool_end_s(),
             hold=self._watch.guard.hold,
-            last_use_s=self._turns.ended_s,
+            last_use_s=self._turns.used_s,
             last_pass_s=self._use.last_pass_s,
             interval_s=self._interval_s,
             loss_wait_s=self._loss_wait_s,
@@ -219,14 +248,12 @@ class KeepWarm:
     # --- between two looks ----------------------------------------------------------------------------------
 
     async def _after_reading(self) -> None:
-        """Touch while a storm lasts, learn from the last reply, save the cost now and then."""
-        spending = self._warming.spending
+        """Touch while a storm lasts, learn from the last reply."""
         if self._watch.is_storming:
-            spending.excuse()
+            self._warming.spending.excuse()
             if (await self._decide_on_touching()).begins_touching:
                 self._touching.begin()
         await self._warming.forecaster.learn(may_look=self._use.is_idle)
-        await spending.save(is_due=False)
 
     async def _decide_on_touching(self) -> Decision:
         return self._decide(self._consider(self._watch.latest(), await self._watch.power()))
@@ -252,9 +279,12 @@ class KeepWarm:
         warming, losses = self._warming, self._watch.losses
         began_s, cpu_s = time.monotonic(), warming.cpu_s()
         warming.replays.has_primed = False
-        is_warming = not {Step.UNLOCK, Step.RESTART} & set(decision.steps)
+        is_warming = not {Step.UNLOCK, Step.STOP, Step.START, Step.RESTART} & set(decision.steps)
+        before, outside_bytes = self._observer.recent().memory, warming.weights.locked_bytes
         done, found = await self._do(decision, seen.taken, is_warming=is_warming)
         now = self._observer.look()
+        if decision.reason is Reason.COOL and done:
+            self._note_given_back(before, now.memory, outside_bytes, time.monotonic() - began_s)
         is_for_loss = seen.trigger is Trigger.EVICTING and not self._touching.is_on
         found = replace(found, major_faults=losses.major_faults(now), was_for_loss=is_for_loss)
         is_complete = len(done) == len(decision.steps)
@@ -264,23 +294,26 @@ class KeepWarm:
             self._use.last_pass_s = time.monotonic()
             if is_complete:
                 losses.note_pass(now, is_thorough=decision.is_thorough)
-        used_s = warming.cpu_s() - cpu_s
+        used_s = max(warming.cpu_s() - cpu_s, 0.0)  # an engine that was stopped has none
         was_missing = (
             found.has_lost or seen.is_storming or warming.replays.has_primed or seen.trigger is Trigger.RESTARTED
         )
         if was_missing:
             warming.spending.excuse()
-        cost = WarmthCost(passes=1, cpu_ms=max(round(used_s * 1000), 0))
+        cost = WarmthCost(passes=1, cpu_ms=round(used_s * 1000))
         warming.spending.add(cost, counts=not was_missing)
         await warming.forecaster.look()
         after = self._decide(self._consider(now, seen.power, found if is_pass else None))
         if after.begins_touching and Step.TOUCH.value in done:
             self._touching.begin()
+        seconds = time.monotonic() - began_s
+        self._gate.tally.pass_ms += round(seconds * 1000)
+        self._gate.tally.pass_reasons.add(decision.reason.value)
         self._last = {
             "reason": decision.reason.value,
             "steps": done,
             "is_complete": is_complete,
-            "seconds": round(time.monotonic() - began_s, 4),
+            "seconds": round(seconds, 4),
             "had_lost": found.has_lost,
             "cold_share": found.cold_share,
             "swapped_bytes": found.swapped_bytes,
@@ -288,6 +321,21 @@ class KeepWarm:
         }
         self._log.info("keepwarm", cache=seen.cache.value, next_s=round(self._interval_s, 1), **self._last)
         return after
+
+    def _note_given_back(
+        self, before: EngineMemory, after: EngineMemory, outside_bytes: int, seconds: float
+    ) -> None:
+        has_stopped = self._gate.state is State.COOL
+        now_outside_bytes = self._warming.weights.locked_bytes
+        given = self._pauses.given_back = GivenBackStatus(
+            seconds=round(seconds, 3),
+            engine_stopped=has_stopped,
+            resident_before_bytes=before.resident_bytes,
+            resident_after_bytes=0 if has_stopped else after.resident_bytes,
+            locked_before_bytes=(before.locked_bytes or 0) + outside_bytes,
+            locked_after_bytes=now_outside_bytes + (0 if has_stopped else after.locked_bytes or 0),
+        )
+        self._log.info("cooled", **to_plain(given))
 
     async def _do(self, decision: Decision, found: Found, *, is_warming: bool) -> tuple[list[str], Found]:
         """Carry out the steps until one fails; return the names of those that were done, and what they found."""

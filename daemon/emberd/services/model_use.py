@@ -38,6 +38,11 @@ class ModelUse:
         """Users' requests that run or wait; those that run count as one."""
         return (0 if self._gate.sample().is_idle else 1) + self._places.waiting
 
+    @property
+    def arrived_s(self) -> float | None:
+        """When the last request for the model came, on the monotonic clock; None for never."""
+        return self._places.arrived_s
+
     def interruption(self) -> asyncio.Task[None]:
         """Wait until a user comes or the thrash guard lets go."""
         return asyncio.create_task(_first_of(self._places.next_arrival, self.letting_go))

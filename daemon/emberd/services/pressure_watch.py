@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from emberd.core import thrash, warmth
+from emberd.core.lifecycle import State
 from emberd.core.lock import LockState
 from emberd.core.memory import STORM_LASTS_S, PowerSource, Pressure, is_sign_of_storm, is_swapping
 from emberd.core.status import ReliefStatus, WarmthStatus
@@ -139,7 +140,8 @@ class PressureWatch:
             self._notice_engine()
 
     def _is_calm(self) -> bool:
-        is_at_rest = self._gate.port is not None and not self._weights.is_kept_touched
+        has_come_to_rest = self._gate.port is not None or self._gate.state is State.COOL
+        is_at_rest = has_come_to_rest and not self._weights.is_kept_touched
         return is_at_rest and time.monotonic() - self._calm_since_s > _CALM_AFTER_S
 
     async def _read_after(self, pause: Awaitable[None], after_reading: Callable[[], Awaitable[None]]) -> None:
@@ -225,6 +227,7 @@ class PressureWatch:
                 bytes_per_s_after=now.rate_after and round(now.rate_after),
             )
         if now.hold is not was.hold:
+            self._gate.tally.lettings_go += now.hold is not thrash.HoldLevel.ALL
             self.wake(Trigger.RELIEVED if now.hold is thrash.HoldLevel.ALL else Trigger.TIMER)
 
     def _has_let_go(self) -> bool:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from emberd.core.settings import WarmthSettings
+    from emberd.core.status import GivenBackStatus
 
 _LOOK = "look"
 _STAYS_S = 900.0
@@ -103,6 +104,8 @@ class Pauses:
         self.cool_until_s: float | None = None
         """Memory is given to other work until then, or until a user comes."""
         self._cool_since_s = 0.0
+        self.given_back: GivenBackStatus | None = None
+        """What the last cool spell gave back, None if it had no lock to let go of."""
 
     def pause(self, seconds: float) -> None:
         """Begin a pause."""
@@ -110,6 +113,7 @@ class Pauses:
 
     def cool(self, seconds: float) -> None:
         """Begin a cool spell."""
+        self.given_back = None
         self._cool_since_s = time.monotonic()
         self.cool_until_s = self._cool_since_s + seconds
 
@@ -119,19 +123,19 @@ class Pauses:
         self.paused_until_s = self.cool_until_s = None
         return had_one
 
-    def note_use(self, used_s: float | None) -> None:
-        """End a cool spell that is over, or in which a user came; the settings' hours count again."""
-        is_used = (used_s or 0.0) > self._cool_since_s
+    def note_use(self, *used_s: float | None) -> None:
+        """End a cool spell that is over, or in which somebody came; the settings' hours count again."""
+        is_used = any((each or 0.0) > self._cool_since_s for each in used_s)
         if self.cool_until_s is not None and (is_used or time.monotonic() >= self.cool_until_s):
             self.cool_until_s = None
 
-    def cool_end_s(self, settings: WarmthSettings, used_s: float | None) -> float | None:
+    def cool_end_s(self, settings: WarmthSettings, *used_s: float | None) -> float | None:
         """Return when the cool spell or the cool hours end, None if there are none now."""
         if self.cool_until_s is not None:
             return self.cool_until_s
         hours_left_s = left_of(settings.cool_hours, datetime.now().astimezone())
         now_s = time.monotonic()
-        if hours_left_s is None or (used_s is not None and now_s - used_s < _STAYS_S):
+        if hours_left_s is None or any(each is not None and now_s - each < _STAYS_S for each in used_s):
             return None
         return now_s + hours_left_s
 

@@ -55,6 +55,11 @@ class Warming:
         if step is Step.RESTART:
             self.gate.restart_without_lock()
             return {}
+        if step is Step.START:
+            self.gate.wake()
+            return {}
+        if step is Step.STOP:
+            return {} if await self.gate.cool() else None
         work: dict[Step, Callable[[], Awaitable[dict[str, Any] | None]]] = {
             Step.LOCK: self.weights.lock,
             Step.TOUCH: self.weights.touch,
