@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import questions
-from emberd.core.errors import ConfigError
+from emberd.core.errors import ConfigError, StateUnusable
 from emberd.core.generation import Dialect, continued
 from emberd.core.replay import fits
 from emberd.core.reuse import CacheRoom
@@ -202,7 +202,8 @@ class KoboldCpp:
         engine = self._settings.engine
         program, command = self._command()
         environment = self._environment()
-        make_private_folder(self._scratch)
+        with contextlib.suppress(StateUnusable):  # a full disk: it is rarely needed
+            make_private_folder(self._scratch)
         said = await self._asker.ask(command, ("--help",), program, environment)
         check_ran(program, said)
         build = read_help(said.out)
