@@ -113,6 +113,7 @@ class DaemonHealth:
     heartbeat_problem: str = ""  # why Metal will not hold the idle model
     heartbeat_remedy: str = ""
     swapped_bytes: int | None = None  # of the engine, in swap or compressed
+    kv_cache_bytes: int | None = None  # of the engine that runs
     lock: LockState | None = None
     lock_message: str = ""  # the limit in the way
     lock_remedy: str = ""

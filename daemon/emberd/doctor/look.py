@@ -49,6 +49,7 @@ def read_status(status: Mapping[str, Any] | None) -> DaemonHealth:
         heartbeat_problem=heartbeat.get("message") or "",
         heartbeat_remedy=heartbeat.get("remedy") or "",
         swapped_bytes=memory.get("swapped_bytes"),
+        kv_cache_bytes=(status.get("context") or {}).get("kv_cache_bytes"),
         lock=LockState(lock["state"]) if lock else None,
         lock_message=lock.get("message") or "",
         lock_remedy=lock.get("remedy") or "",

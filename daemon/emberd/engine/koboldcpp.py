@@ -8,11 +8,13 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.errors import ConfigError
+from emberd.core.errors import ConfigError, EmberdError
 from emberd.core.generation import Dialect
+from emberd.core.gguf import F16_BYTES
 from emberd.core.replay import fits
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import UNTOLD, PromptCounts, prompt_text
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from emberd.core.types import LoadProgress
     from emberd.core.wishes import OwnerWishes
     from emberd.engine.http import Answer, EngineHttp
+    from emberd.engine.koboldcpp_help import Build
     from emberd.engine.program import Asker
 
 USUAL_NAMES = ("koboldcpp", "koboldcpp-mac-arm64", "koboldcpp-linux-x64", "koboldcpp-linux-x64-nocuda")
@@ -105,6 +108,7 @@ class KoboldCpp:
         self._asker = asker
         self._scratch = scratch
         self._kcpps_target = kcpps_target
+        self._build: Build | None = None
         self.password = ""
         self.most_at_work = 1
         """It works on one unless told. Six more may wait in its queue, further ones get 503 (1.104)."""
@@ -137,7 +141,19 @@ class KoboldCpp:
         file: Mapping[str, object] = {}
         with contextlib.suppress(ConfigError):
             file = self._read_kcpps() or {}
-        return of_koboldcpp(self._settings.engine.extra_args, file)
+        return _as_built(of_koboldcpp(self._settings.engine.extra_args, file), self._build)
+
+    async def ask_build(self) -> None:
+        """Ask the program for its options and defaults, which `wishes` then tells; never raises."""
+        with contextlib.suppress(EmberdError, OSError):
+            await self._ask_build(*self._command())
+
+    async def _ask_build(self, program: Path, command: tuple[str, ...]) -> Build:
+        make_private_folder(self._scratch)
+        said = await self._asker.ask(command, ("--help",), program, self._environment())
+        check_ran(program, said)
+        self._build = read_help(said.out)
+        return self._build
 
     async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
         """Compose the command line from this build's options.
@@ -150,10 +166,7 @@ class KoboldCpp:
         engine = self._settings.engine
         program, command = self._command()
         environment = self._environment()
-        make_private_folder(self._scratch)
-        said = await self._asker.ask(command, ("--help",), program, environment)
-        check_ran(program, said)
-        build = read_help(said.out)
+        build = await self._ask_build(program, command)
         model = str(check_model(self._settings.model.path)) if self._settings.model.path else None
         line = compose(
             build,
@@ -343,6 +356,26 @@ class KoboldCpp:
                 f"engine.kcpps {path} is not a JSON object", "Save it again from KoboldCPP's launcher."
             )
         return content
+
+
+def _as_built(wishes: OwnerWishes, build: Build | None) -> OwnerWishes:
+    """Fill in what this build does unless told.
+
+    Sliding windows and flash attention are on where they can be switched off (1.115). Without flash attention only
+    keys are quantised (1.104, 1.115, load_model in koboldcpp.py).
+    """
+    if build is None:
+        return wishes
+    has_flash = build.offers("noflashattention")
+    if wishes.has_flash_attention is not None:
+        has_flash = wishes.has_flash_attention
+    return replace(
+        wishes,
+        default_context_tokens=build.context_tokens,
+        has_flash_attention=has_flash,
+        value_bytes=wishes.value_bytes if has_flash else max(wishes.value_bytes, F16_BYTES),
+        has_windows=build.offers("noswa") if wishes.has_windows is None else wishes.has_windows,
+    )
 
 
 _CONTEXT = re.compile(r"(?:^|\] )CtxLimit:(?P<held>\d+)/\d+, ")

@@ -1,7 +1,6 @@
 """What emberd does about single options of KoboldCPP: one table for command line and file.
 
-The effects were read in, and mostly tested with, KoboldCPP 1.76 and 1.104; options of later releases
-(`adminunloadtimeout`, `autoswapmode`) are known from their documentation.
+The effects were read in, and mostly tested with, KoboldCPP 1.76, 1.104 and 1.115.1.
 """
 
 from __future__ import annotations
@@ -108,6 +107,13 @@ _PORT = Rule(
 _MODEL = Rule(Act.REFUSE, Act.DROP, "emberd names the model.", remedy="Set model.path instead.")
 _IDLE = Rule(Act.WARN, Act.WARN, "KoboldCPP will unload the model that emberd keeps warm.", "idle_unloading")
 
+_SWITCH = Rule(
+    Act.WARN,
+    Act.WARN,
+    "With it a client can have KoboldCPP load another model, by a name in its request.",
+    "model_switching",
+)
+
 RULES: Mapping[str, Rule] = {
     # What emberd decides.
     "config": Rule(Act.REFUSE, Act.DROP, "emberd merges the file itself.", remedy=f"Set {FILE} instead."),
@@ -162,6 +168,13 @@ RULES: Mapping[str, Rule] = {
     # What undoes emberd's work, or surprises.
     "adminunloadtimeout": _IDLE,
     "autoswapmode": _IDLE,
+    "routermode": _SWITCH,
+    "baseconfig": Rule(
+        Act.REFUSE,
+        Act.REPLACE,
+        "It is a second settings file, which emberd does not read.",
+        remedy=f"Put its content into the file of {FILE}.",
+    ),
     "launch": Rule(
         Act.WARN,
         Act.REPLACE,
