@@ -67,6 +67,8 @@ _OWNED_VARIABLES = {
 _MODES_WITHOUT_SERVER = frozenset({"-h", "--help", "--usage", "--version", "--completion-bash", "--list-devices"})
 _VERBOSE = frozenset({"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"})
 _HELP_COLUMN = 40
+_USUAL_SLOTS = 4
+"""Unless told (tools/server/server.cpp, since 2025)."""
 _OWN_THREADS = 8
 """HTTP threads beyond those that wait for a reply. By default the server has four more than slots (llama.cpp,
 tools/server, `n_threads_http`), and requests that wait for a slot would leave none for /health."""
@@ -315,6 +317,7 @@ class ExternalServer(LlamaServer):
             wishes,
             least_context_tokens=wishes.least_context_tokens if "--fit" in self._offered else None,
             has_windows="--swa-full" in self._offered if wishes.has_windows is None else wishes.has_windows,
+            slots=wishes.slots or _USUAL_SLOTS,
             prompt_cache_mib=self._bound() if wishes.prompt_cache_mib is None else wishes.prompt_cache_mib,
         )
 

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from emberd.host.model_file import ModelInfo
 
 
-_USUAL_SLOTS = 4
-"""llama-server's, unless told (tools/server/server.cpp, since 2025)."""
 _FIT_MARGIN_BYTES = 1 << 30
 
 
@@ -184,7 +182,7 @@ def kv_bytes_of(info: ModelInfo, wishes: OwnerWishes, tokens: int) -> int | None
         tokens,
         key_bytes=wishes.key_bytes,
         value_bytes=wishes.value_bytes,
-        window_slots=(wishes.slots or _USUAL_SLOTS) if wishes.has_windows else None,
+        window_slots=(wishes.slots or 1) if wishes.has_windows else None,
     ).size_bytes
 
 
