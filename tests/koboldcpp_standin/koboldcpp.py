@@ -159,7 +159,7 @@ def load_weights(model: weights.ModelFile, options: argparse.Namespace, switches
     if switches.is_old:
         log(f"llm_load_tensors:        CPU buffer size = {model.size / 2**20:8.2f} MiB")
     else:
-        mapped = str(bool(is_mapped)).lower()
+        mapped = str(bool(is_mapped)).lower() + (", direct_io = false" if switches.is_batching else "")
         log(f"load_tensors: loading model tensors, this can take a while... (mmap = {mapped})")
         log(f"load_tensors:          CPU model buffer size = {model.size / 2**20:8.2f} MiB")
     loaded = weights.Weights(model, options.contextsize, is_mapped=is_mapped)
