@@ -26,6 +26,9 @@ _HELP = """usage: llama-server [options]
 -lm,   --load-mode MODE                 how to load
 --threads-http N                        HTTP threads
 --slots                                 tell of the slots
+--no-prefill-assistant                  an assistant's last message is a whole one
+--chat-template TEMPLATE                Jinja
+--embeddings                            only embeddings
 --api-prefix PREFIX                     path
 --api-key KEY                           keys, separated by commas
 --api-key-file FNAME                    keys, one a line
@@ -66,6 +69,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--load-mode", "-lm", choices=sorted(_MODES), default="mmap")
     parser.add_argument("--threads-http", type=int, default=-1)
     parser.add_argument("--slots", action="store_true")
+    parser.add_argument("--no-prefill-assistant", action="store_true")
+    parser.add_argument("--chat-template", default="")
+    parser.add_argument("--embeddings", action="store_true")
     parser.add_argument("--api-key", default=os.environ.get("LLAMA_API_KEY", ""))
     parser.add_argument("--api-key-file", type=Path, default=os.environ.get("LLAMA_ARG_API_KEY_FILE"))
     parser.add_argument("--host", default="127.0.0.1")
@@ -85,6 +91,9 @@ def main(arguments: list[str]) -> int:
     keys = [*options.api_key.split(","), *(line for line in lines if not line.startswith("#"))]
     parameters.api_keys = [key for key in keys if key]
     parameters.load_mode = getattr(xllamacpp.llama_load_mode, f"LLAMA_LOAD_MODE_{_MODES[options.load_mode]}")
+    parameters.prefill_assistant = not options.no_prefill_assistant
+    parameters.chat_template = options.chat_template
+    parameters.embedding = options.embeddings
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     server = xllamacpp.Server(parameters)
     sys.stdout.write(f"listening on {server.listening_address}\n")

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 HOLDER = """
 import ctypes, mmap, sys
 kind, size = sys.argv[1], int(sys.argv[2])
-if kind == "file":
+if kind in {"file", "locked file"}:
     with open(sys.argv[3], "rb") as file:
         area = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
 else:
     area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 for offset in range(0, size, mmap.PAGESIZE):
-    if kind == "file":
+    if kind in {"file", "locked file"}:
         area[offset]
     else:
         area[offset] = 1
@@ -30,6 +30,14 @@ if kind == "locked":
     address = ctypes.addressof(ctypes.c_char.from_buffer(area))
     failed = ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(size))
     if failed:
+        print("refused", flush=True)
+        sys.exit()
+if kind == "locked file":
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    with open(sys.argv[3], "rb") as file:
+        address = libc.mmap(None, ctypes.c_size_t(size), 1, 1, file.fileno(), ctypes.c_long(0))
+    if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size // 2)):
         print("refused", flush=True)
         sys.exit()
 print("ready", flush=True)

@@ -130,6 +130,7 @@ def write_gguf(
     target_bytes: int | None = None,
     experts: int = 0,
     architecture: str = "llama",
+    kind: str = "model",
     seed: int = 0,
 ) -> GgufSummary:
     """Write a model that really loads and generates nonsense.
@@ -146,6 +147,7 @@ def write_gguf(
             `target_bytes`.
         architecture: name that the loader must know; with "mamba" the blocks keep a state in place of a KV cache
             (not with `target_bytes`).
+        kind: its general.type.
         seed: another seed gives other weights of the same size.
 
     Raises:
@@ -158,7 +160,7 @@ def write_gguf(
     shape = _Shape(layers, embedding, feed_forward or 4 * embedding, vocabulary, experts, has_state)
     if target_bytes is not None:
         shape = _grown(shape, target_bytes)
-    header = _header(shape, words, context_length, architecture)
+    header = _header(shape, words, context_length, architecture, kind)
     with path.open("wb") as file:
         file.write(header)
         _write_weights(file, shape, words, seed)
@@ -265,10 +267,13 @@ def _layer_bytes(embedding: int, feed_forward: int) -> int:
     return (matrices + 2 * embedding) * FLOAT_BYTES
 
 
-def _header(shape: _Shape, words: list[tuple[str, float, int]], context_length: int, architecture: str) -> bytes:
+def _header(
+    shape: _Shape, words: list[tuple[str, float, int]], context_length: int, architecture: str, kind: str
+) -> bytes:
     """Return everything before the weights, padded to the alignment."""
     metadata = [
         _entry("general.architecture", _STRING, _text(architecture)),
+        _entry("general.type", _STRING, _text(kind)),
         _entry("general.name", _STRING, _text("synthetic noise")),
         _number("general.alignment", ALIGNMENT_BYTES),
         _number("general.file_type", 0),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emberd import __version__
 from emberd.core import lifecycle
+from emberd.core.access import ONE_FAMILY_REMEDY
 from emberd.core.errors import EmberdError, EngineFailed
 from emberd.core.lifecycle import State
 from emberd.core.managed import find_manager
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from emberd.services.build import Services, SettingsInForce
     from emberd.services.control import Verb
     from emberd.services.daemon import Daemon
+    from emberd.services.residency_map import ResidencyMap
 
 _LAST_ANSWERS_S = 2.0
 """After the engine is gone, only refusals are still on their way out."""
@@ -168,6 +170,7 @@ class _Serving:
         self._tell_ready = tell_ready
         self._supervisor = services.supervisor
         self._log = daemon.log
+        self._map: ResidencyMap | None = None
 
     async def run(self) -> Why:
         """Serve until there is a reason to end, and shut down.
@@ -179,9 +182,15 @@ class _Serving:
 
         daemon, services = self._daemon, self._services
         daemon.take_signals(lambda: daemon.spawn(self._reload_and_report()), self._supervisor.hurry)
-        await daemon.open_control(self._paths.control, self._verbs())
+        verbs = self._verbs()
+        await daemon.open_control(self._paths.control, verbs)
         serve = daemon.serve(
-            services.proxy, lambda: self._supervisor.state.value, lambda: services.keepwarm.is_warm
+            services.proxy,
+            lambda: self._supervisor.state.value,
+            lambda: services.keepwarm.is_warm,
+            services.proxy.login,
+            services.proxy.door,
+            verbs,
         )
         owner = daemon.spawn(self._supervisor.run(), "supervisor")
         serving = daemon.spawn(serve, "endpoint")
@@ -196,6 +205,8 @@ class _Serving:
             state_directory=str(self._paths.directory),
             log=logs.places(),
         )
+        if daemon.instance.lacks:
+            self._log.warning("endpoint_incomplete", reason=daemon.instance.lacks, remedy=ONE_FAMILY_REMEDY)
         try:
             failed = await self._wait_for_end(owner, serving)
             if failed is None and daemon.ending.result() is Why.ASKED:
@@ -205,6 +216,8 @@ class _Serving:
         finally:
             await daemon.end_tasks()
             await services.close()
+            if self._map is not None:
+                await self._map.close()
         if failed is not None:
             if isinstance(failed, EmberdError):
                 self._log.error("emberd_failed", error=failed.message, remedy=failed.remedy)
@@ -260,9 +273,10 @@ class _Serving:
             await gate.wait_for(State.READY)
             self._tell_ready()
 
-        yield self._services.swap.run()
+        yield self._services.recorder.run()
         yield self._services.keepwarm.run()
         yield self._services.sleep.run()
+        yield self._services.recall.run()
         yield tell_accepting()
         yield tell_of_use()
         yield notifier.follow(self._line, gate.wait_for_change)
@@ -302,6 +316,7 @@ class _Serving:
             "pause": keepwarm.pause,
             "resume": keepwarm.resume,
             "cool": keepwarm.cool,
+            "layers": self._layers,
         }
 
     async def _status(self) -> dict[str, Any]:
@@ -320,15 +335,27 @@ class _Serving:
             **self._daemon.status(settings.model.path),
             requests_waiting=places.waiting,
             longest_wait_s=round(places.longest_wait_s, 3),
+            requests=services.proxy.requests(),
             seconds_since_knock=services.knocks.seconds_since,
             remembers_turn=services.turns.last is not None,
             memory=await services.observer.status(),
             prevents_sleep=services.sleep.is_held,
             residency=await services.residency.status(),
+            files=await services.residency.files(
+                await asyncio.to_thread(self._supervisor.files),
+                is_locked_outside=services.keepwarm.is_locked_outside,
+            ),
             warmth=await services.keepwarm.status(),
             swap=await services.swap.status(settings.machine.ssd_endurance_tb),
             log=tuple(logs.places()),
         )
+
+    async def _layers(self) -> dict[str, Any]:
+        if self._map is None:
+            from emberd.services.residency_map import ResidencyMap  # noqa: PLC0415  # for who looks at the page
+
+            self._map = ResidencyMap(self._daemon.host.paging, self._supervisor.gate.sample)
+        return await self._map.look()
 
     async def _doctor(self) -> dict[str, Any]:
         from emberd.doctor.examine import examine  # noqa: PLC0415  # asked for once in a while

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from emberd.cli.ask import _print_warmed
-from emberd.cli.talk import duration
+from emberd.core.words import duration
 
 MAIN = "from emberd.cli.main import main; main()"
 LIMIT_S = 90

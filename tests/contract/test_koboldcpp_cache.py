@@ -1,20 +1,28 @@
 from __future__ import annotations
 
+import json
 import re
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from contract.targets import LONG_PROMPT
-from emberd.engine.koboldcpp import read_counts
+from emberd.core.generation import recognise
+from emberd.core.replay import make_replays
+from emberd.core.turn import UNTOLD, messages_of
+from emberd.engine.http import EngineHttp
+from emberd.engine.koboldcpp import KoboldCpp, read_counts
+from emberd.services.turns import Ended
 from engine_process import wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from contract.targets import Server, Target
-    from emberd.core.turn import PromptCounts
+    from emberd.core.turn import PromptCounts, Turn
+
+ADAPTER: Any = KoboldCpp(None, None, EngineHttp(), None, None, None)  # type: ignore[arg-type]  # only its words
 
 
 def timed_s(server: Server, prompt: str, length: int = 1) -> float:
@@ -97,6 +105,69 @@ def test_the_perf_counter_tells_tokens_of_the_whole_prompt(server: Server) -> No
     assert server.processed_tokens() <= 3
     if not server.target.is_old:
         assert server.perf()["last_input_count"] > 1000
+
+
+TOOL = {
+    "name": "read_file",
+    "description": "Read a file of the project",
+    "parameters": {"type": "object", "properties": {"path": {"type": "string"}}},
+}
+TALK = {"messages": [{"role": "user", "content": LONG_PROMPT}], "max_tokens": 30}
+TOOLS = {"tools": [{"type": "function", "function": TOOL}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", TALK),
+        ("/v1/chat/completions", TALK | TOOLS),
+        ("/api/chat", TALK | {"stream": False}),
+        ("/api/chat", TALK | TOOLS | {"stream": False}),
+        ("/api/generate", {"prompt": LONG_PROMPT, "options": {"num_predict": 30}, "stream": False}),
+        ("/v1/messages", TALK | {"system": "ba ke"}),
+        ("/v1/messages", TALK | {"tools": [{**TOOL, "input_schema": TOOL["parameters"]}]}),
+        ("/v1/responses", {"input": LONG_PROMPT, "max_output_tokens": 30}),
+    ],
+)
+def test_the_replay_of_a_talk_costs_one_token_and_leaves_only_the_new_words_to_process(
+    server: Server, path: str, body: dict[str, Any]
+) -> None:
+    if server.target.is_old and path.startswith("/api"):
+        pytest.skip("not in this version")
+    if path in {"/v1/messages", "/v1/responses"} and (server.target.version < (1, 113) or server.target.is_standin):
+        pytest.skip("not in this version")
+    server.generate("xu", 1)
+    asked = recognise("POST", path, json.dumps(body).encode())
+    assert asked is not None
+    answer = server.client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    turn = Ended(asked, None, answer.content, ADAPTER, UNTOLD).turn()
+    assert turn is not None
+    (replay,) = make_replays(turn, "koboldcpp")
+    for _ in range(2):
+        assert server.client.post(replay.path, json=replay.body).status_code == 200
+    wait_until(server.is_idle)
+    assert server.processed_tokens() <= 3
+    before = len(processed(server))
+    following = continued_talk(turn, "ba ke lo")
+    assert server.client.post(path, json=following).status_code == 200
+    wait_until(server.is_idle)
+    # To choose a tool, KoboldCPP asks itself a question of some 400 tokens.
+    assert sum(processed(server)[before:]) < (800 if body.get("tools") else 60)
+
+
+def continued_talk(turn: Turn, words: str) -> dict[str, Any]:
+    """Return what the client sends next."""
+    if "prompt" in turn.body:
+        return {**turn.body, **turn.said[0], "prompt": words}
+    place = "input" if "input" in turn.body else "messages"
+    return {**turn.body, place: [*messages_of(turn.body), *turn.said, {"role": "user", "content": words}]}
+
+
+def processed(server: Server) -> list[int]:
+    """Return how many prompt tokens each generation so far had to process."""
+    told = [read_counts(line.strip()) for line in re.split(r"[\r\n]", server.process.output)]
+    return [each.processed or 0 for each in told if each is not None]
 
 
 def counts(server: Server) -> PromptCounts:

@@ -172,7 +172,7 @@ def test_every_api_s_next_turn_finds_what_replays_have_kept(
     assert turn.counts.reused is not None
     assert (turn.counts.prompt or 0) > 300
     for number in range(3):
-        (replay,) = make_replays(turn, "llama-server", continues_turn=True)
+        (replay,) = make_replays(turn, "llama-server")
         answer = server.client.post(replay.path, json=replay.body)
         assert answer.status_code == 200, answer.text
         counts = ADAPTER.counts_in_reply(answer.json())

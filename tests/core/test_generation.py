@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberd.core.generation import Dialect, Generation, changes_cache, continued, dialect_of, is_ollama, recognise
+from emberd.core.generation import (
+    Dialect,
+    Generation,
+    changes_cache,
+    continued,
+    continued_as_text,
+    dialect_of,
+    is_ollama,
+    recognise,
+    templated,
+)
 from emberd.core.reply import text_of
 from emberd.core.streamed import StreamedReply
 
@@ -50,7 +60,10 @@ def chunk(text: str | None, reason: str | None = None, **more: Any) -> bytes:
         ("/v1/completion", Dialect.COMPLETIONS),
         ("/completion", Dialect.LLAMA),
         ("/api/generate", Dialect.OLLAMA),
-        ("/api/chat", Dialect.OLLAMA),
+        ("/api/chat", Dialect.OLLAMA_CHAT),
+        ("/messages", Dialect.MESSAGES),
+        ("/responses", Dialect.RESPONSES),
+        ("/v1/messages/count_tokens", None),
         ("/api/extra/generate/check", None),
         ("/api/v1/model", None),
         ("/", None),
@@ -85,6 +98,8 @@ def test_other_ways_to_make_text_cost_the_cache_too():
         ("/api/v1/generate", b'{"prompt": "x", "stream": true}', False),
         ("/v1/completions", b'{"prompt": "x", "stream": true}', True),
         ("/completion", b'{"prompt": "x"}', False),
+        ("/api/chat", b'{"messages": []}', True),
+        ("/api/generate", b'{"prompt": "x", "stream": false}', False),
     ],
 )
 def test_a_streamed_request_is_told_from_others(path: str, body: bytes, is_streamed: bool):
@@ -97,7 +112,6 @@ def test_a_streamed_request_is_told_from_others(path: str, body: bytes, is_strea
 def test_what_is_no_request_for_text_is_none(content: bytes):
     assert recognise("POST", "/v1/completions", content) is None
     assert recognise("GET", "/v1/completions", b'{"prompt": "x"}') is None
-    assert recognise("POST", "/api/chat", b"{}") is None
 
 
 @pytest.mark.parametrize(
@@ -135,21 +149,63 @@ def test_what_cannot_be_continued_honestly_has_a_reason(dialect: Dialect, body: 
 def test_the_rest_is_asked_behind_the_text_with_the_rest_of_the_budget(
     dialect: Dialect, body: dict[str, Any], expected: dict[str, Any]
 ):
-    assert continued(asked(dialect, **body), " you", 7) == expected
+    assert continued(asked(dialect, **body), " you", 7).body == expected
 
 
 def test_the_rest_of_a_chat_is_asked_as_the_assistants_open_turn():
     user = {"role": "user", "content": "Hi"}
     request = asked(Dialect.CHAT, max_completion_tokens=20, max_tokens=9)
-    assert continued(request, " you", 7) == {
+    assert continued(request, " you", 7).body == {
         "messages": [user, {"role": "assistant", "content": " you"}],
         "continue_assistant_turn": True,
         "max_completion_tokens": 13,
         "max_tokens": 2,
     }
     begun = asked(Dialect.CHAT, messages=[user, {"role": "assistant", "content": "Well"}])
-    assert continued(begun, ", yes", 2)["messages"][1:] == [{"role": "assistant", "content": "Well, yes"}]
+    assert continued(begun, ", yes", 2).body["messages"][1:] == [{"role": "assistant", "content": "Well, yes"}]
     assert request.body["messages"] == [user], "the client's own request stays"
+
+
+GOES_ON = "emberd-goes-on-here"
+
+
+@pytest.mark.parametrize(
+    ("asked_prompt", "past", "prompt"),
+    [
+        ("<u>Hi</u><a>", f"<u>Hi</u><a>{GOES_ON}</a><u>.</u><a>", "<u>Hi</u><a> you"),
+        ("<u>Hi</u>\n<a>\n", f"<u>Hi</u>\n<a>{GOES_ON}</a><u>.</u><a>", "<u>Hi</u>\n<a>\n you"),
+        ("<u>Hi</u><a><think>\n", f"<u>Hi</u><a>{GOES_ON}</a><u>.</u><a><think>\n", "<u>Hi</u><a> you"),
+        ("<u>Hi</u><a>", f"<u>Hi</u><a><final>{GOES_ON}</a><u>.</u><a>", "<u>Hi</u><a><final> you"),
+        ("<u>Rules Hi</u><a>", f"<u>Hi</u><a>{GOES_ON}</a><u>Rules .</u><a>", "<u>Rules Hi</u><a> you"),
+        ("<u>Rules Hi</u><a><think>", f"<u>Hi</u><a>{GOES_ON}</a><u>Rules .</u><a><think>", None),
+        ("<u>Hi</u><a>", "<u>Hi</u><a></a><u>.</u><a>", None),
+        ("<u>hi</u><a>", f"<u>hi</u><a>{GOES_ON}</a><u>.</u><a>", None),
+    ],
+)
+def test_the_rest_of_a_chat_is_asked_as_a_prompt_that_ends_with_the_reply(
+    asked_prompt: str, past: str, prompt: str | None
+):
+    request = asked(Dialect.CHAT, max_tokens=20, temperature=0, stream=True, stop="x", stream_options={})
+    rest = continued_as_text(request, " you", 7, asked_prompt, past)
+    if prompt is None:
+        assert rest is None
+        return
+    assert rest is not None
+    assert (rest.path, rest.dialect) == ("/completion", Dialect.LLAMA)
+    fixed = {"stop": ["x"], "stream": True, "cache_prompt": True}
+    assert rest.body == {"temperature": 0, "n_predict": 13, "prompt": prompt, **fixed}
+
+
+def test_a_template_is_asked_for_the_chat_and_for_one_with_a_reply_in_the_past():
+    user = {"role": "user", "content": "Hi"}
+    chats = templated(asked(Dialect.CHAT, messages=[user, {"role": "assistant", "content": "Well"}], stream=True))
+    assert chats is not None
+    assert chats[0] == {"messages": [user, {"role": "assistant", "content": "Well"}]}
+    replied = {"role": "assistant", "content": f"Well{GOES_ON}"}
+    assert chats[1] == {"messages": [user, replied, {"role": "user", "content": "."}]}
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    assert templated(asked(Dialect.CHAT, messages=[{"role": "user", "content": [image]}])) is None
+    assert templated(asked(Dialect.CHAT, messages=[{"role": "assistant", "content": None}, user])) is None
 
 
 def test_no_body_is_in_a_repr():
@@ -259,7 +315,7 @@ def test_the_second_stream_reads_as_the_first():
     reply = StreamedReply(asked(Dialect.CHAT), MANY)
     reply.take(event(id="first", created=1, model="m", choices=[{"delta": {"role": "assistant", "content": ""}}]))
     reply.take(chunk("a") + b'data: {"choices": [{"del')
-    reply.begin_again(1)
+    reply.begin_again(1, Dialect.CHAT)
     role = event(id="second", created=9, model="m", choices=[{"delta": {"role": "assistant", "content": ""}}])
     assert reply.take(role) == b""
     seen = reply.take(
@@ -278,10 +334,51 @@ def test_the_second_stream_reads_as_the_first():
     assert (reply.text, reply.is_finished) == ("ab", True)
 
 
+def test_the_rest_of_a_chat_in_llama_cpps_own_words_reads_as_a_chat():
+    reply = StreamedReply(asked(Dialect.CHAT, stream_options={"include_usage": True}), MANY)
+    reply.take(chunk("a"))
+    reply.begin_again(1, Dialect.LLAMA)
+    seen = json.loads(reply.take(event(content="b", stop=False))[6:])
+    choice = {"index": 0, "finish_reason": None, "delta": {"content": "b"}}
+    assert seen == {"id": "first", "created": 1, "model": "m", "choices": [choice]}
+    last = event(content="", stop=True, stop_type="limit", tokens_evaluated=11, tokens_predicted=4)
+    *ends, done = reply.take(last).split(b"\n\n")[:-1]
+    finish, usage = (json.loads(each[6:]) for each in ends)
+    assert finish["choices"] == [{"index": 0, "finish_reason": "length", "delta": {}}]
+    assert usage["usage"] == {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    assert done == b"data: [DONE]"
+    assert (reply.text, reply.is_finished) == ("ab", True)
+
+
+@pytest.mark.parametrize("dialect", [Dialect.OLLAMA, Dialect.OLLAMA_CHAT])
+def test_ollamas_lines_pass_whole_and_a_cut_stream_ends_with_one_that_says_why(dialect: Dialect):
+    reply = StreamedReply(asked(dialect), MANY)
+    said = {"response": "Hi"} if dialect is Dialect.OLLAMA else {"message": {"content": "Hi"}}
+    line = json.dumps({**said, "done": False}).encode() + b"\n"
+    assert reply.take(line[:9]) == b""
+    assert reply.take(line[9:] + b'{"resp') == line
+    reply.read()
+    assert (reply.text, reply.is_finished) == ("Hi", False)
+    assert reply.obstacle
+    assert json.loads(reply.end_by_error("it died")) == {"error": "it died"}
+    done = StreamedReply(asked(dialect), MANY)
+    done.take(line + b'{"done": true}\n')
+    done.read()
+    assert done.is_finished
+
+
+def test_openais_events_at_ollamas_path_are_read_as_such():
+    reply = StreamedReply(asked(Dialect.OLLAMA_CHAT), MANY)
+    assert reply.take(chunk("a")) == chunk("a")
+    reply.read()
+    assert reply.text == "a"
+    assert reply.end_by_error("it died").startswith(b'\ndata: {"error"')
+
+
 def test_a_stop_sequence_that_spans_the_cut_ends_the_reply():
     reply = StreamedReply(asked(Dialect.KOBOLD, stop_sequence=["\nUser:"]), MANY)
     reply.take(event(token="Bye\nUs", finish_reason=None))
-    reply.begin_again(3)
+    reply.begin_again(3, Dialect.KOBOLD)
     ended = reply.take(event(token="er: hello", finish_reason=None))
     assert reply.is_finished
     assert reply.is_over
@@ -293,7 +390,7 @@ def test_a_stop_sequence_that_spans_the_cut_ends_the_reply():
 def test_a_stop_sequence_that_only_seemed_to_begin_changes_nothing():
     reply = StreamedReply(asked(Dialect.KOBOLD, stop_sequence=["\nUser:"]), MANY)
     reply.take(event(token="Bye\nU", finish_reason=None))
-    reply.begin_again(3)
+    reply.begin_again(3, Dialect.KOBOLD)
     for text in ("s", "ual"):
         assert reply.take(event(token=text, finish_reason=None)) == event(token=text, finish_reason=None)
     assert reply.text == "Bye\nUsual"
@@ -304,7 +401,7 @@ def test_a_stop_sequence_that_only_seemed_to_begin_changes_nothing():
 def test_a_reply_without_a_rest_is_ended_in_its_dialect(dialect: Dialect):
     reply = StreamedReply(asked(dialect), MANY)
     reply.take(chunk("a"))
-    reply.begin_again(1)
+    reply.begin_again(1, Dialect.CHAT)
     ended = reply.end_by_length()
     follower = StreamedReply(asked(dialect), MANY)
     assert follower.take(ended) == ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from emberd.core.turn import Turn, prompt_text
 
 
 def replay_of(path: str, body: dict[str, Any], reply: str = " there", engine: str = "koboldcpp") -> Replay | None:
-    made = make_replays(Turn(path, body, reply), engine, continues_turn=True)
+    made = make_replays(Turn(path, body, reply), engine)
     assert len(made) < 2
     return made[0] if made else None
 
@@ -47,14 +48,15 @@ def test_text_generation_is_replayed_with_its_reply_and_one_token(path: str):
     }
 
 
-def test_chat_leaves_the_assistants_turn_open():
+def test_a_chat_is_replayed_with_the_smallest_next_message():
     user = {"role": "user", "content": "Hello"}
-    made = replay_of("/v1/chat/completions", {"messages": [user], "stream": True, "max_tokens": 0, "model": "m"})
+    asked = {"messages": [user], "stream": True, "max_tokens": 0, "max_length": 9, "model": "m", "n_cmpl": 3}
+    made = replay_of("/v1/chat/completions", asked)
     assert made is not None
+    assert made.path == "/v1/chat/completions"
     assert made.body == {
         "model": "m",
-        "messages": [user, {"role": "assistant", "content": " there"}],
-        "continue_assistant_turn": True,
+        "messages": [user, {"role": "assistant", "content": " there"}, {"role": "user", "content": "."}],
         "max_tokens": 1,
         "genkey": GENKEY,
     }
@@ -72,26 +74,12 @@ def test_chat_leaves_the_assistants_turn_open():
 )
 def test_a_shortened_turn_is_the_beginning_of_the_whole_one(reply: str, tail: str):
     turn = Turn("/v1/completions", {"prompt": "Once"}, reply)
-    made = make_replays(turn, "koboldcpp", continues_turn=True, is_thorough=True)
+    made = make_replays(turn, "koboldcpp", is_thorough=True)
     short, whole = made[0].body["prompt"], made[-1].body["prompt"]
     assert shortened(turn).reply == short.removeprefix("Once")
     assert whole.startswith(short)
     assert whole.removeprefix(short) == tail
     assert short.startswith("Once"), "the user's own words stay whole"
-
-
-def test_a_turn_that_continued_the_assistants_words_is_replayed_with_all_of_them():
-    begun = {"role": "assistant", "content": "Well,"}
-    made = replay_of("/v1/chat/completions", {"messages": [begun], "continue_assistant_turn": True})
-    assert made is not None
-    assert made.body["messages"] == [{"role": "assistant", "content": "Well, there"}]
-
-
-def test_an_engine_that_cannot_continue_gets_the_chat_unchanged():
-    user = {"role": "user", "content": "Hello"}
-    turn = Turn("/v1/chat/completions", {"messages": [user]}, "there")
-    (made,) = make_replays(turn, "koboldcpp", continues_turn=False)
-    assert made.body == {"messages": [user], "max_tokens": 1, "genkey": GENKEY}
 
 
 def test_llama_cpps_server_is_asked_in_its_own_words():
@@ -115,14 +103,15 @@ def test_llama_cpps_server_is_asked_in_its_own_words():
         ("/v1/completions", {"prompt": ["one", "two"]}),
         ("/v1/completions", {"prompt": [1, 2, 3]}),
         ("/v1/completions", {"prompt": "x", "echo": True}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}),
         ("/v1/chat/completions", {"messages": []}),
         ("/v1/chat/completions", {"messages": "x"}),
-        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}),
+        ("/v1/chat/completions", {"messages": ["x"]}),
+        ("/v1/responses", {"input": 7}),
         ("/api/v1/generate", {"prompt": "x", "images": ["aGk="]}),
         ("/api/v1/generate", {}),
         ("/completion", {"prompt": "x"}),
-        ("/api/generate", {"prompt": "x"}),
+        ("/api/generate", {"prompt": 7}),
+        ("/api/generate", {"prompt": "x", "images": ["aGk="]}),
         ("/sdapi/v1/txt2img", {"prompt": "x"}),
     ],
 )
@@ -173,6 +162,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hello"}, {"role": "user", "con
         ("/v1/completions", {"max_tokens": 100, "max_completion_tokens": 7}, 4096, 100),
         ("/v1/completions", {"n_predict": 7}, 4096, 1024),
         ("/v1/chat/completions", {"max_completion_tokens": 100}, 4096, 100),
+        ("/v1/chat/completions", {"max_tokens": 7, "max_length": 100}, 4096, 100),
     ],
 )
 def test_a_prompt_was_taken_whole_if_it_and_the_longest_reply_had_room(
@@ -190,6 +180,21 @@ def test_each_message_of_a_chat_takes_some_room_of_its_own():
     assert not fits(turn, 4096 - 100 - 95, 4096, 1024, keeps_a_fifth=False)
 
 
+def test_what_ollama_calls_its_lengths_counts_and_so_do_the_tokens_before_the_prompt():
+    body = {"prompt": "x", "context": [1] * 500, "options": {"num_ctx": 2048, "num_predict": 100}}
+    assert fits(Turn("/api/generate", body, ""), 2048 - 100 - 64 - 500, 4096, 1024, keeps_a_fifth=False)
+    assert not fits(Turn("/api/generate", body, ""), 2048 - 99 - 64 - 500, 4096, 1024, keeps_a_fifth=False)
+
+
+def test_an_image_is_counted_by_itself_and_not_as_text():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "Ab3+" * 1000}}
+    body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What?"}, image]}], "max_tokens": 9}
+    turn = Turn("/v1/chat/completions", body, "")
+    assert len(prompt_text(turn)) < 200
+    assert fits(turn, 200, 8192, 1024, keeps_a_fifth=False)
+    assert not fits(turn, 200, 4096, 1024, keeps_a_fifth=False)
+
+
 def test_half_of_a_small_context_is_the_longest_reply_where_none_is_asked_for():
     assert fits(Turn("/api/v1/generate", {}, ""), 512 - 32, 1024, 1024, keeps_a_fifth=False)
     assert not fits(Turn("/api/v1/generate", {}, ""), 512 - 31, 1024, 1024, keeps_a_fifth=False)
@@ -205,11 +210,13 @@ def test_new_versions_leave_a_fifth_of_the_context_to_the_prompt_whatever_is_ask
 def test_a_prompt_is_counted_with_its_memory_and_all_messages():
     assert prompt_text(Turn("/api/v1/generate", {"prompt": "b", "memory": "a"}, "c")) == "ab"
     assert prompt_text(Turn("/v1/chat/completions", CHAT, "")) == 'Hello\n[{"text": "you"}]'
+    tools = Turn("/v1/messages", {"system": "s", "tools": [{"name": "t"}], "messages": [USER, CALLING]}, "")
+    assert prompt_text(tools) == "\n".join(["s", '[{"name": "t"}]', "Read a.txt", json.dumps(CALLING)])
 
 
 def test_neither_prompt_nor_reply_is_in_a_repr():
     turn = Turn("/api/v1/generate", {"prompt": "secret prompt"}, "secret reply")
-    made = make_replays(turn, "koboldcpp", continues_turn=True)
+    made = make_replays(turn, "koboldcpp")
     assert made
     assert "secret" not in repr(turn) + repr(made) + f"{turn} {made}"
 
@@ -256,33 +263,83 @@ FUNCTION_CALL = {"type": "function_call", "call_id": "f1", "name": "read", "argu
 def test_calls_of_tools_are_answered_in_the_smallest_way(
     path: str, body: dict[str, Any], said: tuple[Any, ...], place: str, added: list[Any]
 ):
-    (made,) = make_replays(Turn(path, body, "", said=said), "llama-server", continues_turn=True)
+    (made,) = make_replays(Turn(path, body, "", said=said), "llama-server")
     assert made.path == path
     assert made.body[place] == [USER, *added]
     assert [value for name, value in made.body.items() if "tokens" in name] == [1]
     assert not {"stream", "n"} & made.body.keys()
     kept = {name: value for name, value in body.items() if name in {"tools", "system", "instructions"}}
     assert kept.items() <= made.body.items()
-    assert make_replays(Turn(path, body, "", said=said), "koboldcpp", continues_turn=True) == []
+    (made,) = make_replays(Turn(path, body, "", said=said), "koboldcpp")
+    assert made.body[place] == [USER, *added]
+    assert (made.body["max_tokens"], made.body["genkey"]) == (1, GENKEY)
+    assert made.body.get("tool_choice") == ("none" if "tools" in body else None), "it would choose one first"
 
 
 def test_a_thorough_replay_processes_several_tokens_and_ends_as_the_other():
     turn = Turn("/v1/chat/completions", {"messages": [USER]}, " there")
-    first, second = make_replays(turn, "embedded", continues_turn=True, is_thorough=True)
-    assert [second] == make_replays(turn, "embedded", continues_turn=True)
+    first, second = make_replays(turn, "embedded", is_thorough=True)
+    assert [second] == make_replays(turn, "embedded")
     assert len(first.body["messages"][-1]["content"].split()) > 5
 
 
 def test_a_reply_that_went_on_with_the_assistants_words_is_sent_back_with_them():
     messages = [USER, {"role": "assistant", "content": "Once"}]
-    (made,) = make_replays(
-        Turn("/v1/chat/completions", {"messages": messages}, " upon"), "embedded", continues_turn=True
-    )
+    (made,) = make_replays(Turn("/v1/chat/completions", {"messages": messages}, " upon"), "embedded")
     assert made.body["messages"][1] == {"role": "assistant", "content": "Once upon"}
 
 
+@pytest.mark.parametrize("begun", ["Once", [{"type": "text", "text": "Once"}]])
+def test_a_reply_in_blocks_is_joined_to_the_words_it_went_on_with(begun: Any):
+    messages = [USER, {"role": "assistant", "content": begun}]
+    said = ({"role": "assistant", "content": [{"type": "text", "text": " upon"}, USE]},)
+    (made,) = make_replays(Turn("/v1/messages", {"messages": messages}, " upon", said=said), "llama-server")
+    assert made.body["messages"][1] == {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "Once upon"}, USE],
+    }
+    assert messages[1]["content"] == begun, "the user's own request stays"
+
+
+def test_a_call_behind_the_assistants_words_is_an_item_of_its_own():
+    items = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Well"}]
+    (made,) = make_replays(Turn("/v1/responses", {"input": items}, "", said=(FUNCTION_CALL,)), "llama-server")
+    assert made.body["input"][:3] == [*items, FUNCTION_CALL]
+
+
+def test_ollamas_generate_goes_on_with_the_tokens_that_its_reply_told():
+    asked = {"model": "m", "system": "s", "prompt": "Hello", "options": {"num_ctx": 900, "num_predict": 50}}
+    turn = Turn("/api/generate", asked, "Hi", said=({"context": [1, 2]},))
+    (made,) = make_replays(turn, "koboldcpp")
+    assert made.path == "/api/generate"
+    assert made.body == {
+        "model": "m",
+        "system": "s",
+        "prompt": ".",
+        "context": [1, 2],
+        "options": {"num_ctx": 900, "num_predict": 1},
+        "stream": False,
+        "max_tokens": 1,
+        "genkey": GENKEY,
+    }
+    (made,) = make_replays(Turn("/api/generate", asked, "Hi"), "koboldcpp")
+    assert (made.body["prompt"], made.body["options"]["num_predict"]) == ("Hello", 1)
+
+
+def test_ollamas_chat_is_not_streamed_again():
+    (made,) = make_replays(Turn("/api/chat", {"messages": [USER]}, "Hi"), "koboldcpp")
+    assert made.path == "/api/chat"
+    assert made.body["stream"] is False
+    assert made.body["messages"][1:] == [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "."}]
+
+
+@pytest.mark.parametrize("serves", ["embeddings", "rerank"])
+def test_a_server_for_one_kind_of_request_is_warmed_by_it(serves: str):
+    assert tiny("llama-server", serves).path == f"/v1/{serves}"
+
+
 def test_a_reply_that_cannot_be_read_leaves_the_clients_own_request():
-    (made,) = make_replays(Turn("/v1/responses", {"input": "Hello"}, "Hi"), "llama-server", continues_turn=True)
+    (made,) = make_replays(Turn("/v1/responses", {"input": "Hello"}, "Hi"), "llama-server")
     assert made.body == {
         "input": [{"role": "user", "content": "Hello"}],
         "max_output_tokens": 1,

@@ -28,6 +28,18 @@ USE = {"type": "tool_use", "id": "u1", "name": "read", "input": {"path": "a"}}
         (Dialect.MESSAGES, {"content": "odd"}, ()),
         (Dialect.RESPONSES, {"output": None}, ()),
         (Dialect.KOBOLD, {"results": [{"text": "Hi"}]}, ()),
+        (Dialect.OLLAMA, {"response": "Hi", "context": [1, 2]}, ({"context": [1, 2]},)),
+        (Dialect.OLLAMA, {"response": "Hi", "context": None}, ()),
+        (
+            Dialect.OLLAMA_CHAT,
+            {"message": {"content": "Hi", "thinking": "hm"}},
+            ({"role": "assistant", "content": "Hi"},),
+        ),
+        (
+            Dialect.OLLAMA_CHAT,
+            {"choices": [{"message": {"content": "Hi"}}]},
+            ({"role": "assistant", "content": "Hi"},),
+        ),
     ],
 )
 def test_what_a_client_sends_back_of_a_whole_reply(
@@ -72,6 +84,20 @@ def test_streamed_blocks_are_put_together_and_the_input_of_a_tool_is_an_object()
     assert said == ({"role": "assistant", "content": [{"type": "text", "text": "Let me see."}, USE]},)
 
 
+def test_what_ollama_sends_back_is_in_its_last_line_or_in_any():
+    call = {"function": {"name": "read", "arguments": {"path": "a"}}}
+    said = streamed(Dialect.OLLAMA, {"response": "Hi"}, {"response": "", "done": True, "context": [1, 2]})
+    assert said == ({"context": [1, 2]},)
+    said = streamed(Dialect.OLLAMA_CHAT, {"message": {"content": "", "tool_calls": [call, 7]}}, {"done": True})
+    assert said == ({"role": "assistant", "content": "", "tool_calls": [call]},)
+
+
+def test_what_is_no_list_of_calls_is_no_call():
+    assert streamed(Dialect.CHAT, {"choices": [{"delta": {"tool_calls": 7}}]}, text="Hi") == (
+        {"role": "assistant", "content": "Hi"},
+    )
+
+
 def test_the_items_of_a_streamed_response_are_those_that_are_done():
     done = {"type": "response.output_item.done", "item": {"type": "function_call", "call_id": "f1"}}
     assert streamed(Dialect.RESPONSES, {"type": "response.created"}, done) == (done["item"],)
@@ -90,6 +116,9 @@ def test_counts_of_several_events_are_kept_together():
         (Dialect.MESSAGES, {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "ab"),
         (Dialect.RESPONSES, {"output": [{"content": [{"type": "output_text", "text": "a"}]}]}, "a"),
         (Dialect.MESSAGES, {"content": 7}, None),
+        (Dialect.OLLAMA, {"response": "a"}, "a"),
+        (Dialect.OLLAMA_CHAT, {"message": {"content": "a"}}, "a"),
+        (Dialect.OLLAMA_CHAT, {"choices": [{"message": {"content": "a"}}]}, "a"),
     ],
 )
 def test_the_text_of_a_reply_in_blocks(dialect: Dialect, content: dict[str, Any], text: str | None):

@@ -77,6 +77,7 @@ SMALL_LIMIT = replace(
 )
 PROVOKED: dict[str, Facts] = {
     "SETTINGS_OPEN": service(open_secret="/home/me/key", open_secret_mode=0o644),
+    "ONE_FAMILY_TAKEN": daemon(endpoint_lacks="port 5001 on ::1 is taken by ollama (pid 42)"),
     "SETTINGS_NOT_IN_FORCE": service(are_settings_newer=True, settings_path="/home/me/config.toml"),
     "ENDPOINT_OPEN": service(open_address="0.0.0.0"),  # what is told
     "ADDRESS_UNUSABLE": own(address_problem="cannot listen on 192.0.2.1"),

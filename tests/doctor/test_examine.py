@@ -72,6 +72,12 @@ def make_problem(folder: Path, problem: ModelProblem) -> str:
             path.write_text("<!DOCTYPE html>" + "x" * 100)
         case ModelProblem.TRUNCATED:
             path.write_bytes(b"GGUF\3\0\0\0")
+        case ModelProblem.NOT_FIRST:
+            path = folder / "model-00002-of-00002.gguf"
+            write_gguf(path)
+        case ModelProblem.COMPANION:
+            path = folder / "adapter.gguf"
+            write_gguf(path, kind="adapter")
         case _:
             write_gguf(path)
     return str(path)
@@ -86,6 +92,8 @@ def make_problem(folder: Path, problem: ModelProblem) -> str:
         ModelProblem.NOT_GGUF,
         ModelProblem.TRUNCATED,
         ModelProblem.PART_MISSING,
+        ModelProblem.NOT_FIRST,
+        ModelProblem.COMPANION,
     ],
 )
 def test_what_is_wrong_with_a_models_file_is_told_apart(tmp_path: Path, problem: ModelProblem):

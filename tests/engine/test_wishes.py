@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from emberd.core.engine_files import NamedFile, Role
 from emberd.core.gguf import F16_BYTES
 from emberd.core.settings import Settings, read
 from emberd.core.wishes import OwnerWishes, context_tokens, lock_policy
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Q8, Q4 = 1.0625, 0.5625
+MODEL, PROJECTOR, DRAFT, ADAPTER, CONTROL_VECTOR, EMBEDDINGS, SPEECH, VOICE, IMAGE, MUSIC = list(Role)[:-1]
 unused: Any = None
+
+
+def plain(answer: Any) -> Any:
+    """Return an answer as the tables write it: files as role and path."""
+    is_files = isinstance(answer, tuple) and answer and isinstance(answer[0], NamedFile)
+    return tuple((each.role, each.path) for each in answer) if is_files else answer
 
 
 @pytest.mark.parametrize(
@@ -70,14 +78,27 @@ unused: Any = None
         (["--adminunloadtimeout=0"], "unloads_by", ""),
         (["--autoswapmode"], "unloads_by", "--autoswapmode"),
         # files
-        (["--mmproj", "p.gguf", "-md", "d.gguf"], "files", ("p.gguf", "d.gguf")),
-        (["--lora", "a.gguf", "b.gguf", "--quiet"], "files", ("a.gguf", "b.gguf")),
+        (["--mmproj", "p.gguf", "-md", "d.gguf"], "files", ((PROJECTOR, "p.gguf"), (DRAFT, "d.gguf"))),
+        (["--lora", "a.gguf", "b.gguf", "--quiet"], "files", ((ADAPTER, "a.gguf"), (ADAPTER, "b.gguf"))),
+        (["--mmproj", "p.gguf", "--mmproj=q.gguf"], "files", ((PROJECTOR, "q.gguf"),)),
+        (
+            ["--whispermodel=w.bin", "--sdmodel", "s.safetensors"],
+            "files",
+            ((SPEECH, "w.bin"), (IMAGE, "s.safetensors")),
+        ),
+        (["--ttsmodel", "t.gguf", "--ttswavtokenizer", "w.gguf"], "files", ((VOICE, "t.gguf"), (VOICE, "w.gguf"))),
+        (
+            ["--embeddingsmodel", "e.gguf", "--musicllm", "m.gguf"],
+            "files",
+            ((EMBEDDINGS, "e.gguf"), (MUSIC, "m.gguf")),
+        ),
+        (["--chatcompletionsadapter", "AutoGuess"], "files", ()),
         (["--hordemodelname", "other"], "is_renamed", True),
         ([], "is_renamed", False),
     ],
 )
 def test_koboldcpp_is_asked_in_every_spelling(words: list[str], question: str, answer: object):
-    assert getattr(of_koboldcpp(words, {}), question) == answer
+    assert plain(getattr(of_koboldcpp(words, {}), question)) == answer
 
 
 @pytest.mark.parametrize(
@@ -95,15 +116,16 @@ def test_koboldcpp_is_asked_in_every_spelling(words: list[str], question: str, a
         ({"multiuser": 10}, "queue", 10),
         ({"adminunloadtimeout": 300}, "unloads_by", "--adminunloadtimeout"),
         ({"adminunloadtimeout": 0, "autoswapmode": False}, "unloads_by", ""),
-        ({"mmproj": "p.gguf", "draftmodel": "", "lora": None}, "files", ("p.gguf",)),
-        ({"lora": ["a.gguf", "b.gguf"]}, "files", ("a.gguf", "b.gguf")),
+        ({"mmproj": "p.gguf", "draftmodel": "", "lora": None}, "files", ((PROJECTOR, "p.gguf"),)),
+        ({"lora": ["a.gguf", "b.gguf"]}, "files", ((ADAPTER, "a.gguf"), (ADAPTER, "b.gguf"))),
+        ({"sdlora": ["a.safetensors"], "sdclip1": "c"}, "files", ((IMAGE, "a.safetensors"), (IMAGE, "c"))),
         ({"defaultgenamt": 2000}, "reply_tokens", 2000),
         ({"hordemodelname": ""}, "is_renamed", False),
         ({"contextsize": {"odd": 1}}, "context_tokens", None),
     ],
 )
 def test_a_kcpps_file_asks_the_same(file: dict[str, object], question: str, answer: object):
-    assert getattr(of_koboldcpp([], file), question) == answer
+    assert plain(getattr(of_koboldcpp([], file), question)) == answer
 
 
 def test_an_argument_wins_over_the_file():
@@ -144,8 +166,21 @@ def test_an_argument_wins_over_the_file():
         ([], {"LLAMA_ARG_N_PARALLEL": "8"}, "slots", 8),
         (["--sleep-idle-seconds", "60"], {}, "unloads_by", "--sleep-idle-seconds"),
         (["--sleep-idle-seconds", "-1"], {}, "unloads_by", ""),
-        (["-mm", "p.gguf", "--lora", "a.gguf,b.gguf"], {}, "files", ("p.gguf", "a.gguf", "b.gguf")),
-        ([], {"LLAMA_ARG_MMPROJ": "p.gguf"}, "files", ("p.gguf",)),
+        (
+            ["-mm", "p.gguf", "--lora", "a.gguf,b.gguf"],
+            {},
+            "files",
+            ((PROJECTOR, "p.gguf"), (ADAPTER, "a.gguf"), (ADAPTER, "b.gguf")),
+        ),
+        (["--lora-scaled", "a.gguf:0.5,b,c.gguf:1"], {}, "files", ((ADAPTER, "a.gguf"), (ADAPTER, "b,c.gguf"))),
+        (["--control-vector", "v.gguf"], {}, "files", ((CONTROL_VECTOR, "v.gguf"),)),
+        (
+            ["-md", "d.gguf"],
+            {"LLAMA_ARG_SPEC_DRAFT_MODEL": "e.gguf"},
+            "files",
+            ((DRAFT, "d.gguf"),),
+        ),
+        ([], {"LLAMA_ARG_MMPROJ": "p.gguf"}, "files", ((PROJECTOR, "p.gguf"),)),
         (["--api-key", "a,b"], {}, "api_keys", ("a", "b")),
         (["--api-key=a"], {}, "api_keys", ("a",)),
         ([], {"LLAMA_API_KEY": "a"}, "api_keys", ("a",)),
@@ -157,7 +192,7 @@ def test_an_argument_wins_over_the_file():
 def test_llama_server_is_asked_in_every_spelling(
     words: list[str], variables: dict[str, str], question: str, answer: object
 ):
-    assert getattr(of_llama_server(words, variables), question) == answer
+    assert plain(getattr(of_llama_server(words, variables), question)) == answer
 
 
 def test_an_option_and_its_values_can_be_left_out():

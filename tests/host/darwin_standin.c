@@ -3,7 +3,7 @@
  *
  * Not the kernel: it answers what the tests told it to, in the layouts and with the failures that are documented.
  * Layouts: xnu, bsd/sys/resource.h (rusage_info_v4), osfmk/mach/vm_statistics.h (vm_statistics64), bsd/sys/sysctl.h
- * (xsw_usage). Failures: xnu, bsd/kern/proc_info.c; sysctl(3); getxattr(2); osfmk/kern/host.c; mach_msg's stubs.
+ * (xsw_usage), bsd/sys/proc_info.h (proc_regionwithpathinfo). Failures: xnu, bsd/kern/proc_info.c; sysctl(3); getxattr(2); osfmk/kern/host.c; mach_msg's stubs.
  *
  * Values are set by the name of a field, so that a test never shares a layout with what it tests.
  */
@@ -57,6 +57,48 @@ struct xsw_usage {
     boolean_t xsu_encrypted;
 };
 
+struct proc_regioninfo {
+    uint32_t pri_protection, pri_max_protection, pri_inheritance, pri_flags;
+    uint64_t pri_offset;
+    uint32_t pri_behavior, pri_user_wired_count, pri_user_tag, pri_pages_resident, pri_pages_shared_now_private;
+    uint32_t pri_pages_swapped_out, pri_pages_dirtied, pri_ref_count, pri_shadow_depth, pri_share_mode;
+    uint32_t pri_private_pages_resident, pri_shared_pages_resident, pri_obj_id, pri_depth;
+    uint64_t pri_address, pri_size;
+};
+
+struct vinfo_stat {
+    uint32_t vst_dev;
+    uint16_t vst_mode, vst_nlink;
+    uint64_t vst_ino;
+    uint32_t vst_uid, vst_gid; /* uid_t, gid_t */
+    int64_t vst_atime, vst_atimensec, vst_mtime, vst_mtimensec, vst_ctime, vst_ctimensec;
+    int64_t vst_birthtime, vst_birthtimensec;
+    int64_t vst_size, vst_blocks; /* off_t */
+    int32_t vst_blksize;
+    uint32_t vst_flags, vst_gen, vst_rdev;
+    int64_t vst_qspare[2];
+};
+
+struct vnode_info {
+    struct vinfo_stat vi_stat;
+    int vi_type, vi_pad;
+    struct {
+        int32_t val[2];
+    } vi_fsid;
+};
+
+#define MAXPATHLEN 1024
+
+struct vnode_info_path {
+    struct vnode_info vip_vi;
+    char vip_path[MAXPATHLEN];
+};
+
+struct proc_regionwithpathinfo {
+    struct proc_regioninfo prp_prinfo;
+    struct vnode_info_path prp_vip;
+};
+
 /* --- their description, as this compiler sees them ----------------------------------------------------------- */
 
 struct field {
@@ -95,6 +137,33 @@ const struct field standin_vm_statistics64_fields[] = {
 const struct field standin_xsw_usage_fields[] = {
     XSW(xsu_total), XSW(xsu_avail), XSW(xsu_used), XSW(xsu_pagesize), XSW(xsu_encrypted),
     {NULL, 0, sizeof(struct xsw_usage)},
+};
+
+#define REGION(name) {#name, offsetof(struct proc_regioninfo, name), sizeof(((struct proc_regioninfo *)0)->name)}
+#define STAT(name) {#name, offsetof(struct vinfo_stat, name), sizeof(((struct vinfo_stat *)0)->name)}
+#define WITH(name, place)                                                                                          \
+    {#name, offsetof(struct proc_regionwithpathinfo, place), sizeof(((struct proc_regionwithpathinfo *)0)->place)}
+
+const struct field standin_proc_regioninfo_fields[] = {
+    REGION(pri_protection), REGION(pri_max_protection), REGION(pri_inheritance), REGION(pri_flags),
+    REGION(pri_offset), REGION(pri_behavior), REGION(pri_user_wired_count), REGION(pri_user_tag),
+    REGION(pri_pages_resident), REGION(pri_pages_shared_now_private), REGION(pri_pages_swapped_out),
+    REGION(pri_pages_dirtied), REGION(pri_ref_count), REGION(pri_shadow_depth), REGION(pri_share_mode),
+    REGION(pri_private_pages_resident), REGION(pri_shared_pages_resident), REGION(pri_obj_id), REGION(pri_depth),
+    REGION(pri_address), REGION(pri_size), {NULL, 0, sizeof(struct proc_regioninfo)},
+};
+
+const struct field standin_vinfo_stat_fields[] = {
+    STAT(vst_dev), STAT(vst_mode), STAT(vst_nlink), STAT(vst_ino), STAT(vst_uid), STAT(vst_gid), STAT(vst_atime),
+    STAT(vst_atimensec), STAT(vst_mtime), STAT(vst_mtimensec), STAT(vst_ctime), STAT(vst_ctimensec),
+    STAT(vst_birthtime), STAT(vst_birthtimensec), STAT(vst_size), STAT(vst_blocks), STAT(vst_blksize),
+    STAT(vst_flags), STAT(vst_gen), STAT(vst_rdev), STAT(vst_qspare), {NULL, 0, sizeof(struct vinfo_stat)},
+};
+
+const struct field standin_proc_regionwithpathinfo_fields[] = {
+    WITH(prp_prinfo, prp_prinfo), WITH(vi_stat, prp_vip.vip_vi.vi_stat), WITH(vi_type, prp_vip.vip_vi.vi_type),
+    WITH(vi_pad, prp_vip.vip_vi.vi_pad), WITH(vi_fsid, prp_vip.vip_vi.vi_fsid), WITH(vip_path, prp_vip.vip_path),
+    {NULL, 0, sizeof(struct proc_regionwithpathinfo)},
 };
 
 /* Puts a value into the named field of a structure; returns 0, or -1 if it has none of that name. */
@@ -166,6 +235,60 @@ int proc_pid_rusage(int pid, int flavor, void *buffer)
         return -1;
     }
     memcpy(buffer, &process->usage, sizeof(struct rusage_info_v4));
+    return 0;
+}
+
+#define PROC_PIDREGIONPATHINFO2 22
+
+static struct region {
+    int pid;
+    struct proc_regionwithpathinfo info;
+} regions[MOST];
+static int region_count;
+
+/* Adds a region that maps a file; those of a process are added in the order of their addresses. */
+int standin_region(int pid, const char *path, uint64_t address, uint64_t size, uint32_t wired, uint32_t dev,
+                   uint64_t inode)
+{
+    if (region_count == MOST || strlen(path) >= MAXPATHLEN) {
+        return -1;
+    }
+    struct region *region = &regions[region_count++];
+    memset(region, 0, sizeof(*region));
+    region->pid = pid;
+    region->info.prp_prinfo.pri_address = address;
+    region->info.prp_prinfo.pri_size = size;
+    region->info.prp_prinfo.pri_user_wired_count = wired;
+    region->info.prp_vip.vip_vi.vi_stat.vst_dev = dev;
+    region->info.prp_vip.vip_vi.vi_stat.vst_ino = inode;
+    strcpy(region->info.prp_vip.vip_path, path);
+    return 0;
+}
+
+/* Returns the bytes of the answer, 0 and errno on failure (libproc.h). */
+int proc_pidinfo(int pid, int flavor, uint64_t address, void *buffer, int size)
+{
+    struct process *process = find_process(pid);
+    if (process == NULL || process->error != 0) {
+        errno = process == NULL ? ESRCH : process->error;
+        return 0;
+    }
+    if (flavor != PROC_PIDREGIONPATHINFO2) {
+        errno = EINVAL;
+        return 0;
+    }
+    if (size < (int)sizeof(struct proc_regionwithpathinfo)) {
+        errno = ENOMEM;
+        return 0;
+    }
+    for (int i = 0; i < region_count; i++) {
+        const struct proc_regioninfo *info = &regions[i].info.prp_prinfo;
+        if (regions[i].pid == pid && info->pri_address + info->pri_size > address) {
+            memcpy(buffer, &regions[i].info, sizeof(struct proc_regionwithpathinfo));
+            return sizeof(struct proc_regionwithpathinfo);
+        }
+    }
+    errno = EINVAL; /* no further file is mapped */
     return 0;
 }
 
@@ -385,7 +508,7 @@ void standin_reset(void)
 {
     launchd_error = ESRCH;
     launchd_count = 0;
-    process_count = sysctl_count = 0;
+    process_count = sysctl_count = region_count = 0;
     memset(&swap_usage, 0, sizeof(swap_usage));
     memset(&statistics, 0, sizeof(statistics));
     standin_kernel(sizeof(statistics) / sizeof(integer_t), 0, KERN_SUCCESS);

@@ -30,6 +30,13 @@ class DarwinStandin:
         self.library.standin_sysctl.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint64]
         self.library.standin_swap.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
         self.library.standin_statistic.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
+        self.library.standin_region.argtypes = [
+            ctypes.c_int,
+            ctypes.c_char_p,
+            *[ctypes.c_uint64] * 2,
+            *[ctypes.c_uint32] * 2,
+            ctypes.c_uint64,
+        ]
         self.library.standin_attribute.argtypes = [*[ctypes.c_char_p] * 3, ctypes.c_size_t]
         self.reset()
 
@@ -51,6 +58,13 @@ class DarwinStandin:
         assert self.library.standin_process(pid, error) == 0
         for name, value in fields.items():
             assert self.library.standin_usage(pid, name.encode(), value) == 0, name
+
+    def region(
+        self, pid: int, path: str, address: int, size: int, wired: int = 0, identity: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Add a region that maps a file, above those that the process has."""
+        device, inode = identity
+        assert self.library.standin_region(pid, os.fsencode(path), address, size, wired, device, inode) == 0
 
     def sysctl(self, name: str, value: int, width: int = 8) -> None:
         """Add a number."""

@@ -13,10 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emberd.core.engine_files import MappedFile
 from emberd.core.memory import EngineMemory, GpuLimits, Power, PowerSource, Pressure, SystemMemory
 from emberd.host import darwin
 from emberd.host.darwin import DarwinHost, read_power
-from emberd.host.darwin_calls import DarwinCalls, RusageInfoV4, VmStatistics64, XswUsage
+from emberd.host.darwin_calls import (
+    DarwinCalls,
+    ProcRegionInfo,
+    ProcRegionWithPathInfo,
+    RusageInfoV4,
+    VinfoStat,
+    VmStatistics64,
+    XswUsage,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +40,9 @@ STRUCTURES = {
     "rusage_info_v4": (RusageInfoV4, 296),
     "vm_statistics64": (VmStatistics64, 152),
     "xsw_usage": (XswUsage, 32),
+    "proc_regioninfo": (ProcRegionInfo, 96),
+    "vinfo_stat": (VinfoStat, 136),
+    "proc_regionwithpathinfo": (ProcRegionWithPathInfo, 1272),
 }
 WIDTHS = {4: st.integers(0, 2**32 - 1), 8: st.integers(0, 2**64 - 1)}
 
@@ -50,6 +62,31 @@ def values(structure: type[ctypes.Structure]) -> st.SearchStrategy[dict[str, int
 
 def host(macos: DarwinStandin) -> DarwinHost:
     return DarwinHost(DarwinCalls(macos.library), pmset="/nonexistent")
+
+
+def test_the_mapped_files_of_processes_are_told_with_their_locks(macos: DarwinStandin):
+    macos.process(7)
+    macos.process(8)
+    macos.region(7, "/usr/lib/dyld", 0x1000, PAGE)
+    macos.region(7, "/opt/lib/libggml.dylib", 0x10000, 64 * MIB)
+    macos.region(7, "/models/a.gguf", 0x10000000, GIB, wired=1, identity=(3, 11))
+    macos.region(7, "/models/a.gguf", 0x90000000, MIB, identity=(3, 11))
+    macos.region(8, "/models/d.gguf", 0x1000, MIB, identity=(3, 12))
+    seen = host(macos).mapped_files([7, 8, 999])
+    assert seen is not None
+    assert [each for each in seen if each.path.endswith(".gguf")] == [
+        MappedFile("/models/a.gguf", (3, 11), GIB, GIB),
+        MappedFile("/models/a.gguf", (3, 11), MIB, 0),
+        MappedFile("/models/d.gguf", (3, 12), MIB, 0),
+    ]
+    assert not any("dylib" in each.path for each in seen)
+
+
+def test_the_files_of_another_users_process_are_unknown(macos: DarwinStandin):
+    macos.process(7, errno.EPERM)
+    macos.region(7, "/models/a.gguf", 0x1000, GIB)
+    assert host(macos).mapped_files([7, 999]) is None
+    assert host(macos).mapped_files([]) is None
 
 
 # --- layouts ------------------------------------------------------------------------------------------------

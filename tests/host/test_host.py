@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 import kqueue_standin
 import pytest
 
+from emberd.core.engine_files import NamedFile, Role
 from emberd.core.errors import ModelError, StateUnusable
 from emberd.host import ThisHost, darwin
 from emberd.host.darwin import DarwinHost
 from emberd.host.files import make_private_folder, write_atomically
 from emberd.host.linux import LinuxHost
-from emberd.host.model_file import check_model
+from emberd.host.model_file import check_files, check_model, look_up
 from emberd.host.paths import StatePaths
+from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -199,6 +201,68 @@ def test_a_model_is_opened_and_not_only_looked_at(tmp_path: Path):
     page.write_bytes(b"<!DOCTYPE html><html><body>")
     with pytest.raises(ModelError, match="not a GGUF"):
         check_model(str(page))
+
+
+def test_a_split_model_is_named_by_its_first_part_and_is_whole(tmp_path: Path):
+    parts = [tmp_path / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for part in parts[:2]:
+        write_gguf(part)
+    with pytest.raises(ModelError, match=r"part 2 of 3") as later:
+        check_model(str(parts[1]))
+    assert "m-00001-of-00003.gguf" in later.value.remedy
+    with pytest.raises(ModelError, match=r"3 parts, and 1 are missing in .*: m-00003-of-00003"):
+        check_model(str(parts[0]))
+    parts[2].symlink_to(tmp_path / "blobs" / "gone")
+    with pytest.raises(ModelError) as broken:
+        check_model(str(parts[0]))
+    assert "link" in broken.value.remedy
+
+
+def test_the_linked_parts_of_a_download_cache_are_a_model(tmp_path: Path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots"
+    blobs.mkdir()
+    snapshot.mkdir()
+    for number in (1, 2):
+        write_gguf(blobs / f"4a{number}")
+        (snapshot / f"m-0000{number}-of-00002.gguf").symlink_to(blobs / f"4a{number}")
+    first = snapshot / "m-00001-of-00002.gguf"
+    assert check_model(str(first)) == first
+    seen = look_up([NamedFile(str(first), Role.MODEL)])
+    assert [each.real_path for each in seen] == [str(blobs / "4a1"), str(blobs / "4a2")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "words"),
+    [
+        ("adapter", "llama", "an adapter"),
+        ("mmproj", "clip", "a projector"),
+        ("model", "clip", "a projector"),
+        ("imatrix", "llama", "an importance matrix"),
+    ],
+)
+def test_what_goes_with_a_model_is_not_taken_for_one(tmp_path: Path, kind: str, architecture: str, words: str):
+    path = write_gguf(tmp_path / "companion.gguf", kind=kind, architecture=architecture).path
+    with pytest.raises(ModelError, match=f"not a model, but {words}"):
+        check_model(str(path))
+    assert check_model(str(write_gguf(tmp_path / "model.gguf").path))
+
+
+def test_every_missing_file_of_an_option_is_named_at_once(tmp_path: Path):
+    there = tmp_path / "there.gguf"
+    there.write_text("x")
+    files = [
+        NamedFile(str(there), Role.PROJECTOR, "--mmproj"),
+        NamedFile(str(tmp_path / "gone.gguf"), Role.DRAFT, "--draftmodel"),
+        NamedFile(str(tmp_path), Role.ADAPTER, "--lora"),
+        NamedFile(str(tmp_path), Role.IMAGE, "--sdlora"),
+        NamedFile("https://example.org/w.bin", Role.SPEECH, "--whispermodel"),
+    ]
+    with pytest.raises(ModelError) as refused:
+        check_files(files, "engine.extra_args")
+    assert refused.value.message == (
+        f"--draftmodel {tmp_path / 'gone.gguf'}: not found; --lora {tmp_path}: Is a directory"
+    )
+    check_files(files[:1], "engine.extra_args")
 
 
 @pytest.mark.parametrize(

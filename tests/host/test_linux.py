@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from emberd.core.engine_files import merge
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.host.linux import LinuxHost
 from memory_holder import holding
@@ -47,6 +48,26 @@ def test_a_mapped_files_pages_are_resident_but_not_in_the_footprint(tmp_path: Pa
         seen, base = LinuxHost().engine_memory([pid]), LinuxHost().engine_memory([other])
         assert near(seen.file_bytes, (base.file_bytes or 0) + 64 * MIB)
         assert near(seen.footprint_bytes, base.footprint_bytes or 0)
+
+
+def test_the_mapped_files_of_a_process_are_told_with_what_it_has_locked_of_them(tmp_path: Path):
+    path = write(tmp_path / "some weights.gguf", 8 * MIB)
+    host, facts = LinuxHost(), path.stat()
+    with holding("locked file", 8 * MIB, path) as pid:
+        seen = host.mapped_files([pid, GONE_PID])
+        locked = host.mapped_files([pid], with_locks=True)
+        assert seen is not None
+        assert locked is not None
+        (whole,) = merge((), seen)
+        assert (whole.path, whole.size_bytes, whole.locked_bytes) == (str(path), 16 * MIB, None)
+        assert {each.identity for each in seen if each.path == str(path)} == {(facts.st_dev, facts.st_ino)}
+        assert merge((), locked)[0].locked_bytes == 4 * MIB
+        assert not any("python" in Path(each.path).name for each in seen)  # a program, although it is mapped
+        path.unlink()
+        gone = host.mapped_files([pid])
+        assert gone is not None
+        assert {each.path for each in gone if "weights" in each.path} == {f"{path} (deleted)"}
+    assert host.mapped_files([GONE_PID]) is None
 
 
 def test_a_real_lock_shows_in_the_process_and_in_the_computer():

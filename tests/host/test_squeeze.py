@@ -61,7 +61,7 @@ async def test_what_an_idle_engine_loses_to_swap_is_seen_counted_and_charged_to_
     host, accounts = LinuxHost(), Accounts(tmp_path / "history.db", structlog.get_logger())
     engine = EngineSample(None, (), is_idle=False, requests=0)
     log = structlog.get_logger()
-    swap = SwapMeter(Observer(host, log, lambda: engine), accounts, log)
+    swap = SwapMeter(Observer(host, log, lambda: engine), accounts)
     with squeeze(tmp_path, 256 * MIB) as group, holding("anonymous", 128 * MIB, within=group.joining) as pid:
         engine = EngineSample(f"{pid}:a", (pid,), is_idle=True, requests=1)
         await swap.tick()

@@ -45,17 +45,24 @@ def supervise(
             readable, _, _ = select.select([wanted], [], [], POLL_S)
             if readable:
                 name = os.read(wanted, 4096).decode().strip()
+                _say(f"Reloading new model/config: {name}\nTerminating old process...")
                 _stop(worker)
+                _say("Restarting KoboldCpp...")
                 worker, is_reloaded = start(read_options(name)), True
             elif _has_ended(worker):
                 if not is_reloaded:
                     break
                 # A reload that failed falls back to the original arguments, once.
+                _say("Attempting to recover to safe mode, launching known-good config...")
                 worker, is_reloaded = start(options), False
     except KeyboardInterrupt:
         _stop(worker)
     _stop(manager)
     return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
 
 
 def _fork(run: Callable[[], NoReturn]) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import options as command_line
 from generation import Job, tokens_of
 
 if TYPE_CHECKING:
@@ -158,8 +159,8 @@ class Site:
                 "embeddings",
                 "savedata",
                 "guidance",
-                "jinja",
             ]
+            answer["jinja"] = bool(self.options.jinja)
             answer["llm"] = self.name != "inactive"
             answer["admin"] = 0 if self.reload is None else 2 if self.options.adminpassword else 1
         return answer | dict.fromkeys(absent, False)
@@ -224,8 +225,7 @@ class Site:
         length = asked.get("max_tokens", asked.get("max_completion_tokens"))
         if not length and not self.model.switches.is_old:
             length = None  # zero means the default, as in the original
-        leaves_open = bool(asked.get("continue_assistant_turn")) and not self.model.switches.is_old
-        prompt = _chat_prompt(asked, leaves_open=leaves_open) if is_chat else str(asked.get("prompt", ""))
+        prompt = self._chat_prompt(asked) if is_chat else str(asked.get("prompt", ""))
         job = self._job(asked, prompt, length)
         kind = "chat.completion" if is_chat else "text_completion"
         chunk_kind = "chat.completion.chunk" if is_chat else kind
@@ -253,18 +253,39 @@ class Site:
         return job, Shape(bool(asked.get("stream")), whole, event, b"data: [DONE]\n\n")
 
     def _ollama_job(self, asked: dict[str, Any], *, is_chat: bool) -> tuple[Job, Shape]:
-        prompt = _chat_prompt(asked, leaves_open=False) if is_chat else str(asked.get("prompt", ""))
         options = asked.get("options") or {}
-        job = self._job(options, prompt, options.get("num_predict"))
+        said = "".join(map(chr, asked.get("context") or ()))
+        said += f"\n\n### Instruction:\n{asked.get('prompt', '')}\n\n### Response:\n"
+        prompt = self._chat_prompt(asked) if is_chat else str(asked.get("system", "")) + said
+        length = asked.get("max_tokens") if is_chat else options.get("num_predict")
+        job = self._job({**options, **asked}, prompt, length)
 
         def whole(job: Job) -> dict[str, Any]:
             counts = {"prompt_eval_count": job.prompt_tokens, "eval_count": job.produced}
             names = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
-            said = {"message": {"role": "assistant", "content": job.text}} if is_chat else {"response": job.text}
-            head = {"model": self.name, "created_at": "2024-07-19T15:26:55+00:00", **said}
+            reply: dict[str, Any] = {"response": job.text, "context": [ord(each) for each in said + job.text]}
+            if is_chat:
+                reply = {"message": {"role": "assistant", "content": job.text}}
+            head = {"model": self.name, "created_at": "2024-07-19T15:26:55+00:00", **reply}
             return head | {"done": True, "done_reason": job.finish_reason} | counts | dict.fromkeys(names, 1)
 
         return job, Shape(is_stream=False, whole=whole, event=_kobold_event)
+
+    def _chat_prompt(self, asked: dict[str, Any]) -> str:
+        """Lay the messages out in the Alpaca manner, behind the tools.
+
+        The original asks itself first, in a generation of its own, whether a tool is needed.
+        """
+        leaves_open = bool(asked.get("continue_assistant_turn")) and not self.model.switches.is_old
+        messages = asked.get("messages") or []
+        marks = {"user": "\n### Instruction:\n", "assistant": "\n### Response:\n"}
+        text = f"### Available Tools:\n{json.dumps(asked['tools'])}\n" if asked.get("tools") else ""
+        text += "".join(
+            marks.get(message.get("role", ""), "\n") + str(message.get("content", "")) for message in messages
+        )
+        if leaves_open and messages and messages[-1].get("role") == "assistant" and not self.options.jinja:
+            return text
+        return text + marks["assistant"]
 
     def _usage(self, job: Job) -> dict[str, int]:
         prompt, produced = (100, 100) if self.model.switches.is_old else (job.prompt_tokens, job.produced)
@@ -293,7 +314,8 @@ class Site:
         is_allowed = self.reload is not None and (
             not self.options.adminpassword or key == self.options.adminpassword
         )
-        if self.reload is None or not is_allowed or not (Path(self.options.admindir) / name).is_file():
+        is_there = name == command_line.UNLOAD or (Path(self.options.admindir) / name).is_file()
+        if self.reload is None or not is_allowed or not is_there:
             return _json({"success": False})
         timer = threading.Timer(0.5, self.reload, args=(name,))
         timer.daemon = True
@@ -323,15 +345,3 @@ def _count(asked: dict[str, Any]) -> dict[str, Any]:
 def _kobold_event(text: str, reason: str | None) -> bytes:
     data = json.dumps({"token": text, "finish_reason": reason})
     return f"event: message\ndata: {data}\n\n".encode()
-
-
-def _chat_prompt(asked: dict[str, Any], *, leaves_open: bool) -> str:
-    """Lay the messages out in the Alpaca manner."""
-    messages = asked.get("messages") or []
-    marks = {"user": "\n### Instruction:\n", "assistant": "\n### Response:\n"}
-    text = "".join(
-        marks.get(message.get("role", ""), "\n") + str(message.get("content", "")) for message in messages
-    )
-    if leaves_open and messages and messages[-1].get("role") == "assistant":
-        return text
-    return text + marks["assistant"]

@@ -154,7 +154,10 @@ def leave_without(path: Path, options: argparse.Namespace) -> None:
 
 def load_weights(model: weights.ModelFile, options: argparse.Namespace, switches: Switches) -> weights.Weights:
     """Map or read the weights, lock them, and take as long as the switches say."""
-    log(f"llama_model_loader: loaded meta data from {model.path} (version GGUF V3 (latest))")
+    log(
+        f"llama_model_loader: loaded meta data with 1 key-value pairs and 1 tensors from {model.path} "
+        "(version GGUF V3 (latest))"
+    )
     is_mapped = not options.nommap if switches.is_old else options.usemmap
     if switches.is_old:
         log(f"llm_load_tensors:        CPU buffer size = {model.size / 2**20:8.2f} MiB")
@@ -165,6 +168,8 @@ def load_weights(model: weights.ModelFile, options: argparse.Namespace, switches
     loaded = weights.Weights(model, options.contextsize, is_mapped=is_mapped)
     if options.usemlock:
         loaded.lock(is_refused=switches.mlock_fails)
+    if getattr(options, "draftmodel", ""):
+        loaded.draft = load_draft(Path(options.draftmodel), options, switches, is_mapped=is_mapped)
     clock = threading.Event()
     for _ in range(DOTS):
         clock.wait(switches.load_s / DOTS)
@@ -181,6 +186,15 @@ def load_weights(model: weights.ModelFile, options: argparse.Namespace, switches
         say("Starting model warm up, please wait a moment...")
     say("Load Text Model OK: True")
     return loaded
+
+
+def load_draft(path: Path, options: argparse.Namespace, switches: Switches, *, is_mapped: bool) -> weights.Weights:
+    """Hold a draft model as the model is held; it is never asked anything."""
+    log(f"llama_model_loader: loaded meta data with 1 key-value pairs and 1 tensors from {path} (version GGUF V3)")
+    draft = weights.Weights(weights.inspect(path), 1, is_mapped=is_mapped)
+    if options.usemlock:
+        draft.lock(is_refused=switches.mlock_fails)
+    return draft
 
 
 def announce(options: argparse.Namespace, switches: Switches) -> None:

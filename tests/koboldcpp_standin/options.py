@@ -12,6 +12,8 @@ from typing import Any
 from switches import BATCHING, OLD
 
 DEFAULT_PORT = 5001
+UNLOAD = "unload_model"
+"""What a reload is asked for instead of a file."""
 MOST_CONTEXT, LEAST_CONTEXT = 262144, 256
 
 
@@ -51,6 +53,12 @@ def merged(options: argparse.Namespace, path: Path, version: str) -> argparse.Na
         "password",
     ):
         setattr(fresh, key, getattr(options, key))
+    if path.name == UNLOAD:
+        fresh.nomodel = True
+        return fresh
+    if path.suffix == ".gguf":
+        fresh.model_param = str(path)
+        return fresh
     kept = {"port", "port_param", "host", "admin", "admindir", "adminpassword", "ssl", "config"}
     for key, value in _settings(path).items():
         if key not in kept:

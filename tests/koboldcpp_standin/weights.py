@@ -146,6 +146,7 @@ class Weights:
 
     def __init__(self, model: ModelFile, context_size: int, *, is_mapped: bool) -> None:
         self.size = model.size
+        self.draft: Weights | None = None
         self.is_mapped = is_mapped
         self.keeps_state = model.architecture.startswith(WITH_STATE)
         self._view, self._address = _map_file(model) if is_mapped else _read_file(model)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,31 +12,6 @@ from emberd.service.files import file_problems, remove_files, run, template, wri
 
 ROOT = Path(__file__).parent.parent.parent
 TEMPLATES = ("launchd/io.github.emberd.plist", "systemd/emberd.service", "systemd/emberd.socket")
-
-
-def test_the_wheel_has_the_templates_and_finds_them_without_the_checkout(tmp_path: Path):
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=100,
-    )
-    [wheel] = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    code = "from emberd.service.files import template; print(template(*{!r}.split('/')), end='')"
-    for name in TEMPLATES:
-        said = subprocess.run(
-            [sys.executable, "-c", code.format(name)],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        ).stdout
-        assert said == (ROOT / name).read_text(encoding="utf-8")
 
 
 def test_a_missing_template_names_the_remedy():

@@ -61,8 +61,9 @@ def test_the_template_is_right_as_it_stands_and_says_the_defaults():
     job = template()
     assert problems(job) == ()
     assert job["ExitTimeOut"] == stop_limit_s(Settings().lifecycle)
-    listener = job["Sockets"]["Listeners"]
-    assert (listener["SockNodeName"], listener["SockServiceName"]) == ("127.0.0.1", str(Settings().endpoint.port))
+    listeners = job["Sockets"]["Listeners"]
+    assert listeners == fill(job, replace(WANTED, port=Settings().endpoint.port))["Sockets"]["Listeners"]
+    assert [each["SockNodeName"] for each in listeners] == ["127.0.0.1", "::1"]
     assert job["ProcessType"] == "Interactive"
     assert job["KeepAlive"] == {"SuccessfulExit": False}
     assert "MemoryLock" not in job["SoftResourceLimits"]
@@ -83,7 +84,7 @@ def test_filling_in_sets_label_program_port_times_and_paths():
     assert job["Label"] == "io.github.emberd.small"
     assert job["ProgramArguments"] == list(WANTED.program)
     assert job["ExitTimeOut"] == 95
-    assert job["Sockets"]["Listeners"]["SockServiceName"] == "5002"
+    assert [each["SockServiceName"] for each in job["Sockets"]["Listeners"]] == ["5002", "5002"]
     assert job["StandardErrorPath"] == job["StandardOutPath"] == WANTED.log
     assert job["EnvironmentVariables"]["EMBERD_SERVICE"] == "io.github.emberd.small"
     assert job["EnvironmentVariables"]["XDG_STATE_HOME"] == "/Users/me/state"
@@ -98,10 +99,18 @@ def test_a_job_on_demand_has_nothing_that_starts_it_at_login():
     assert not starts_at_login(job)
 
 
-@pytest.mark.parametrize(("host", "family"), [("127.0.0.1", "IPv4"), ("::1", "IPv6"), ("localhost", None)])
+@pytest.mark.parametrize(("host", "family"), [("192.168.1.7", "IPv4"), ("::1", "IPv6"), ("studio.local", None)])
 def test_the_family_of_the_socket_is_that_of_the_address(host: str, family: str | None):
     job = fill(template(), replace(WANTED, host=host))
     assert job["Sockets"]["Listeners"].get("SockFamily") == family
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_loopback_means_both_families_and_one_on_a_computer_without_ipv6(host: str):
+    job = fill(template(), replace(WANTED, host=host))
+    assert [each["SockFamily"] for each in job["Sockets"]["Listeners"]] == ["IPv4", "IPv6"]
+    alone = fill(template(), replace(WANTED, host=host, has_ipv6=False))
+    assert alone["Sockets"]["Listeners"]["SockNodeName"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def test_filling_in_keeps_the_comments_and_sets_the_rest():
     assert variable(values, "XDG_STATE_HOME") == "/home/me/my state"
     assert variable(values, "HOME") is None
     assert values["Unit.Requires"] == values["Unit.After"] == ("emberd.socket",)
-    assert assignments(fill_socket(SOCKET, WANTED))["Socket.ListenStream"] == ("127.0.0.1:5002",)
+    assert assignments(fill_socket(SOCKET, WANTED))["Socket.ListenStream"] == ("127.0.0.1:5002", "[::1]:5002")
+    alone = replace(WANTED, host="localhost", has_ipv6=False)
+    assert assignments(fill_socket(SOCKET, alone))["Socket.ListenStream"] == ("127.0.0.1:5002",)
     assert assignments(fill_socket(SOCKET, replace(WANTED, host="::1")))["Socket.ListenStream"] == ("[::1]:5002",)
 
 
@@ -75,7 +77,10 @@ def test_the_templates_say_the_defaults():
     values = assignments(SERVICE)
     assert values["Service.TimeoutStopSec"] == (str(stop_limit_s(Settings().lifecycle)),)
     endpoint = Settings().endpoint
-    assert assignments(SOCKET)["Socket.ListenStream"] == (f"{endpoint.host}:{endpoint.port}",)
+    assert assignments(SOCKET)["Socket.ListenStream"] == (
+        f"{endpoint.host}:{endpoint.port}",
+        f"[::1]:{endpoint.port}",
+    )
     assert values["Service.Type"] == ("notify",)
     assert values["Service.KillMode"] == ("process",)
 

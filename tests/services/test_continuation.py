@@ -191,6 +191,52 @@ def test_a_cut_reply_of_other_apis_ends_in_their_own_words(
     assert daemon.wait_ready(other_than=engine)
 
 
+REFUSES = (
+    "{% for each in messages %}<{{ each.role }}>{{ each.content }}</{{ each.role }}>{% endfor %}"
+    "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no assistant at the end') }}{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@needs_xllamacpp
+def test_no_flag_and_no_template_makes_a_cut_chat_begin_anew(make_daemon: MakeDaemon, tmp_path: Path):
+    daemon = make_daemon(
+        {
+            "engine.kind": "llama-server",
+            "engine.path": str(write_program(tmp_path)),
+            "engine.extra_args": ["--no-prefill-assistant", "--chat-template", REFUSES],
+            "warmth.mode": "off",
+        }
+    )
+    daemon.start()
+    engine = daemon.wait_ready()["engine"]["pid"]
+    chat = {"messages": [{"role": "user", "content": PROMPT}], "ignore_eos": True, "temperature": 0}
+    whole = text_of(events_of(daemon, "/v1/chat/completions", **chat, max_tokens=60))
+    seen: list[dict[str, Any]] = []
+    body, url = {**chat, "max_tokens": MANY, "stream": True}, daemon.url + "/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=LIMIT_S, trust_env=False) as answer:
+        for line in answer.iter_lines():
+            seen += [json.loads(line.removeprefix("data: "))] if line.startswith("data: {") else []
+            if len(seen) == 8 and line:
+                os.kill(engine, signal.SIGKILL)
+            if daemon.events("reply_continued") and len(text_of(seen)) >= len(whole):
+                break
+    (continued,) = daemon.events("reply_continued")
+    assert continued["tokens_so_far"] > 0
+    assert text_of(seen)[: len(whole)] == whole
+    assert len({event["id"] for event in seen}) == 1
+
+
+def test_a_chat_that_koboldcpp_writes_by_a_template_ends_in_place_of_beginning_anew(
+    make_daemon: MakeDaemon, tmp_path: Path
+):
+    once = {"STANDIN_ONCE_FILE": str(tmp_path / "crashed"), "STANDIN_CRASH_WITH": "SIGKILL"}
+    daemon = make_daemon({"engine.extra_args": ["--jinja"]}, STANDIN_CRASH_AFTER_TOKENS="9", **once)
+    daemon.start()
+    daemon.wait_ready()
+    assert "which this engine cannot continue" in lines_until_cut(daemon, PATHS[2])[-1]
+
+
 def test_an_old_engine_cannot_continue_a_chat_and_the_client_is_told(make_daemon: MakeDaemon, tmp_path: Any):
     daemon = crashing(make_daemon, tmp_path)
     daemon.environment["STANDIN_VERSION"] = "1.76"

@@ -19,6 +19,7 @@ from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.reuse import CacheRoom
 from emberd.core.settings import Settings, WarmthSettings
+from emberd.core.tally import Tally
 from emberd.core.thrash import HoldLevel, ThrashGuard
 from emberd.core.turn import UNTOLD, PromptCounts, Turn
 from emberd.core.types import EngineSample
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from emberd.core.replay import Replay
+    from emberd.core.reuse import Conversation
 
 LIMIT_S = 20
 
@@ -63,6 +65,7 @@ class ReadyEngine:
         self.engine: Any = type("Engine", (), {**parts, "send": self._send, "took_whole": self._agree})()
         self.engine.counts_in_reply = lambda told: told.get("counts", UNTOLD)
         self.in_log = UNTOLD
+        self.tally = Tally()
         self._model = model
 
     @staticmethod
@@ -203,10 +206,7 @@ class Rig:
             prompts.append(request.body["prompt"])
             return {"counts": left.pop(0)} if left else {}
 
-        async def continues_turns(*_: Any) -> bool:
-            return True
-
-        self.engine.engine.send, self.engine.engine.continues_turns = send, continues_turns
+        self.engine.engine.send = send
         for turn in told:
             self.turns.begin(self.engine.engine_key)
             self.turns.end(self.engine.engine_key, lambda turn=turn: turn)  # type: ignore[misc]  # the loop's variable
@@ -610,13 +610,13 @@ async def test_what_a_replay_leaves_in_swap_is_a_loss_only_once(rig: Rig):
 
 
 async def test_a_user_who_comes_before_the_replay_is_on_its_way_is_seen(rig: Rig):
-    prompts = rig.hears(TURN)
+    prompts, to_replay = rig.hears(TURN), rig.turns.to_replay
 
-    async def continues_turns(*_: Any) -> bool:
+    def chosen(key: str | None) -> list[Conversation]:
         rig.engine.is_idle = False
-        return True
+        return to_replay(key)
 
-    rig.engine.engine.continues_turns = continues_turns
+    rig.turns.to_replay = chosen  # type: ignore[method-assign]  # the last look before the request
     assert (await rig.service.warm())["steps"] == ["touch"]
     assert not prompts
 
@@ -630,9 +630,8 @@ async def test_a_user_who_comes_at_the_moment_of_the_replay_is_seen(rig: Rig):
         async with rig.places.taken(places.Patience(LIMIT_S), is_work=True, goes_first=False):
             pass
 
-    async def continues_turns(*_: Any) -> bool:
+    def forget_counts() -> None:
         users.append(asyncio.create_task(come()))  # its first step comes before those of what is created next
-        return True
 
     async def send(*_: Any) -> dict[str, Any] | None:
         await aborted.wait()
@@ -642,8 +641,8 @@ async def test_a_user_who_comes_at_the_moment_of_the_replay_is_seen(rig: Rig):
         aborted.set()
         return True
 
-    engine = rig.engine.engine
-    engine.continues_turns, engine.send, engine.abort = continues_turns, send, abort
+    rig.engine.forget_counts = forget_counts  # type: ignore[method-assign]
+    rig.engine.engine.send, rig.engine.engine.abort = send, abort
     async with asyncio.timeout(LIMIT_S):
         assert (await rig.service.warm())["steps"] == ["touch"]
         await users[0]

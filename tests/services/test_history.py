@@ -9,14 +9,17 @@ import stat
 import subprocess
 import sys
 import threading
+from dataclasses import fields, replace
 from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 
+from emberd.core.minute import HOUR_S, FirstToken, Minute, fold
 from emberd.core.swap_account import SwapWrites
 from emberd.core.warmth_cost import WarmthCost
+from emberd.services import series
 from emberd.services.history import _MIGRATIONS, KEPT_DAYS, History
 
 if TYPE_CHECKING:
@@ -113,6 +116,7 @@ from datetime import date
 from pathlib import Path
 from emberd.core.swap_account import SwapWrites
 from emberd.core.warmth_cost import WarmthCost
+from emberd.services import series
 from emberd.services.history import History
 history = History(Path(sys.argv[1]), structlog.get_logger())
 assert history.add(date(2026, 5, 1), SwapWrites(1, 2, 3, 4, 5, 6))
@@ -202,14 +206,14 @@ def set_aside(book: Book) -> list[Path]:
 def test_a_file_of_a_newer_emberd_is_set_aside_and_said_once(book: Book):
     made = sqlite3.connect(book.path)
     made.execute("CREATE TABLE future (secret TEXT)")
-    made.execute("PRAGMA user_version = 7")
+    made.execute("PRAGMA user_version = 99")
     made.close()
     history = book.open()
     assert history.add(DAY, WRITES)
     assert history.days(DAY, SwapWrites) == {DAY: WRITES}
     assert book.names() == ["history_set_aside"]
-    assert "newer emberd (format 7)" in str(book.events[0]["reason"])
-    assert version_of(set_aside(book)[0]) == 7
+    assert "newer emberd (format 99)" in str(book.events[0]["reason"])
+    assert version_of(set_aside(book)[0]) == 99
 
 
 def test_another_programs_database_is_set_aside(book: Book):
@@ -261,7 +265,7 @@ def test_a_file_that_is_deleted_under_our_feet_is_made_again(book: Book):
 
 
 def test_what_a_full_file_cannot_take_waits_in_memory_and_is_said_once(book: Book):
-    history = book.open(page_limit=3)
+    history = book.open(page_limit=6)
     days = [DAY + timedelta(days=number) for number in range(200)]
     outcomes = [history.add(day, WRITES) for day in days]
     assert outcomes[0] is True
@@ -397,3 +401,103 @@ def test_a_writer_that_holds_the_file_only_delays_an_account(book: Book):
         other.close()
     assert history.add(DAY, SwapWrites())
     assert history.days(DAY, SwapWrites) == {DAY: WRITES + WRITES}
+
+
+# --- minutes, hours and first tokens ----------------------------------------------------------------------------
+
+AT_S = 1_780_000_000 // HOUR_S * HOUR_S
+
+
+def minutes(number: int, begin_s: int = AT_S, **values: object) -> list[Minute]:
+    """Return as many minutes in a row."""
+    return [Minute(begin_s + 60 * each, observed_s=60, **values) for each in range(number)]  # type: ignore[arg-type]
+
+
+def test_minutes_outlive_a_restart_and_unknown_stays_unknown(book: Book):
+    rows = minutes(3, resident_bytes=5 << 30, pass_reasons="timer", stall_some_share=0.125)
+    first = book.open()
+    assert first.write([], rows)
+    first.close()
+    assert book.open().minutes(AT_S, AT_S + HOUR_S, 60) == rows
+    assert rows[0].locked_bytes is None
+
+
+@pytest.mark.parametrize("step_s", [60, 300, 3600])
+@pytest.mark.parametrize("written", [0, 50, 97, 120])
+def test_what_waits_in_memory_is_joined_with_what_is_written(book: Book, step_s: int, written: int):
+    rows = [
+        Minute(
+            AT_S + 60 * number,
+            requests=number,
+            resident_bytes=None if number % 3 else number,
+            swapped_bytes=number % 17,
+            pass_reasons=[None, "timer", "evicting", "knock"][number % 4],
+        )
+        for number in range(120)
+    ]
+    history = book.open()
+    assert history.write([], rows[:written])
+    history._path = book.path.with_name("gone") / "history.db"  # a disk that has gone
+    history._disconnect()
+    history.write([], rows[written:])
+    history._path = book.path
+    assert history.minutes(AT_S, AT_S + 2 * HOUR_S, step_s) == fold(rows, step_s)
+    assert history.write([])
+    assert history.minutes(AT_S, AT_S + 2 * HOUR_S, step_s) == fold(rows, step_s)
+
+
+def test_a_minute_that_two_daemons_saw_is_one_row(book: Book):
+    history = book.open()
+    history.write([], [Minute(AT_S, observed_s=20, resident_bytes=7, pass_reasons="timer", cuts=None)])
+    history.write([], [Minute(AT_S, observed_s=30, resident_bytes=None, pass_reasons="knock", cuts=2)])
+    expected = Minute(AT_S, observed_s=50, resident_bytes=7, pass_reasons="knock,timer", cuts=2)
+    assert history.minutes(AT_S, AT_S + 60, 60) == [expected]
+    assert history.minutes(AT_S, AT_S + 60, HOUR_S) == [expected]
+
+
+def test_the_newest_minutes_and_hours_are_kept_each_for_a_time_of_its_own(
+    book: Book, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(series, "_MINUTES", replace(series._MINUTES, kept=150))
+    monkeypatch.setattr(series, "_HOURS", replace(series._HOURS, kept=20))
+    history, rows = book.open(), minutes(25 * 60)
+    for number in range(0, len(rows), 60):
+        assert history.write([], rows[number : number + 60])
+    end_s = rows[-1].at_s + 60
+    assert history.minutes(0, end_s, 60) == rows[-150:]
+    assert history.minutes(0, end_s, HOUR_S) == fold(rows, HOUR_S)[-20:]
+    assert history.minutes(end_s - 600, end_s - 300, 60) == rows[-10:-5]
+    assert history.minutes(end_s - 5 * HOUR_S, end_s - HOUR_S, HOUR_S) == fold(rows, HOUR_S)[-5:-1]
+
+
+def test_first_tokens_are_kept_with_what_was_foretold(book: Book):
+    history = book.open()
+    tokens = [
+        FirstToken(AT_S + 1.5, 30.0, "hot", None, 0.2),
+        FirstToken(AT_S + 900.5, 600.0, "cold", 9.0, 12.5, 4 << 30, 100, 7),
+    ]
+    history.write([], [], tokens)
+    assert history.first_tokens(AT_S, AT_S + HOUR_S) == tokens
+    assert history.first_tokens(AT_S + 2, AT_S + HOUR_S) == tokens[1:]
+    assert history.cold_first_tokens() == tokens[1:]
+
+
+def test_a_disk_that_takes_nothing_for_days_fills_no_memory(book: Book):
+    book.path = book.path.parent / "missing" / "history.db"
+    history = book.open()
+    rows = minutes(3 * 24 * 60)
+    assert not history.write([], rows)
+    assert history.minutes(AT_S, rows[-1].at_s + 60, 60) == rows[-24 * 60 :]
+    book.path.parent.mkdir()
+    assert history.write([])
+    assert history.minutes(AT_S, rows[-1].at_s + 60, 60) == rows[-24 * 60 :]
+
+
+def test_the_tables_have_the_columns_of_a_minute(book: Book):
+    history = book.open()
+    history.write([], minutes(1))
+    connection = sqlite3.connect(book.path)
+    for table in ("minutes", "hours"):
+        columns = [name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")]
+        assert columns[1:] == [each.name for each in fields(Minute)]
+    connection.close()

@@ -22,7 +22,7 @@ from emberd.engine.http import EngineHttp
 from emberd.engine.koboldcpp import KoboldCpp
 from emberd.host import ThisHost
 from emberd.host.listener import bind
-from emberd.services import endpoint, messages, places
+from emberd.services import client_connection, messages, places
 from emberd.services.endpoint import Endpoint
 from emberd.services.proxy import Proxy, make_app
 from emberd.services.turns import Knocks, Turns
@@ -560,17 +560,6 @@ async def test_a_client_that_waits_for_100_continue_is_told_to_go_on(front: Fron
     writer.close()
 
 
-async def test_a_websocket_is_refused_and_never_reaches_the_engine(front: Front):
-    engine = await serve(front, hello)
-    answer = await front.exchange(
-        b"GET /ws HTTP/1.1\r\nHost: x\r\nConnection: close, Upgrade\r\nUpgrade: websocket\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
-    assert answer.startswith(b"HTTP/1.1 501")
-    assert b'"no_websocket"' in answer
-    assert engine.heads == []
-
-
 async def test_an_offer_to_speak_http_2_is_ignored(front: Front):
     engine = await serve(front, hello)
     async with client() as user:
@@ -790,7 +779,7 @@ async def test_a_client_that_stops_within_its_body_is_told_and_lets_the_engine_g
 
 async def test_a_client_that_reads_nothing_does_not_keep_the_engine(front: Front, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(messages, "CLIENT_SILENCE_S", 0.2)
-    monkeypatch.setattr(endpoint, "UNREAD_S", 0.1)
+    monkeypatch.setattr(client_connection, "UNREAD_S", 0.1)
 
     async def flood(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.0 200 OK\r\n\r\n")

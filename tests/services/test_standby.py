@@ -86,6 +86,13 @@ def test_the_third_failed_start_stays_and_tells_everybody_why(make_daemon: MakeD
         assert answer.json()["error"]["state"] == "STANDBY"
         assert "late.gguf" in answer.json()["detail"]["msg"]
     assert "late.gguf" in ask(daemon, "/api/chat", "POST").json()["error"], "Ollama's dialect"
+    view = ask(daemon, "/emberd/status").json()
+    assert view["sentence"]["text"].startswith("emberd cannot start. The next try is in")
+    assert "late.gguf" in view["sentence"]["why"]
+    assert ask(daemon, "/emberd/layers").json()["unknown"] == "there is no engine"
+    assert ask(daemon, "/emberd/doctor").json()["shown"][0]["code"] == "MODEL_MISSING"
+    pressed = httpx.post(f"{daemon.url}/emberd/do/warm", headers={"x-emberd": "x"}, timeout=20, trust_env=False)
+    assert (pressed.status_code, "late.gguf" in pressed.json()["error"]) == (409, True)
     said = daemon.verb("status")
     words = "".join(said.stdout.split())  # a narrow terminal folds the lines anywhere
     assert (said.returncode, "late.gguf" in words, "emberdrestart" in words) == (0, True, True)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     MakeDaemon = Callable[..., Daemon]
 
 BEFORE = """
-version pid uptime_s endpoint model settings_file state state_for_s reason crashes_in_a_row next_start_in_s starts
+version pid uptime_s endpoint endpoints endpoint_lacks
+model settings_file state state_for_s reason crashes_in_a_row next_start_in_s starts
 last_exit requests_in_flight requests_held
 loading: phase detail
 engine: kind pid port adopted started_at command
@@ -45,7 +46,8 @@ log
 """
 """Recorded from the daemon of commit 21eed80 on Linux. `a: b` is the keys `a` and `a.b`; `a[]`, items of a list."""
 BEFORE_STANDBY = """
-version pid uptime_s endpoint model settings_file state state_for_s reason remedy exit_code failures next_start_in_s
+version pid uptime_s endpoint endpoints endpoint_lacks
+model settings_file state state_for_s reason remedy exit_code failures next_start_in_s
 starts engine
 """
 NEW = """

@@ -44,7 +44,7 @@ def meter(kernel: Kernel, tmp_path: Path, samples: list[EngineSample]) -> SwapMe
     left = iter(samples)
     log = structlog.get_logger()
     observer = Observer(LinuxHost(kernel.proc), log, lambda: next(left, last))
-    return SwapMeter(observer, Accounts(tmp_path / "history.db", log), log)
+    return SwapMeter(observer, Accounts(tmp_path / "history.db", log))
 
 
 IDLE = EngineSample("77:a", (PID,), is_idle=True, requests=3)
@@ -117,7 +117,7 @@ async def test_a_reboot_starts_the_count_afresh(kernel: Kernel, tmp_path: Path):
 async def test_where_the_system_tells_nothing_nothing_is_claimed(tmp_path: Path):
     log = structlog.get_logger()
     observer = Observer(LinuxHost(tmp_path / "nowhere"), log, lambda: NONE)
-    swap = SwapMeter(observer, Accounts(tmp_path / "h.db", log), log)
+    swap = SwapMeter(observer, Accounts(tmp_path / "h.db", log))
     await swap.tick()
     await swap.tick()
     assert await swap.status(600) is None

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, byte_progress, duration, given_back_words, seconds_of, show
+from emberd.cli.talk import as_json, ask_daemon, byte_progress, given_back_words, seconds_of, show
 from emberd.core.errors import EmberdError
 from emberd.core.status import GivenBackStatus, from_plain
+from emberd.core.words import duration
 from emberd.services.control import ASK_LIMIT_S, SLOW_ASK_LIMIT_S
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from emberd import __version__
 from emberd.cli import service
 from emberd.cli.talk import as_json, ask_daemon, show
 from emberd.core.errors import ConfigError, EmberdError, NotRunning
-from emberd.doctor.catalogue import CATALOGUE, diagnose, visible
+from emberd.doctor.catalogue import CATALOGUE, describe, diagnose, visible
 from emberd.doctor.condition import Condition, Severity
 from emberd.doctor.facts import Facts, ServiceHealth, digest
 from emberd.doctor.look import examine_access
@@ -57,7 +57,7 @@ def command(
     shown = found if shows_all else visible(found)
     content = {
         "asked": asked,
-        "conditions": [_plain(each) for each in shown],
+        "conditions": [describe(each) for each in shown],
         "hidden": len(found) - len(shown),
         "unknown": unknown,
     }
@@ -135,18 +135,6 @@ def _of_service(
         ),
         [],
     )
-
-
-def _plain(condition: Condition) -> dict[str, Any]:
-    kind = CATALOGUE[condition.code]
-    return {
-        "code": condition.code,
-        "severity": kind.severity.value,
-        "title": kind.title,
-        "evidence": condition.evidence,
-        "remedy": condition.remedy,
-        "page": condition.page,
-    }
 
 
 def _print(content: dict[str, Any], *, is_verbose: bool) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, residency_words, show
+from emberd.cli.talk import as_json, ask_daemon, file_words, residency_words, show
 from emberd.core import residency
 from emberd.core.errors import EmberdError, ModelError
 from emberd.core.gguf import split_names
-from emberd.core.status import ResidencyStatus, from_plain, to_plain
+from emberd.core.status import FileStatus, ResidencyStatus, from_plain, to_plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,9 +39,10 @@ def command(
     is_sampled: bool,  # noqa: FBT001  # same
     is_json: bool,  # noqa: FBT001  # same
 ) -> None:
-    """Show how much of FILE, or else of the model in the settings, is in memory.
+    """Show how much of FILE, or else of all files that the running engine maps, is in memory.
 
-    Works on any file, with or without a daemon. All parts of a split model count together.
+    Works on any file, with or without a daemon; without one, FILE is by default the settings' model. All parts of a
+    split model count together.
     """
     if is_sampled and (by_layer or by_tensor):
         raise click.UsageError("--sample looks at too few pages to tell layers apart.")
@@ -50,12 +51,14 @@ def command(
     if not by_tensor:
         content.pop("tensors", None)
     if file is None:
-        content["engine"] = _engine_words(config)
+        status = _status(config)
+        content["engine"] = status.get("residency")
+        content["engine_files"] = status.get("files", [])
     show(content, is_json, _print)
 
 
 def model_files(config: str | None, file: str | None) -> list[Path]:
-    """Return the file, or the settings' model, with all its parts.
+    """Return the file, what the running engine maps, or the settings' model; the parts of a split one, too.
 
     Raises:
         ModelError: no file is named, or it is missing.
@@ -65,6 +68,9 @@ def model_files(config: str | None, file: str | None) -> list[Path]:
         from emberd.host import config_file  # noqa: PLC0415  # not needed with a file
 
         settings, _ = config_file.load(config)
+        mapped = [Path(each["path"]) for each in _status(config).get("files", ()) if each["held"] == "mapped"]
+        if mapped:
+            return mapped
         if not settings.model.path:
             raise ModelError("no file is named, and the settings name no model", "Name a file, or set model.path.")
         file = settings.model.path
@@ -153,12 +159,11 @@ def _part(part: residency.Part) -> dict[str, Any]:
     }
 
 
-def _engine_words(config: str | None) -> dict[str, Any] | None:
-    """Return the daemon's words on its engine's residency, None without a daemon."""
+def _status(config: str | None) -> dict[str, Any]:
+    """Return the daemon's status, empty without a daemon."""
     with contextlib.suppress(EmberdError):
-        found: dict[str, Any] | None = ask_daemon(config, "status").get("residency")
-        return found
-    return None
+        return ask_daemon(config, "status")
+    return {}
 
 
 def _print(content: dict[str, Any]) -> None:
@@ -171,6 +176,8 @@ def _print(content: dict[str, Any]) -> None:
         console.print(file, style="dim", soft_wrap=True, markup=False)
     whole = from_plain(ResidencyStatus, content)
     console.print(f"resident: {residency_words(whole)}", markup=False, soft_wrap=True)
+    for each in content.get("engine_files", ()):
+        console.print(f"  {file_words(from_plain(FileStatus, each))}", style="dim", soft_wrap=True, markup=False)
     engine = from_plain(ResidencyStatus, content.get("engine") or {})
     if engine.source == residency.Source.PROCESS.value:
         console.print(

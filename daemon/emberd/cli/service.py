@@ -16,6 +16,7 @@ import click
 from emberd.cli import talk
 from emberd.core.errors import ConfigError, EmberdError, EngineFailed, NotRunning, ServiceManagerFailed
 from emberd.host import ThisHost, config_file
+from emberd.host.listener import has_ipv6_loopback
 from emberd.service.wanted import DEFAULT_LABEL, WantedService, full_label, stop_limit_s
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def wanted_service(
         stop_limit_s=stop_limit_s(settings.lifecycle),
         starts_at_login=starts_at_login,
         environment={name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)},
+        has_ipv6=has_ipv6_loopback(),
     )
     return wanted, settings
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from emberd.cli.talk import as_json, ask_daemon, duration, gib, given_back_words, residency_words, show
+from emberd.cli.talk import as_json, ask_daemon, file_words, gib, given_back_words, residency_words, show
 from emberd.core.memory import Pressure
 from emberd.core.status import Status, from_plain
+from emberd.core.words import duration
 from emberd.host import ThisHost
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def _rows(status: Status) -> list[tuple[str, str, str]]:
         rows.append(("loading", f"{status.loading.phase} {status.loading.detail}".strip(), ""))
     if status.next_start_in_s is not None:
         rows.append(("next start", f"in {duration(max(status.next_start_in_s, 0))}", ""))
-    rows.append(("endpoint", status.endpoint or "", ""))
-    rows.append(("model", Path(status.model).name if status.model else "named in engine.kcpps", ""))
+    rows.append(("endpoint", ", ".join(status.endpoints) or status.endpoint or "", ""))
+    rows.append(("", status.endpoint_lacks, "yellow"))
+    rows += _model_rows(status)
     if status.engine:
         age = duration(time.time() - status.engine.started_at)
         adopted = ", adopted" if status.engine.adopted else ""
@@ -89,6 +91,24 @@ def _rows(status: Status) -> list[tuple[str, str, str]]:
     rows += [("notice", f"{notice.message} ({notice.code})", "yellow") for notice in status.notices]
     rows.append(("emberd", _daemon_words(status), "dim"))
     return [row for row in rows if row[1]]
+
+
+def _model_rows(status: Status) -> list[tuple[str, str, str]]:
+    """Say which model serves, and which one the settings name."""
+    named = Path(status.model).name if status.model else "named in engine.kcpps"
+    serving = status.serving
+    rows = [("model", named, "")]
+    if serving is not None and not serving.is_of_settings:
+        now = Path(serving.model).name if serving.model else serving.name or "none, it was unloaded"
+        how = f"switched by {serving.switched_by}" if serving.switched_by else "switched, emberd does not know how"
+        then = "keeps it" if serving.survives_restart else "ends that"
+        rows = [("model", f"{now} ({how}; a restart of the engine {then})", "yellow")]
+        rows.append(("", f"the settings: {named}", "dim"))
+    elif serving is not None and serving.model:
+        rows = [("model", Path(serving.model).name, "")]
+    if len(status.files) > 1 or any(each.held != "mapped" for each in status.files):
+        rows += [("files" if number == 0 else "", file_words(each), "") for number, each in enumerate(status.files)]
+    return rows
 
 
 def _standby_rows(status: Status) -> list[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from emberd.services.control import ASK_LIMIT_S, ask
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from emberd.core.status import GivenBackStatus, ResidencyStatus, Status
+    from emberd.core.status import FileStatus, GivenBackStatus, ResidencyStatus, Status
     from emberd.host.config_file import Loaded
 
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON instead of text.")
@@ -93,19 +93,6 @@ def byte_progress(*, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
-def duration(seconds: float) -> str:
-    """Return seconds in words: 4 s, 3 min, 2 h 5 min, 3 d 4 h."""
-    whole = int(seconds)
-    if whole < 60:  # noqa: PLR2004  # seconds in a minute
-        return f"{whole} s"
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if minutes < 60:  # noqa: PLR2004  # minutes in an hour
-        return f"{minutes} min"
-    if hours < 24:  # noqa: PLR2004  # hours in a day
-        return f"{hours} h {minutes % 60} min"
-    return f"{days} d {hours % 24} h"
-
-
 def gib(size_bytes: int) -> str:
     """Return bytes as GiB with two decimals."""
     return f"{size_bytes / (1 << 30):.2f}"
@@ -119,6 +106,26 @@ def residency_words(seen: ResidencyStatus) -> str:
     if seen.at_least != seen.at_most:
         text += f" (between {seen.at_least:.1%} and {seen.at_most:.1%})"
     return text
+
+
+_HELD = {
+    "copied": "copied: only use, or the engine's own lock, keeps it in memory",
+    "replaced": "the engine maps a file that is no longer there; emberd restart loads this one",
+    "unknown": "not known whether it is mapped",
+}
+
+
+def file_words(file: FileStatus) -> str:
+    """Return a line on one of the engine's files."""
+    words = [file.role.replace("_", " ")]
+    if file.size_bytes is None:
+        words.append("not there")
+    else:
+        words.append(f"{gib(file.size_bytes)} GiB")
+    known = ((file.resident_bytes, "in memory"), (file.locked_bytes, "locked"))
+    words += [f"{gib(size_bytes)} {word}" for size_bytes, word in known if size_bytes is not None]
+    words.append(_HELD.get(file.held, "mapped"))
+    return f"{file.path.rpartition('/')[2]}: {', '.join(words)}"
 
 
 def given_back_words(given: GivenBackStatus) -> str:

@@ -25,7 +25,7 @@ _INTERRUPTED = 130
 @as_json
 @click.pass_context
 def command(context: click.Context, file: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
-    """Bring FILE, or else the model in the settings, into memory and mark its pages as used.
+    """Bring FILE, or else all files that the running engine maps, into memory and mark their pages as used.
 
     This takes all parts of a split model. After Ctrl-C, pages in memory stay there as long as the system has
     room.

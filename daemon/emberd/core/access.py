@@ -1,25 +1,44 @@
 """Who may use the endpoint, by the requested host, the asking page and the key. Pure.
 
 A browser lets any page send requests to 127.0.0.1, and KoboldCPP answers all of them with
-`access-control-allow-origin: *` (1.76 to 1.104): the page could read the replies. And a page whose name is
+`access-control-allow-origin: *` (1.76 to 1.115): the page could read the replies. And a page whose name is
 pointed to 127.0.0.1 after it was loaded (DNS rebinding) is of the same origin; its requests carry its name.
 """
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from emberd.core.credentials import has_key, has_session
 from emberd.core.generation import changes_cache
+from emberd.core.origins import is_private_name, matches_name, matches_origin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_OWN_NAMES = ("localhost", "host.docker.internal")
-"""A container gives the second name to its computer (Docker's documentation)."""
+_OWN_NAMES = frozenset(
+    {
+        "localhost",
+        "gateway.docker.internal",
+        "host.containers.internal",
+        "host.docker.internal",
+        "host.k3d.internal",
+        "host.lima.internal",
+        "host.minikube.internal",
+        "host.orb.internal",
+        "host.rancher-desktop.internal",
+    }
+)
+"""What containers and virtual machines call the computer that they run on: Docker, Podman, Lima, OrbStack and
+others (each one's documentation). Nobody can register a name below .internal."""
+_SHELLS = frozenset({"app", "tauri", "vscode-file", "vscode-webview"})
+"""Schemes of desktop programs' own pages; no page of the internet has them. Ollama lets in the same."""
+_EXTENSIONS = frozenset({"chrome-extension", "moz-extension", "safari-web-extension"})
+ONE_FAMILY_REMEDY = "End that program, or use http://127.0.0.1: clients that are told localhost may reach it."
+LOGIN_PATH, LOGOUT_PATH = "/emberd/login", "/emberd/logout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +46,10 @@ class AccessRules:
     """Whom to let in.
 
     Attributes:
-        names: host names that this computer has for clients, besides loopback names and any IP address.
-        origins: allowed pages, as `https://name[:port]`; `null` for files and `*` for every page.
-        key: what clients must send as a bearer token, empty for no key.
+        names: host names that this computer has for clients, besides `own_names` and any IP address; patterns of
+            `origins.name_pattern`.
+        origins: allowed pages; patterns of `origins.origin_pattern`.
+        key: what clients must send, empty for no key.
     """
 
     names: tuple[str, ...] = ()
@@ -52,12 +72,26 @@ class Refusal:
     message: str
 
 
-def judge(method: str, path: str, headers: Sequence[tuple[bytes, bytes]], rules: AccessRules) -> Refusal | None:
-    """Return why a request is refused, None if it may pass.
+def judge(
+    method: str,
+    path: str,
+    headers: Sequence[tuple[bytes, bytes]],
+    rules: AccessRules,
+    *,
+    is_open: bool = False,
+    now_s: float | None = None,
+) -> Refusal | None:
+    """Return why a request is refused, None if it may pass. For a WebSocket's upgrade, too.
 
-    `path` has no query; names of `headers` are in lower case.
+    Args:
+        method: the request's.
+        path: without the query.
+        headers: names in lower case.
+        rules: whom to let in.
+        is_open: whether this path needs no key, such as an engine's page.
+        now_s: seconds since the epoch; None to let no session of a browser count.
     """
-    host = _only(headers, b"host")
+    host = only(headers, b"host")
     if host is not None and not is_own_host(host, rules.names):
         return Refusal(
             403,
@@ -65,14 +99,42 @@ def judge(method: str, path: str, headers: Sequence[tuple[bytes, bytes]], rules:
             f"this computer is not known as {_shown(host)}; add the name to endpoint.names if it is yours",
         )
     if not _is_own_page(method, path, headers, host or "", rules.origins):
-        origin = _only(headers, b"origin") or "another site"
+        origin = only(headers, b"origin") or "another site"
+        scheme = origin.partition("://")[0].lower()
+        pattern = f' ("{scheme}://*" for each that is installed)' if scheme in _EXTENSIONS else ""
         return Refusal(
             403,
             "foreign_page",
-            f"a page of {_shown(origin)} may not use this model; add it to endpoint.origins if it may",
+            f"a page of {_shown(origin)} may not use this model; add it to endpoint.origins if it may{pattern}",
         )
-    if rules.key and method != "OPTIONS" and not _has_key(headers, rules.key):
-        return Refusal(401, "wrong_key", "the API key is missing or wrong; send it as Authorization: Bearer KEY")
+    if not rules.key or is_open or method == "OPTIONS" or has_key(headers, rules.key):
+        return None
+    is_at_home = now_s is not None and _is_of_own_pages(method, path, headers, host or "")
+    if is_at_home and has_session(headers, host or "", rules.key, now_s or 0.0):
+        return None
+    return Refusal(
+        401,
+        "wrong_key",
+        f"the API key is missing or wrong; send it as Authorization: Bearer KEY, or log in at {LOGIN_PATH}",
+    )
+
+
+ACTION_HEADER = b"x-emberd"
+"""A page can add a header of its own only to requests to its own origin, unless that origin allows it (CORS)."""
+
+
+def judge_view(method: str, headers: Sequence[tuple[bytes, bytes]]) -> Refusal | None:
+    """Return why a request may not see or change what emberd does, None if it may: only its own page and programs.
+
+    Stricter than `judge`: a page of endpoint.origins may use the model, and has no business with these.
+    """
+    host, origin = (only(headers, b"host") or "").lower(), only(headers, b"origin")
+    is_own = origin is None or origin.lower() in {f"http://{host}", f"https://{host}"}
+    is_own = is_own and only(headers, b"sec-fetch-site") in {None, "same-origin", "none"}
+    if not is_own:
+        return Refusal(403, "foreign_page", "this is for emberd's own page, and for programs")
+    if method == "POST" and only(headers, ACTION_HEADER) is None:
+        return Refusal(403, "no_header", "to change something, send the header X-Emberd with any value")
     return None
 
 
@@ -84,9 +146,29 @@ def is_own_host(host: str, names: Sequence[str]) -> bool:
     name = _name_of(host)
     if name is None:
         return False
-    if name in {*_OWN_NAMES, *(each.lower() for each in names)} or name.endswith(".localhost"):
-        return True
-    return _is_address(name)
+    return name in _OWN_NAMES or name.endswith(".localhost") or _is_address(name) or matches_name(name, names)
+
+
+def own_names(hostname: str) -> tuple[str, ...]:
+    """Return the names that this computer has by itself: its first label, that with `.local`, and a private one.
+
+    A name that somebody could own is left out: the network may have given it to this computer (DHCP, reverse DNS).
+    """
+    name = hostname.lower().rstrip(".")
+    label = name.partition(".")[0]
+    if not label:
+        return ()
+    return (label, f"{label}.local", *([name] if is_private_name(name) and name != label else []))
+
+
+def listen_addresses(host: str, *, has_ipv6: bool) -> tuple[str, ...]:
+    """Return where to listen for an endpoint.host: 127.0.0.1 and localhost stand for both loopback addresses.
+
+    Clients that are told `localhost` try `::1` first on many computers. `has_ipv6`: this computer has that address.
+    """
+    if host.lower() not in {"127.0.0.1", "localhost"}:
+        return (host,)
+    return ("127.0.0.1", "::1") if has_ipv6 else ("127.0.0.1",)
 
 
 def is_loopback(host: str) -> bool:
@@ -107,34 +189,41 @@ def _is_own_page(
     Browsers send Origin with requests that can change something, and Sec-Fetch-Site with all others (Fetch
     Metadata); programs send neither.
     """
-    origin = _only(headers, b"origin")
+    origin = only(headers, b"origin")
     if origin is None:
-        is_foreign = _only(headers, b"sec-fetch-site") == "cross-site"
-        is_visit = _only(headers, b"sec-fetch-mode") == "navigate" and not changes_cache(method, path)
+        is_foreign = only(headers, b"sec-fetch-site") == "cross-site"
+        is_visit = only(headers, b"sec-fetch-mode") == "navigate" and not changes_cache(method, path)
         return not is_foreign or is_visit or "*" in allowed
-    if "*" in allowed or origin in allowed:
+    if matches_origin(origin, allowed):
         return True
     try:
         parts = urlsplit(origin)
     except ValueError:  # "http://[x"
         return False
-    if parts.scheme not in {"http", "https"} or not parts.netloc:
+    if not parts.netloc or "@" in parts.netloc:
         return False
-    name = _name_of(parts.netloc)
-    is_same = parts.netloc.lower() == host.lower()
-    return is_same or name == "localhost" or (name is not None and is_loopback(name))
+    if parts.scheme not in {"http", "https"}:
+        return parts.scheme in _SHELLS
+    name, is_same = _name_of(parts.netloc) or "", parts.netloc.lower() == host.lower()
+    return is_same or name == "localhost" or name.endswith(".localhost") or is_loopback(name)
 
 
-def _has_key(headers: Sequence[tuple[bytes, bytes]], key: str) -> bool:
-    """Compare in constant time."""
-    sent = _only(headers, b"authorization") or ""
-    scheme, _, value = sent.partition(" ")
-    given = value.strip() if scheme.lower() == "bearer" else ""
-    return hmac.compare_digest(given.encode("latin-1", "replace"), key.encode())  # the bytes as sent
+def _is_of_own_pages(method: str, path: str, headers: Sequence[tuple[bytes, bytes]], host: str) -> bool:
+    """Return True if a browser sent this from a page of this very address: only then does a session count.
+
+    `SameSite` leaves out the port: without this, a page of another program of this computer would be logged in. A
+    browser says nothing of the page if it asks without encryption on the network; then only reading is harmless.
+    """
+    origin, site = only(headers, b"origin"), only(headers, b"sec-fetch-site")
+    if origin is not None:
+        return origin.lower() in {f"http://{host.lower()}", f"https://{host.lower()}"}
+    if site is not None:
+        return site in {"same-origin", "none"}
+    return method in {"GET", "HEAD"} and not changes_cache(method, path)
 
 
-def _only(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str | None:
-    """Return a header's value, None if it is missing or comes twice."""
+def only(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str | None:
+    """Return a header's value, None if it is missing, `,` if it comes twice."""
     values = [value for header, value in headers if header == name]
     if not values:
         return None

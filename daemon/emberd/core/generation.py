@@ -28,7 +28,9 @@ class Dialect(Enum):
     RESPONSES = "responses"
     """OpenAI's Responses: `input` beside `instructions`, items of output, named events."""
     OLLAMA = "ollama"
-    """Ollama's: recognised by its paths, not taken apart."""
+    """Ollama's `/api/generate`: `prompt` and the `context` of the reply before; lines of JSON."""
+    OLLAMA_CHAT = "ollama-chat"
+    """Ollama's `/api/chat`: `messages`; lines of JSON, or OpenAI's events (older llama-servers)."""
 
 
 _ENDINGS: tuple[tuple[str, Dialect], ...] = (
@@ -36,16 +38,18 @@ _ENDINGS: tuple[tuple[str, Dialect], ...] = (
     ("/api/latest/generate", Dialect.KOBOLD),
     ("/api/extra/generate/stream", Dialect.KOBOLD),
     ("/chat/completions", Dialect.CHAT),
-    ("/v1/messages", Dialect.MESSAGES),
-    ("/v1/responses", Dialect.RESPONSES),
+    ("/messages", Dialect.MESSAGES),
+    ("/responses", Dialect.RESPONSES),
     ("/v1/completions", Dialect.COMPLETIONS),
     ("/v1/completion", Dialect.COMPLETIONS),
     ("/completion", Dialect.LLAMA),
     ("/completions", Dialect.LLAMA),
     ("/api/generate", Dialect.OLLAMA),
-    ("/api/chat", Dialect.OLLAMA),
+    ("/api/chat", Dialect.OLLAMA_CHAT),
 )
 """KoboldCPP matches paths by their ends (its docs; tested with 1.76 and 1.104); the first that fits counts."""
+LINES = frozenset({Dialect.OLLAMA, Dialect.OLLAMA_CHAT})
+"""Dialects whose streams are lines of JSON, and which stream unless told not to (Ollama's docs/api.md)."""
 _OTHER_GENERATIONS = (
     "/infill",
     "/noscript",
@@ -73,6 +77,8 @@ _BUDGETS = {
     Dialect.MESSAGES: ("max_tokens",),
     Dialect.RESPONSES: ("max_output_tokens",),
     Dialect.LLAMA: ("n_predict", "max_tokens"),
+    Dialect.OLLAMA: ("num_predict",),
+    Dialect.OLLAMA_CHAT: ("max_tokens",),
 }
 _SEVERAL = ("n", "best_of", "n_cmpl")
 _STATEFUL = {
@@ -148,7 +154,7 @@ class Generation:
         wanted = self.body.get("response_format")
         if isinstance(wanted, dict) and wanted.get("type") not in {None, "text"}:
             return "a grammar"
-        if self.dialect in {Dialect.MESSAGES, Dialect.RESPONSES}:
+        if self.dialect in {Dialect.MESSAGES, Dialect.RESPONSES, *LINES}:
             return "events of this API"
         if self.dialect is Dialect.CHAT:
             return "" if _are_messages(self.body.get("messages")) else "messages that are not text"
@@ -158,7 +164,7 @@ class Generation:
 def recognise(method: str, path: str, content: bytes) -> Generation | None:
     """Return this request for text, None if it is none or has an unreadable body."""
     dialect = dialect_of(path)
-    if method != "POST" or dialect is None or dialect is Dialect.OLLAMA:
+    if method != "POST" or dialect is None:
         return None
     try:
         body = json.loads(content)
@@ -166,7 +172,9 @@ def recognise(method: str, path: str, content: bytes) -> Generation | None:
         return None
     if not isinstance(body, dict):
         return None
-    is_streamed = path.rstrip("/").endswith("/stream") if dialect is Dialect.KOBOLD else bool(body.get("stream"))
+    is_streamed = bool(body.get("stream", dialect in LINES))
+    if dialect is Dialect.KOBOLD:
+        is_streamed = path.rstrip("/").endswith("/stream")
     return Generation(dialect, path, is_streamed, body)
 
 
@@ -218,8 +226,23 @@ def _are_messages(value: Any) -> bool:
     return last.get("role") != "assistant" or isinstance(last.get("content"), str)
 
 
-def continued(generation: Generation, text: str, used_tokens: int) -> dict[str, Any]:
-    """Return the body that asks for the rest of a reply.
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """The request for the rest of a cut reply. Never printed.
+
+    Attributes:
+        path: where.
+        body: the JSON object.
+        dialect: how the rest is written.
+    """
+
+    path: str
+    body: dict[str, Any] = field(repr=False)
+    dialect: Dialect
+
+
+def continued(generation: Generation, text: str, used_tokens: int) -> Rest:
+    """Return the request for the rest of a reply.
 
     Args:
         generation: the request, without an obstacle.
@@ -228,17 +251,83 @@ def continued(generation: Generation, text: str, used_tokens: int) -> dict[str, 
     """
     body = dict(generation.body)
     if generation.dialect is Dialect.CHAT:
-        messages = list(body["messages"])
-        if messages[-1].get("role") == "assistant":
-            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + text}
-        else:
-            messages.append({"role": "assistant", "content": text})
-        # KoboldCPP's field (1.104); llama.cpp's server continues an assistant's last message by itself.
-        body |= {"messages": messages, "continue_assistant_turn": True}
+        # KoboldCPP's field (1.104)
+        body |= {"messages": _with_text(body["messages"], text), "continue_assistant_turn": True}
     else:
         body["prompt"] += text
     # All of them, because some clients send two, and the engine chooses which one counts.
     for name in _BUDGETS[generation.dialect]:
         if asked := as_count(body.get(name)):
             body[name] = max(asked - used_tokens, 1)
-    return body
+    return Rest(generation.path, body, generation.dialect)
+
+
+def _with_text(messages: list[Any], text: str) -> list[Any]:
+    """Return the messages of a chat with the assistant's words behind them."""
+    last = messages[-1]
+    if last.get("role") == "assistant":
+        return [*messages[:-1], {**last, "content": last["content"] + text}]
+    return [*messages, {"role": "assistant", "content": text}]
+
+
+_MARK = "emberd-goes-on-here"
+_OF_A_CHAT = frozenset({"messages", "max_tokens", "max_completion_tokens", "stream_options", "n", "stop"})
+
+
+def templated(generation: Generation) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return two chats whose prompts `continued_as_text` needs: the client's, and one with a reply in the past.
+
+    Args:
+        generation: a chat, without an obstacle.
+
+    Returns:
+        None if its messages are not text alone.
+    """
+    messages = generation.body["messages"]
+    if any(not _is_text(each.get("content")) for each in messages):
+        return None
+    past = [*_with_text(messages, _MARK), {"role": "user", "content": "."}]
+    body = {name: value for name, value in generation.body.items() if name not in {"stream", "stream_options"}}
+    return body, {**body, "messages": past}
+
+
+def continued_as_text(generation: Generation, text: str, used_tokens: int, asked: str, past: str) -> Rest | None:
+    """Return llama.cpp's own request for the rest of a chat's reply: its prompt ends with the reply so far.
+
+    So no flag and no template can make the engine begin anew. Where the template opens something before the reply
+    (a thought, a channel) that the reply's text does not show, the turn is opened as the template writes past ones.
+
+    Args:
+        generation: a chat, without an obstacle.
+        text: the reply so far.
+        used_tokens: tokens of this text.
+        asked: the prompt that the template makes of the client's messages.
+        past: the prompt in which a mark stands for the reply, and a further message follows.
+
+    Returns:
+        None if it does not show where the reply belongs.
+    """
+    last = generation.body["messages"][-1]["content"]
+    words = (last if isinstance(last, str) else last[-1]["text"]).strip()
+    begun, mark, _ = past.rpartition(_MARK)
+    if not words or not mark or words not in asked or words not in begun:
+        return None
+    (head, tail), (past_head, past_tail) = (each.rsplit(words, 1) for each in (asked, begun))
+    if tail.strip() == past_tail.strip() or generation.body.get("reasoning_format") == "none":
+        prompt = asked + text
+    elif head == past_head:
+        prompt = begun + text
+    else:
+        return None
+    body = {name: value for name, value in generation.body.items() if name not in _OF_A_CHAT}
+    length = generation.budget_tokens
+    body |= {} if length is None else {"n_predict": max(length - used_tokens, 1)}
+    body |= {"prompt": prompt, "stop": list(generation.stops), "stream": True, "cache_prompt": True}
+    return Rest("/completion", body, Dialect.LLAMA)
+
+
+def _is_text(content: Any) -> bool:
+    parts = content if isinstance(content, list) and content else None
+    return isinstance(content, str) or bool(
+        parts and all(isinstance(each, dict) and isinstance(each.get("text"), str) for each in parts)
+    )

@@ -163,6 +163,21 @@ def split_names(name: str) -> tuple[str, ...]:
     return tuple(f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
 
 
+def split_place(name: str) -> tuple[int, int] | None:
+    """Return number and count of a part of a split model from its name, None if it is not split."""
+    found = _SPLIT.search(name)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def read_kind(read: Callable[[int], bytes], name: str) -> dict[str, Any]:
+    """Return the metadata before the first array: what kind of file it is stands there, and a vocabulary does not.
+
+    Raises:
+        ModelError: as for `read_header`.
+    """
+    return _Reader(read, name).kind()
+
+
 def read_header(read: Callable[[int], bytes], name: str) -> GgufHeader:
     """Read a header.
 
@@ -182,13 +197,27 @@ class _Reader:
         self._name = name
         self._offset = 0
 
-    def header(self) -> GgufHeader:
+    def kind(self) -> dict[str, Any]:
+        _, entries = self._counts()
+        found: dict[str, Any] = {}
+        for _ in range(entries):
+            key, kind = self._string().decode("utf-8", "replace"), self._number("I")
+            if kind == _ARRAY:
+                break
+            found[key] = self._value(kind)
+        return found
+
+    def _counts(self) -> tuple[int, int]:
+        """Read magic and version; return how many tensors and entries of metadata there are."""
         if self._take(4) != MAGIC:
             raise self._wrong("it is not a GGUF")
         version = self._number("I")
         if version not in _VERSIONS:
             raise self._wrong(f"its version {version} is not known")
-        tensors, entries = self._count(_MOST_ENTRIES), self._count(_MOST_ENTRIES)
+        return self._count(_MOST_ENTRIES), self._count(_MOST_ENTRIES)
+
+    def header(self) -> GgufHeader:
+        tensors, entries = self._counts()
         metadata: dict[str, Any] = {}
         vocabulary: int | None = None
         for _ in range(entries):

@@ -97,7 +97,9 @@ class BecameReady:
 
 @dataclass(frozen=True, slots=True)
 class LostReadiness:
-    """The process lives and its port is closed: it is loading again (KoboldCPP's admin reload)."""
+    """The process lives and does not serve: it is loading again (KoboldCPP's admin reload)."""
+
+    reason: str = "its port closed; it is loading again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,7 @@ def step(  # noqa: C901, PLR0911, PLR0912  # the one door: a branch an arrow
         case BecameReady() if now.state is State.LOADING:
             return replace(_enter(now, State.READY, now_s), deadline_s=now_s + settings.stable_after_s), ()
         case LostReadiness() if now.state is State.READY:
-            loading = _enter(now, State.LOADING, now_s, "its port closed; it is loading again")
+            loading = _enter(now, State.LOADING, now_s, event.reason)
             return replace(loading, deadline_s=now_s + settings.load_timeout_s), (Effect.WATCH,)
         case Exited() if now.state in {State.LOADING, State.READY}:
             return _crashed(now, event.reason, now_s, settings, random_unit)

@@ -179,6 +179,19 @@ def judge_pressure(
     return Pressure.NORMAL
 
 
+def worse_of(one: SystemMemory, other: SystemMemory) -> SystemMemory:
+    """Return the worse of two readings: least available, highest pressure, longest stall. The rest is unknown."""
+    levels = {one.pressure, other.pressure}
+    available = [each.available_bytes for each in (one, other) if each.available_bytes is not None]
+    stalls = [each.stall_some_share for each in (one, other) if each.stall_some_share is not None]
+    order = (Pressure.CRITICAL, Pressure.WARN, Pressure.NORMAL)
+    return SystemMemory(
+        pressure=next((level for level in order if level in levels), Pressure.UNKNOWN),
+        available_bytes=min(available, default=None),
+        stall_some_share=max(stalls, default=None),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class SwapRates:
     """Traffic with the swap space.

@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from pathlib import Path
     from signal import Signals
 
-    from emberd.core.generation import Generation
+    from emberd.core.engine_files import MappedFile
+    from emberd.core.generation import Generation, Rest
     from emberd.core.host_health import HostHealth
     from emberd.core.lock_limits import LockLimits, WireRefusals
     from emberd.core.memory import EngineMemory, GpuLimits, Power, SystemMemory
+    from emberd.core.questions import Questions
     from emberd.core.replay import Replay
     from emberd.core.residency import Paging
     from emberd.core.reuse import CacheRoom
     from emberd.core.turn import PromptCounts, Turn
-    from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness
+    from emberd.core.types import Activity, LaunchPlan, LoadProgress, Readiness, Switch
     from emberd.core.wishes import OwnerWishes
 
 
@@ -28,6 +30,11 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """Its name in engine.kind."""
+        ...
+
+    @property
+    def questions(self) -> Questions:
+        """What its server answers besides its work."""
         ...
 
     @property
@@ -72,12 +79,35 @@ class Engine(Protocol):
         """Signals in the order of a stop, without SIGKILL."""
         ...
 
+    switch: Switch | None
+    """What the engine was switched to; `wishes` and `model_path` follow it. None for the settings' model."""
+
     def model_path(self) -> Path | None:
-        """Return the model that would be served, None if the settings name none that can be read."""
+        """Return the model that would be served, None if none is named that can be read."""
         ...
 
-    async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
-        """Compose the command line.
+    async def served_name(self, port: int, timeout_s: float) -> str | None:
+        """Return the name of the served model, empty if none is loaded, None if unknown. Never raises; bounded."""
+        ...
+
+    def calls_it(self, model: Path, name: str) -> bool:
+        """Return True if the engine may call this model so."""
+        ...
+
+    def switch_in_line(self, line: str) -> Switch | None:
+        """Return the switch that the engine's log tells of, None for any other line."""
+        ...
+
+    def switch_in_request(self, method: str, path: str, body: bytes) -> Switch | None:
+        """Return the switch that a request asks for, None for any other request."""
+        ...
+
+    def loads_again(self, line: str) -> bool:
+        """Return True if a line of the log shows that a loaded engine loads in place."""
+        ...
+
+    async def plan(self, port: int, *, will_lock: bool, switch: Switch | None = None) -> LaunchPlan:
+        """Compose the command line; without a `switch` that of the settings.
 
         Raises:
             ConfigError: an argument that this build refuses.
@@ -111,10 +141,6 @@ class Engine(Protocol):
         """Return True if a turn's prompt is in the cache as a whole; None if not known. Never raises; bounded."""
         ...
 
-    async def continues_turns(self, port: int, timeout_s: float) -> bool:
-        """Return True if the assistant's last message of a chat is continued. Never raises; bounded."""
-        ...
-
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
         """Send a request of emberd's own; return the reply's object, None if none came. Bounded by `timeout_s`.
 
@@ -131,8 +157,18 @@ class Engine(Protocol):
         """Return the counts of the generation that ended from a line of the log, None for any other line."""
         ...
 
-    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
-        """Return True if the engine can continue such a reply after its first words. Never raises; bounded."""
+    async def rest(
+        self, port: int, generation: Generation, text: str, used_tokens: int, timeout_s: float
+    ) -> Rest | None:
+        """Return the request for the rest of a cut reply, None if it cannot be continued. Never raises; bounded.
+
+        Args:
+            port: the engine's.
+            generation: the client's request, without an obstacle.
+            text: the reply so far.
+            used_tokens: tokens of this text.
+            timeout_s: for each question.
+        """
         ...
 
     def read_progress(self, line: str) -> LoadProgress | None:
@@ -240,6 +276,13 @@ class Host(Protocol):
 
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         """Read the memory of these processes, summed; a process that cannot be read is left out."""
+        ...
+
+    def mapped_files(self, pids: Sequence[int], *, with_locks: bool = False) -> tuple[MappedFile, ...] | None:
+        """Return the files that may be weights and that these processes map; None if they cannot be asked.
+
+        With the locks of each, the kernel walks page tables, which takes tens of milliseconds for a large model.
+        """
         ...
 
     def proportional_bytes(self, pids: Sequence[int]) -> int | None:

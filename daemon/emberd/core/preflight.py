@@ -69,6 +69,7 @@ class PreflightFacts:
         available_bytes: memory that can be used without swapping, pages of files included.
         wired_bytes: memory that the kernel, the GPU and other programs have locked already.
         users: how many people have sessions on this computer, emberd's owner included.
+        others_bytes: size of further files that the engine copies: projectors, adapters, speech, images.
     """
 
     limits: LockLimits
@@ -80,6 +81,7 @@ class PreflightFacts:
     wired_bytes: int | None
     users: int | None
     prompt_cache_bytes: int = 0
+    others_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,8 @@ def preflight(facts: PreflightFacts, policy: LockPolicy) -> Preflight:
     choke: the engine does not fit into what is available, or less than the reserve would remain of RAM. A limit
     in the way is no reason not to ask: the engine locks what it can, and goes on.
     """
-    parts = (facts.weights_bytes, facts.kv_bytes, facts.compute_bytes, facts.prompt_cache_bytes)
+    own = (facts.weights_bytes, facts.kv_bytes, facts.compute_bytes)
+    parts = (*own, facts.prompt_cache_bytes, facts.others_bytes)
     needed = sum(part or 0 for part in parts)
     fits = _fits(facts, needed)
     remains = _remains(facts, needed)
@@ -228,5 +231,6 @@ def _parts(facts: PreflightFacts) -> str:
         ("context", facts.kv_bytes),
         ("buffers", facts.compute_bytes),
         *((("earlier prompts", facts.prompt_cache_bytes),) if facts.prompt_cache_bytes else ()),
+        *((("other files", facts.others_bytes),) if facts.others_bytes else ()),
     )
     return ", ".join(f"{name} {'unknown' if size is None else shown(size)}" for name, size in parts)

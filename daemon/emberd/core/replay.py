@@ -1,8 +1,8 @@
 """The cheapest request that leaves the same KV cache: the last request and its reply, with one token. Pure.
 
-A chat is sent to llama.cpp's server as its client will send it next, with the smallest possible next message. So
-the template writes the history as it will then, whatever it does with thoughts, tool calls or an assistant's open
-turn (build 11434: each replay processes 1 token, and the next turn only its own words).
+A conversation is sent as its client will send it next, with the smallest possible next message. So the engine
+writes the history as it will then, whatever its template does with thoughts, tool calls or an assistant's open turn
+(each replay processes 1 token, and the next turn only its own words: llama.cpp 11434, KoboldCPP 1.104 and 1.115.1).
 
 The cache keeps the common prefix of its contents and the new prompt, and drops the rest. So the prompt alone
 would cost the reply (63 tokens in place of 3 for the next turn, KoboldCPP 1.104), and no generation (`max_length`
@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.generation import Dialect, as_count, dialect_of
-from emberd.core.turn import messages_of
+from emberd.core.generation import LINES, Dialect, as_count, dialect_of
+from emberd.core.turn import media_in, messages_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,7 +63,6 @@ _SAMPLING = frozenset(
 """Fields that change only what is generated or how it is told, not what is in the cache before."""
 _KOBOLD = ("/api/v1/generate", "/api/latest/generate", "/api/extra/generate/stream")
 _COMPLETIONS = ("/v1/completions", "/v1/completion")
-_CHAT = ("/v1/chat/completions", "/chat/completions")
 _LLAMA = ("/completion", "/completions")
 _UNLIKE = frozenset({"tools", "functions", "images", "echo", "suffix", "input_prefix", "input_suffix"})
 """With these fields the engine builds another prompt than the text in the request, or makes several
@@ -73,68 +72,98 @@ _TAIL_BYTES = 12
 buffers than one; ten take longer: 0.38 s against 0.22 for one, on a CPU (KoboldCPP, 2 GiB, two cores)."""
 _MESSAGE_TOKENS = 32
 """More tokens than a template puts around a message."""
+_MEDIA_TOKENS = 4096
+"""More tokens than a projector makes of most images."""
 _NEXT_WORDS, _MORE_NEXT_WORDS = ".", "And one word more, if you please."
 """The smallest next message, and one that takes several tokens to process."""
-_BUDGET_NAMES = {Dialect.CHAT: "max_tokens", Dialect.MESSAGES: "max_tokens", Dialect.RESPONSES: "max_output_tokens"}
+_TALKS = frozenset({Dialect.CHAT, Dialect.MESSAGES, Dialect.RESPONSES, Dialect.OLLAMA_CHAT, Dialect.OLLAMA})
 _TELLING = frozenset({"stream", "stream_options", "logprobs", "top_logprobs", "n_probs", "n", "best_of", "n_cmpl"})
 """Fields that change how a reply is told, and how many replies there are."""
+_LENGTHS = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict", "max_length"})
 GENKEY = "emberd-replay"
 """A replay's own key begins so: it can be aborted without touching a user's generation (never an empty one)."""
 
 
-def make_replays(turn: Turn, engine: str, *, continues_turn: bool, is_thorough: bool = False) -> list[Replay]:
+def make_replays(turn: Turn, engine: str, *, is_thorough: bool = False) -> list[Replay]:
     """Return the requests that keep the cache of a turn, in order; none if no request surely does.
 
     Args:
         turn: the last turn of a user.
         engine: the adapter's name: koboldcpp, llama-server or embedded.
-        continues_turn: the engine leaves the assistant's last message open: KoboldCPP from 1.104 on with
-            `continue_assistant_turn`.
         is_thorough: send one more before, so that several tokens are processed, which use other parts of the
             buffers.
     """
     dialect, path = dialect_of(turn.path), turn.path.rstrip("/")
-    if dialect in _BUDGET_NAMES and engine != "koboldcpp":
+    if dialect in _TALKS:
         words = (_MORE_NEXT_WORDS, _NEXT_WORDS) if is_thorough else (_NEXT_WORDS,)
-        return [_next_turn(turn, dialect, each) for each in words] if messages_of(turn.body) else []
+        made = [_next_turn(turn, dialect, each, engine) for each in words]
+        return [each for each in made if each is not None]
     if any(turn.body.get(name) for name in _UNLIKE):
         return []
     turns = [shortened(turn), turn] if is_thorough and turn.reply else [turn]
     kept = {name: value for name, value in turn.body.items() if name not in _SAMPLING}
-    if path.endswith(_CHAT):
-        made = [_chat(dict(kept), each.reply, continues_turn=continues_turn) for each in turns]
-    elif isinstance(kept.get("prompt"), str):
-        made = [_text(path, dict(kept), each.reply, engine) for each in turns]
-    else:
+    if not isinstance(kept.get("prompt"), str):
         return []
+    made = [_text(path, dict(kept), each.reply, engine) for each in turns]
     return [each for each in made if each is not None]
 
 
-def _next_turn(turn: Turn, dialect: Dialect, words: str) -> Replay:
+def _next_turn(turn: Turn, dialect: Dialect, words: str, engine: str) -> Replay | None:
     """Return what the client will send next, with a budget of one token: request, reply, and the next words.
 
     Without a readable reply it is the client's own request: the cache then lacks the reply's tokens.
     """
-    body = {name: value for name, value in turn.body.items() if name not in _TELLING}
-    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"):
-        body.pop(name, None)
+    left_out = _TELLING | _LENGTHS
+    body = {name: value for name, value in turn.body.items() if name not in left_out}
+    body |= {"max_tokens": 1} if dialect is not Dialect.RESPONSES or engine == "koboldcpp" else {}
+    body |= {"max_output_tokens": 1} if dialect is Dialect.RESPONSES else {}
+    body |= {"stream": False} if dialect in LINES else {}
+    if engine == "koboldcpp":
+        # It takes one name for all APIs. To choose a tool would take it a generation of its own, and it puts the
+        # tools before the prompt whatever the choice (1.104, 1.115).
+        body |= {"genkey": GENKEY, **({"tool_choice": "none"} if body.get("tools") else {})}
+    else:
+        body["cache_prompt"] = True
+    if dialect is Dialect.OLLAMA:
+        return _next_prompt(turn, body, words)
     history, said = messages_of(turn.body), turn.said
+    if not history or not all(isinstance(each, dict) for each in history):
+        return None
     if turn.reply and not said and dialect is not Dialect.RESPONSES:
         said = ({"role": "assistant", "content": turn.reply},)
     if said:
         history = [*_with_reply(history, said), *_next_messages(said, words)]
-    place = "input" if dialect is Dialect.RESPONSES else "messages"
-    return Replay(turn.path, {**body, place: history, _BUDGET_NAMES[dialect]: 1, "cache_prompt": True})
+    return Replay(turn.path, {**body, "input" if dialect is Dialect.RESPONSES else "messages": history})
+
+
+def _next_prompt(turn: Turn, body: dict[str, Any], words: str) -> Replay | None:
+    """Return the next request to Ollama's `/api/generate`, with the conversation's tokens, which the reply told."""
+    options = body.get("options")
+    if not isinstance(body.get("prompt"), str) or body.get("images"):
+        return None
+    body["options"] = {**(options if isinstance(options, dict) else {}), "num_predict": 1}
+    return Replay(turn.path, {**body, **turn.said[0], "prompt": words} if turn.said else body)
 
 
 def _with_reply(history: list[Any], said: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Append a reply; if the history ends with the assistant's words, the reply continues them."""
     last, reply = history[-1], said[0]
-    if isinstance(last, dict) and last.get("role") == "assistant":
-        if isinstance(last.get("content"), str) and isinstance(reply.get("content"), str):
-            return [*history[:-1], {**reply, "content": last["content"] + reply["content"]}, *said[1:]]
-        return history[:-1]  # blocks that cannot be joined: only what comes before them is kept
-    return [*history, *said]
+    if last.get("role") != "assistant" or reply.get("role") != "assistant":
+        return [*history, *said]
+    begun, rest = last.get("content"), reply.get("content")
+    if isinstance(begun, str) and isinstance(rest, str):
+        return [*history[:-1], {**reply, "content": begun + rest}, *said[1:]]
+    blocks, more = _as_blocks(begun), _as_blocks(rest)
+    if blocks and more and isinstance(blocks[-1].get("text"), str) and isinstance(more[0].get("text"), str):
+        more = [{**more[0], "text": blocks.pop()["text"] + more[0]["text"]}, *more[1:]]
+    return [*history[:-1], {**reply, "content": [*blocks, *more]}, *said[1:]]
+
+
+def _as_blocks(content: Any) -> list[dict[str, Any]]:
+    """Return a message's content as blocks; a text is one."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    return [each for each in content if isinstance(each, dict)] if isinstance(content, list) else []
 
 
 def _next_messages(said: Sequence[Mapping[str, Any]], words: str) -> list[dict[str, Any]]:
@@ -166,7 +195,7 @@ def is_replayable(turn: Turn, engine: str, *, keeps_state: bool) -> bool:
     """
     if keeps_state and engine == "koboldcpp":
         return False
-    return bool(make_replays(turn, engine, continues_turn=True))
+    return bool(make_replays(turn, engine))
 
 
 def fits(turn: Turn, prompt_tokens: int, context_tokens: int, default_tokens: int, *, keeps_a_fifth: bool) -> bool:
@@ -184,16 +213,22 @@ def fits(turn: Turn, prompt_tokens: int, context_tokens: int, default_tokens: in
         keeps_a_fifth: a fifth of the context is never given to the reply (koboldcpp.py: min_remain_hardlimit;
             1.104).
     """
-    own_limit = as_count(turn.body.get("max_context_length"))
+    body, dialect = turn.body, dialect_of(turn.path)
+    options = body.get("options") if dialect is Dialect.OLLAMA else None
+    options = options if isinstance(options, dict) else {}
+    own_limit = as_count(body.get("max_context_length") or options.get("num_ctx"))
     limit_tokens = min(own_limit, context_tokens) if own_limit else context_tokens
     names = ("max_length",) if turn.path.rstrip("/").endswith(_KOBOLD) else ("max_tokens", "max_completion_tokens")
-    asked = next((turn.body[name] for name in names if turn.body.get(name) is not None), None)
+    asked = next((body[name] for name in names if body.get(name) is not None), options.get("num_predict"))
     wanted_tokens = as_count(asked) or min(default_tokens, context_tokens // 2)
+    if dialect in _TALKS:  # 1.115 reads both names
+        wanted_tokens = max(wanted_tokens, as_count(body.get("max_length")) or 0)
     if keeps_a_fifth:
         wanted_tokens = min(wanted_tokens, limit_tokens - limit_tokens // 5)
-    messages = turn.body.get("messages")
-    added_tokens = _MESSAGE_TOKENS * (1 + (len(messages) if isinstance(messages, list) else 0))
-    return prompt_tokens + added_tokens + wanted_tokens <= limit_tokens
+    parts = len(messages_of(body)) if dialect is not Dialect.OLLAMA else 1
+    context = body.get("context")
+    added_tokens = _MESSAGE_TOKENS * (1 + parts) + (len(context) if isinstance(context, list) else 0)
+    return prompt_tokens + added_tokens + _MEDIA_TOKENS * media_in(turn) + wanted_tokens <= limit_tokens
 
 
 def shortened(turn: Turn) -> Turn:
@@ -220,28 +255,21 @@ def _text(path: str, kept: dict[str, Any], reply: str, engine: str) -> Replay | 
     return None
 
 
-def _chat(kept: dict[str, Any], reply: str, *, continues_turn: bool) -> Replay | None:
-    messages = kept.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
-        return None
-    last = messages[-1]
-    if reply and continues_turn:
-        if last.get("role") == "assistant":
-            if not isinstance(last.get("content"), str):
-                return None
-            messages = [*messages[:-1], {**last, "content": last["content"] + reply}]
-        else:
-            messages = [*messages, {"role": "assistant", "content": reply}]
-        kept["continue_assistant_turn"] = True
-    return Replay("/v1/chat/completions", {**kept, "messages": messages, "max_tokens": 1, "genkey": GENKEY})
-
-
 def _of_engine(engine: str) -> dict[str, Any]:
     return {"genkey": GENKEY} if engine == "koboldcpp" else {"cache_prompt": True}
 
 
-def tiny(engine: str) -> Replay:
-    """Return a generation of one token with emberd's own prompt, for a cache with no user's prompt to lose."""
+def tiny(engine: str, serves: str = "") -> Replay:
+    """Return the smallest use of the model with emberd's own words, for a cache with no user's prompt to lose.
+
+    Args:
+        engine: the adapter's name.
+        serves: what a server for one kind of request serves: embeddings or rerank; empty for text.
+    """
+    if serves == "rerank":
+        return Replay("/v1/rerank", {"query": "Hello", "documents": ["Hello"]})
+    if serves == "embeddings":
+        return Replay("/v1/embeddings", {"input": "Hello"})
     if engine == "koboldcpp":
         return Replay("/api/v1/generate", {"prompt": "Hello", "max_length": 1, "genkey": GENKEY})
     return Replay("/completion", {"prompt": "Hello", "n_predict": 1, "cache_prompt": True})

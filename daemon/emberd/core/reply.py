@@ -1,6 +1,6 @@
 """What replies say in each dialect: text, end, counts, and what a client sends back of them. Pure.
 
-Layouts: the public API references of OpenAI and Anthropic; llama.cpp (tools/server/README.md, build 11434).
+Layouts: the public API references of OpenAI, Anthropic and Ollama; llama.cpp (tools/server/README.md, build 11434).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.generation import Dialect
+from emberd.core.generation import LINES, Dialect
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +47,8 @@ def said(dialect: Dialect, content: dict[str, Any]) -> Said:
         kind, delta = content.get("type"), content.get("delta")
         text = _as_text(delta) if kind == "response.output_text.delta" else _as_text(_get(delta, "text"))
         return Said(text, kind in _LAST_EVENTS)
+    if dialect in LINES and "choices" not in content:
+        return Said(text_of(dialect, content) or "", content.get("done") is True)
     choice = _get(content, "choices", 0) or {}
     is_last = bool(_get(choice, "finish_reason"))
     if dialect is Dialect.COMPLETIONS:
@@ -64,8 +66,10 @@ def text_of(dialect: Dialect, content: Any) -> str | None:
         text = _get(content, "content")
     elif dialect is Dialect.COMPLETIONS:
         text = _get(content, "choices", 0, "text")
-    elif dialect is Dialect.CHAT:
+    elif dialect is Dialect.CHAT or (dialect in LINES and "choices" in content):
         text = _get(content, "choices", 0, "message", "content")
+    elif dialect in LINES:
+        text = _get(content, "response") if dialect is Dialect.OLLAMA else _get(content, "message", "content")
     else:
         blocks = _get(content, "content") or _get(content, "output", -1, "content")
         texts = [_get(each, "text") for each in blocks] if isinstance(blocks, list) else []
@@ -86,8 +90,10 @@ def counts_of(content: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str
 
 def sent_back(dialect: Dialect, content: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Return what a client sends back of a whole reply with its next request; nothing if that is text."""
-    if dialect is Dialect.CHAT:
-        message = _get(content, "choices", 0, "message")
+    if dialect is Dialect.OLLAMA:
+        return _as_context(content)
+    if dialect in {Dialect.CHAT, Dialect.OLLAMA_CHAT}:
+        message = _get(content, "choices", 0, "message") or content.get("message")
         return _as_chat(_get(message, "content"), _get(message, "tool_calls")) if isinstance(message, dict) else ()
     if dialect is Dialect.MESSAGES and isinstance(content.get("content"), list):
         return ({"role": "assistant", "content": content["content"]},)
@@ -106,9 +112,14 @@ class StreamedParts:
     def take(self, dialect: Dialect, content: dict[str, Any]) -> None:
         """Take an event."""
         kind = content.get("type")
-        if dialect is Dialect.CHAT:
-            for each in _get(content, "choices", 0, "delta", "tool_calls") or ():
+        if dialect is Dialect.OLLAMA:
+            self.items += _as_context(content)
+        elif dialect in {Dialect.CHAT, Dialect.OLLAMA_CHAT}:
+            for each in _as_list(_get(content, "choices", 0, "delta", "tool_calls")):
                 self._add_call(each)
+            self.calls += [
+                each for each in _as_list(_get(content, "message", "tool_calls")) if isinstance(each, dict)
+            ]
         elif dialect is Dialect.MESSAGES and kind == "content_block_start":
             block = content.get("content_block")
             self.blocks.append(dict(block) if isinstance(block, dict) else {})
@@ -120,7 +131,7 @@ class StreamedParts:
 
     def sent_back(self, dialect: Dialect, text: str) -> tuple[dict[str, Any], ...]:
         """Return what a client sends back of this reply with its next request."""
-        if dialect is Dialect.CHAT:
+        if dialect in {Dialect.CHAT, Dialect.OLLAMA_CHAT}:
             return _as_chat(text, self.calls)
         if dialect is Dialect.MESSAGES and self.blocks:
             return ({"role": "assistant", "content": [_with_input(each) for each in self.blocks]},)
@@ -148,8 +159,14 @@ class StreamedParts:
 def _as_chat(text: Any, calls: Any) -> tuple[dict[str, Any], ...]:
     """Return the assistant's message; thoughts are not sent back, as chat clients do not."""
     message: dict[str, Any] = {"role": "assistant", "content": _as_text(text)}
-    known = [each for each in calls if isinstance(each, dict)] if isinstance(calls, list) else []
+    known = [each for each in _as_list(calls) if isinstance(each, dict)]
     return ({**message, "tool_calls": known} if known else message,)
+
+
+def _as_context(content: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the conversation's tokens, which clients of Ollama's `/api/generate` send back."""
+    context = content.get("context")
+    return ({"context": context},) if isinstance(context, list) else ()
 
 
 def _with_input(block: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +186,10 @@ def _get(content: Any, *path: str | int) -> Any:
         except (KeyError, IndexError, TypeError):
             return None
     return content
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _as_text(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from emberd.core.errors import ConfigError
 from emberd.core.hours import read_hours
+from emberd.core.origins import name_pattern, origin_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -99,7 +100,9 @@ class EndpointSettings:
     """The port that clients use."""
 
     host: str = setting(
-        "127.0.0.1", "Address of the endpoint. One that other computers can reach needs an API key."
+        "127.0.0.1",
+        "Address of the endpoint. 127.0.0.1 or localhost: this computer alone, by IPv4 and IPv6. One that other "
+        "computers can reach needs an API key.",
     )
     port: int = setting(5001, "TCP port of the endpoint. 5001 is KoboldCPP's own.", low=1, high=65535)
     hold_timeout_s: float = setting(
@@ -122,12 +125,15 @@ class EndpointSettings:
         high=10_000,
     )
     names: tuple[str, ...] = setting(
-        [], "Names under which clients may ask for this computer, besides localhost and IP addresses."
+        [],
+        "Names under which clients may ask for this computer, besides localhost, IP addresses, its own name and "
+        'those that containers use; "*.example.org" for all below one.',
     )
     origins: tuple[str, ...] = setting(
         [],
-        'Pages of other computers that may use the model, such as "https://lite.koboldai.net"; "null" for pages '
-        'opened from a file, "*" for every page.',
+        'Pages of other computers that may use the model, such as "https://lite.koboldai.net", '
+        '"https://*.example.org" or "chrome-extension://*"; "null" for pages opened from a file, "*" for every '
+        "page.",
     )
     api_key_file: str = setting(
         "", "A file (mode 0600) with the key that clients must send. Empty: EMBERD_API_KEY, else no key."
@@ -504,11 +510,16 @@ def _check_together(settings: Settings, source: str) -> None:
             f"lifecycle.backoff_max_s ({settings.lifecycle.backoff_max_s:g} s)",
             "Raise backoff_max_s or lower backoff_initial_s.",
         )
-    for text in settings.warmth.cool_hours:
-        try:
-            read_hours(text)
-        except ValueError as error:
-            raise ConfigError(f"{source}: warmth.cool_hours: {error}", "Mend the hours, or remove them.") from None
+    for key, texts, understand, remedy in (
+        ("warmth.cool_hours", settings.warmth.cool_hours, read_hours, "Mend the hours, or remove them."),
+        ("endpoint.names", settings.endpoint.names, name_pattern, "Mend the name, or remove it."),
+        ("endpoint.origins", settings.endpoint.origins, origin_pattern, "Mend the origin, or remove it."),
+    ):
+        for text in texts:
+            try:
+                understand(text)
+            except ValueError as error:
+                raise ConfigError(f"{source}: {key}: {error}", remedy) from None
     if settings.warmth.min_interval_s > settings.warmth.max_interval_s:
         raise ConfigError(
             f"{source}: warmth.min_interval_s ({settings.warmth.min_interval_s:g} s) is more than "

@@ -124,6 +124,47 @@ class ContextStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class FileStatus:
+    """One of the engine's files.
+
+    Attributes:
+        path: absolute.
+        role: model, projector, draft, adapter, control_vector, embeddings, speech, voice, image, music or other.
+        size_bytes: of the file.
+        held: mapped, copied, replaced (the engine maps a file that is no longer there) or unknown.
+        resident_bytes: how much of it is in memory, by a sample; only of a mapped one.
+        locked_bytes: how much of it is locked, by the engine or by emberd.
+    """
+
+    path: str = ""
+    role: str = ""
+    size_bytes: int | None = None
+    held: str = "unknown"
+    resident_bytes: int | None = None
+    locked_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServingStatus:
+    """What the ready engine serves.
+
+    Attributes:
+        name: the model's name in the engine's words, empty if none is loaded.
+        model: its first file, None if none is loaded or it is not known.
+        is_of_settings: it is the model of the settings.
+        switched_by: the settings file or model that the engine was switched to, None if it was not, or if nobody
+            knows how.
+        survives_restart: a restart of the engine serves it again.
+    """
+
+    name: str | None = None
+    model: str | None = None
+    is_of_settings: bool = True
+    switched_by: str | None = None
+    survives_restart: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ReliefStatus:
     """Bytes written to swap per second, before and after the thrash guard last let go."""
 
@@ -319,6 +360,21 @@ class SwapStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestStatus:
+    """A request for text that has not ended.
+
+    Attributes:
+        age_s: seconds since it came.
+        state: waits (for the engine or a place), reads (the engine has it, and no word has come) or writes.
+        tokens: events of its streamed reply so far, in most engines one a token; None if it is not streamed.
+    """
+
+    age_s: float = 0.0
+    state: str = ""
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The whole status. An emberd that stands by has `remedy`, `exit_code` and `failures`, and no engine.
 
@@ -327,7 +383,11 @@ class Status:
         pid: its process.
         uptime_s: seconds since its start, or since it replaced another one.
         endpoint: where clients connect; None if the port is not held.
+        endpoints: the same by each address, IPv4 first.
+        endpoint_lacks: why it does not listen on one of the two loopback addresses, empty if nothing is wrong.
         model: model.path of the settings, may be empty.
+        serving: what the ready engine serves, which can be another model.
+        files: all files that it works with.
         settings_file: its path.
         state: of the engine, a name of `lifecycle.State`; STANDBY if emberd stands by.
         state_for_s: seconds in this state.
@@ -349,6 +409,7 @@ class Status:
         output_file: where the engine's output is.
         requests_waiting: requests that wait for one of the engine's places, or for the engine.
         longest_wait_s: of the one that has waited longest.
+        requests: those for text, the oldest first; never what they say.
         seconds_since_knock: since the last knock.
         remembers_turn: a user's last turn is remembered for replays.
         memory: of the engine and the computer.
@@ -363,7 +424,11 @@ class Status:
     pid: int | None = None
     uptime_s: float = 0.0
     endpoint: str | None = None
+    endpoints: tuple[str, ...] = ()
+    endpoint_lacks: str = ""
     model: str = ""
+    serving: ServingStatus | None = None
+    files: tuple[FileStatus, ...] = ()
     settings_file: str = ""
     state: str = ""
     state_for_s: float = 0.0
@@ -386,6 +451,7 @@ class Status:
     output_file: str | None = None
     requests_waiting: int = 0
     longest_wait_s: float = 0.0
+    requests: tuple[RequestStatus, ...] = ()
     seconds_since_knock: float | None = None
     remembers_turn: bool = False
     memory: MemoryStatus | None = None

@@ -1,7 +1,7 @@
 """A streamed reply as it passes: complete events go on at once, and their content is remembered. Pure.
 
-Server-sent events (HTML Living Standard, 9.2) end with an empty line. Only whole events pass, so that a cut reply
-can be continued after the last one. Engines write an event at once, so nothing has to wait.
+Server-sent events (HTML Living Standard, 9.2) end with an empty line, Ollama's with a line. Only whole events pass,
+so that a cut reply can be continued after the last one. Engines write an event at once, so nothing has to wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.generation import Dialect
+from emberd.core.generation import LINES, Dialect
 from emberd.core.reply import StreamedParts, counts_of, said
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class StreamedReply:
     _unread_bytes: int = 0
     _partial: bytes = field(default=b"", repr=False)
     _used_before: int = 0
-    _is_second: bool = False
+    _second: Dialect | None = None
+    _has_fields: bool = False
     _is_done: bool = False
     _awaited: str = field(default="", repr=False)
 
@@ -63,12 +64,12 @@ class StreamedReply:
     def take(self, chunk: bytes) -> bytes:
         """Take bytes of the engine; return what to send now: whole events, unchanged until the reply is cut."""
         data = self._partial + chunk
-        end = len(data) if data.endswith((b"\n\n", b"\r\n\r\n")) else _end_of_events(data)
+        end = len(data) if data.endswith((b"\n\n", b"\r\n\r\n")) else self._end_of_events(data)
         if end == 0 and len(data) > _LONGEST_EVENT_BYTES:
             self.obstacle = self.obstacle or "a reply that is no stream of events"
             end = len(data)
         whole, self._partial = data[:end], data[end:]
-        if self._is_second:
+        if self._second is not None:
             return b"".join(self._rewritten(event) for event in _split(whole))
         if whole:
             self._unread.append(whole)
@@ -77,21 +78,34 @@ class StreamedReply:
                 self.read()
         return whole
 
+    def _end_of_events(self, data: bytes) -> int:
+        """Return the length of the whole events at the beginning."""
+        if self.generation.dialect in LINES:
+            return data.rfind(b"\n") + 1
+        newline, other = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+        return max(newline + 2 if newline >= 0 else 0, other + 4 if other >= 0 else 0)
+
     def read(self) -> None:
         """Parse what has come since the last time."""
         unread, self._unread, self._unread_bytes = b"".join(self._unread), [], 0
+        if self.generation.dialect in LINES:
+            for line in unread.decode("utf-8", "replace").split("\n"):
+                self._has_fields = self._has_fields or line.startswith("data:")
+                self._note(line.removeprefix("data:").strip())
+            return
         for event in _split(unread):
             self._note(_data_of(event))
 
-    def begin_again(self, used_tokens: int) -> None:
+    def begin_again(self, used_tokens: int, dialect: Dialect) -> None:
         """Another stream continues this one where it was cut; an unfinished event is forgotten.
 
         Args:
             used_tokens: tokens of the text so far, which are added to the counts of the second stream.
+            dialect: the second stream's: this one's, or llama.cpp's for a chat.
         """
         self.read()
         self._partial = b""
-        self._is_second = True
+        self._second = dialect
         self._used_before = used_tokens
         self._awaited = _begun_stop(self.text, self.generation.stops)
 
@@ -120,7 +134,9 @@ class StreamedReply:
         if dialect is Dialect.RESPONSES:
             failed = {**self._envelope, "status": "failed", "error": error}
             return b"event: response.failed\n" + _event({"type": "response.failed", "response": failed})
-        return _event({"error": error})
+        if dialect in LINES and not self._has_fields:
+            return json.dumps({"error": message}).encode() + b"\n"
+        return (b"\n" if self._has_fields else b"") + _event({"error": error})
 
     def _ending(self, reason: str) -> bytes:
         dialect = self.generation.dialect
@@ -146,7 +162,7 @@ class StreamedReply:
         if not isinstance(content, dict):
             self.obstacle = self.obstacle or "an event that is not understood"
             return None
-        event = said(self.generation.dialect, content)
+        event = said(self._second or self.generation.dialect, content)
         self.parts.take(self.generation.dialect, content)
         self.obstacle = self.obstacle or event.obstacle
         self.is_finished = self.is_finished or (event.is_last and not self.generation.is_several)
@@ -177,7 +193,29 @@ class StreamedReply:
             return event
         if self.generation.dialect is Dialect.LLAMA:
             return _with_count(event, content, "tokens_predicted", self._used_before)
-        return self._as_openai(content)
+        return self._of_chat(content) if self._second is Dialect.LLAMA else self._as_openai(content)
+
+    def _of_chat(self, content: dict[str, Any]) -> bytes:
+        """Return an event of llama.cpp's own as a chat's; the last one says why, and what it took."""
+        text = said(Dialect.LLAMA, content).text
+        made = self._chunk({"content": text}) if text else b""
+        if content.get("stop") is not True:
+            return made
+        made += self._chunk({}, "length" if content.get("stop_type") == "limit" else "stop")
+        options = self.generation.body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
+            told = [content.get(name) for name in ("tokens_evaluated", "tokens_predicted")]
+            asked, predicted = (each if isinstance(each, int) else 0 for each in told)
+            counts = {
+                "prompt_tokens": max(asked - self._used_before, 0),
+                "completion_tokens": predicted + self._used_before,
+                "total_tokens": asked + predicted,
+            }
+            made += _event({**self._envelope, "choices": [], "usage": counts})
+        return made + f"data: {_DONE}\n\n".encode()
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> bytes:
+        return _event({**self._envelope, "choices": [{"index": 0, "finish_reason": reason, "delta": delta}]})
 
     def _ends_stop(self, before: int) -> bool:
         """Return True if a stop sequence begins before the cut and ends after it, which no engine can see.
@@ -222,12 +260,6 @@ def _begun_stop(text: str, stops: tuple[str, ...]) -> str:
 def _with_count(event: bytes, content: dict[str, Any], name: str, more: int) -> bytes:
     value = content.get(name)
     return _event({**content, name: value + more}) if isinstance(value, int) else event
-
-
-def _end_of_events(data: bytes) -> int:
-    """Return the length of the whole events at the beginning."""
-    newline, other = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
-    return max(newline + 2 if newline >= 0 else 0, other + 4 if other >= 0 else 0)
 
 
 def _split(whole: bytes) -> list[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _SIMILARITY = 0.1
+_MEDIA = re.compile(r"[A-Za-z0-9+/=_-]{1000,}")
+"""An image or a sound in a body: text has no such words."""
 _BEFORE_THE_PROMPT = ("memory", "system", "instructions", "tools", "functions", "images", "chat_template_kwargs")
 """Fields that come before the prompt, or shape it from its beginning."""
 
@@ -39,6 +42,17 @@ class PromptCounts:
     def held(self) -> int | None:
         """How much of the cache the conversation takes afterwards."""
         return None if self.prompt is None else self.prompt + (self.generated or 0)
+
+    def after(self, first: PromptCounts) -> PromptCounts:
+        """Return the counts of a request that took several generations, of which these are the last.
+
+        KoboldCPP asks itself first whether a tool is needed (`determine_tool_json_to_use`, 1.104); what was in the
+        cache when the request came, only the first generation tells.
+        """
+        if first.reused is None or self.prompt is None:
+            return self
+        reused = min(first.reused, self.prompt)
+        return PromptCounts(reused, self.prompt - reused, self.generated)
 
 
 UNTOLD = PromptCounts()
@@ -85,19 +99,27 @@ class Turn:
 def messages_of(body: Mapping[str, Any]) -> list[Any]:
     """Return the messages of a chat, or the items of Responses' `input` (a text is one item); else nothing."""
     messages = body.get("messages", body.get("input"))
-    if isinstance(messages, str):
+    if isinstance(messages, str) and "messages" not in body:
         return [{"role": "user", "content": messages}]
     return messages if isinstance(messages, list) else []
 
 
 def prompt_text(turn: Turn) -> str:
-    """Return the text of a turn's prompt, without what a template adds."""
+    """Return the text of a turn's prompt, without media and what a template adds."""
     body = turn.body
-    messages = messages_of(body)
-    if not messages:
-        return f"{body.get('memory') or ''}{body.get('prompt') or ''}"
-    contents = [each.get("content") for each in messages if isinstance(each, dict)]
-    return "\n".join(each if isinstance(each, str) else json.dumps(each) for each in contents)
+    before = [body[name] for name in ("instructions", "system", "tools", "functions") if body.get(name)]
+    if messages := messages_of(body):
+        # A message of Responses, or a call of a tool, may have no content.
+        contents = [each.get("content") or each for each in messages if isinstance(each, dict)]
+    else:
+        contents = [f"{body.get('memory') or ''}{body.get('prompt') or ''}"]
+    parts = [each if isinstance(each, str) else json.dumps(each) for each in (*before, *contents)]
+    return _MEDIA.sub("", "\n".join(parts))
+
+
+def media_in(turn: Turn) -> int:
+    """Return how many images and sounds a turn's body has."""
+    return len(_MEDIA.findall(json.dumps([messages_of(turn.body), turn.body.get("images")])))
 
 
 def is_of_same_conversation(new: Turn, old: Turn) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from emberd.core.gguf import F16_BYTES
 
 if TYPE_CHECKING:
+    from emberd.core.engine_files import NamedFile
     from emberd.core.settings import LockPolicy, Settings
 
 _KOBOLDCPP_CONTEXT = 8192
@@ -38,6 +39,10 @@ class OwnerWishes:
         files: other files that are loaded: projectors, drafts, adapters, speech, images, embeddings.
         reply_tokens: greatest reply where a request names none.
         is_renamed: the model is served under another name than its file's.
+        can_switch: the engine may be told to serve another model.
+        switch_folder: where what it can be switched to lies, empty for nowhere.
+        switch_models: where further models for that lie, empty for nowhere.
+        ignores_missing: files that are not there are left out.
         api_keys: what it wants of its clients, one of them as a bearer token. Never shown.
         api_key_file: a file with further ones, empty for none.
     """
@@ -55,9 +60,13 @@ class OwnerWishes:
     slots: int | None = None
     queue: int | None = None
     unloads_by: str = ""
-    files: tuple[str, ...] = ()
+    files: tuple[NamedFile, ...] = ()
     reply_tokens: int | None = None
     is_renamed: bool = False
+    can_switch: bool = False
+    switch_folder: str = ""
+    switch_models: str = ""
+    ignores_missing: bool = False
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: str = ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emberd.doctor import rules_daemon, rules_engine, rules_memory
 from emberd.doctor.condition import Condition, Severity
@@ -26,6 +26,19 @@ def visible(found: Iterable[Condition]) -> list[Condition]:
     conditions = list(found)
     codes = {each.code for each in conditions}
     return _sorted(each for each in conditions if not codes.intersection(CATALOGUE[each.code].hidden_by))
+
+
+def describe(condition: Condition) -> dict[str, Any]:
+    """Return a condition with its title, severity and page, as plain values."""
+    kind = CATALOGUE[condition.code]
+    return {
+        "code": condition.code,
+        "severity": kind.severity.value,
+        "title": kind.title,
+        "evidence": condition.evidence,
+        "remedy": condition.remedy,
+        "page": condition.page,
+    }
 
 
 def _sorted(found: Iterable[Condition]) -> list[Condition]:

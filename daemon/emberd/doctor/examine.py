@@ -26,7 +26,7 @@ from emberd.core.host_health import HostHealth
 from emberd.core.memory import Power, SystemMemory
 from emberd.core.wishes import OwnerWishes
 from emberd.doctor import look, look_engine
-from emberd.doctor.catalogue import diagnose
+from emberd.doctor.catalogue import describe, diagnose, visible
 from emberd.doctor.facts import (
     EngineHealth,
     EngineProblem,
@@ -62,14 +62,16 @@ _LOCKING = frozenset({"--usemlock", "--mlock", "--load-mode"})
 async def examine(
     host: Host, settings: Settings, status: Mapping[str, Any] | None, known: ServiceHealth | None = None
 ) -> dict[str, Any]:
-    """Return every condition, symptoms included, and the unknown facts, as plain values.
+    """Return every condition, symptoms included, those to show, and the unknown facts, as plain values.
 
     Without a daemon, `status` is None; `known` has the facts that the caller knows.
     """
     examination = Examination(host, settings, status)
     facts = await examination.facts(known or ServiceHealth())
+    found = diagnose(facts)
     return {
-        "conditions": [asdict(each) for each in diagnose(facts)],
+        "conditions": [asdict(each) for each in found],
+        "shown": [describe(each) for each in visible(found)],
         "unknown": examination.unknown,
         "settings": digest(settings),
     }
@@ -251,7 +253,7 @@ class Examination:
         if cache is None:
             cache = kv_cache_bytes(info, self._settings, wishes, self._host.system_memory().total_bytes) or 0
         cache += prompt_cache_bytes(wishes)
-        others = sum(_size(Path(name).expanduser()) or 0 for name in wishes.files)
+        others = sum(_size(Path(each.path).expanduser()) or 0 for each in wishes.files)
         return info.weights_bytes + others + cache + (estimate_compute_buffer(info.vocabulary_tokens) or 0)
 
     # --- emberd itself --------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ class ModelProblem(Problem):
     NOT_GGUF = "MODEL_NOT_GGUF", "The model is no GGUF file"
     TRUNCATED = "MODEL_TRUNCATED", "The model's file is cut off"
     PART_MISSING = "MODEL_PART_MISSING", "A part of the split model is missing"
+    NOT_FIRST = "MODEL_NOT_FIRST_PART", "The model's file is a later part of a split model"
+    COMPANION = "MODEL_COMPANION", "The model's file goes with a model and is none"
 
 
 class EngineProblem(Problem):
@@ -112,6 +114,7 @@ class DaemonHealth:
     last_words: str = ""  # why it failed the last time
     heartbeat_problem: str = ""  # why Metal will not hold the idle model
     heartbeat_remedy: str = ""
+    endpoint_lacks: str = ""  # why it does not listen on ::1, which localhost can mean
     swapped_bytes: int | None = None  # of the engine, in swap or compressed
     kv_cache_bytes: int | None = None  # of the engine that runs
     lock: LockState | None = None

@@ -21,7 +21,7 @@ from emberd.core.errors import ConfigError, PortTaken
 from emberd.core.lock import LockState
 from emberd.doctor.facts import DaemonHealth, FreeSpace, Program, ServiceHealth
 from emberd.host.api_key import read_api_key
-from emberd.host.listener import bind
+from emberd.host.listener import addresses, bind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -48,6 +48,7 @@ def read_status(status: Mapping[str, Any] | None) -> DaemonHealth:
         last_words=status.get("reason") or status.get("last_exit") or "",
         heartbeat_problem=heartbeat.get("message") or "",
         heartbeat_remedy=heartbeat.get("remedy") or "",
+        endpoint_lacks=status.get("endpoint_lacks") or "",
         swapped_bytes=memory.get("swapped_bytes"),
         kv_cache_bytes=(status.get("context") or {}).get("kv_cache_bytes"),
         lock=LockState(lock["state"]) if lock else None,
@@ -196,7 +197,8 @@ def try_port(host: str, port: int) -> tuple[Program | None, str]:
         The system does not name another user's program.
     """
     try:
-        bind(host, port).close()
+        for address in addresses(host):
+            bind(address, port).close()
     except PortTaken:
         owner = _listener(port)
         return (None if owner.name in _MANAGERS else owner), ""

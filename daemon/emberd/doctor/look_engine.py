@@ -81,7 +81,12 @@ def _problem(text: str, error: ModelError) -> ModelProblem:
         return ModelProblem.DENIED if cause.errno == errno.EPERM else ModelProblem.UNREADABLE
     if isinstance(cause, OSError):
         return ModelProblem.BROKEN_VOLUME
-    return ModelProblem.TRUNCATED if "truncated" in error.message else ModelProblem.NOT_GGUF
+    words = {
+        "the model is part": ModelProblem.NOT_FIRST,
+        "not a model, but": ModelProblem.COMPANION,
+        "the model is truncated": ModelProblem.TRUNCATED,
+    }
+    return next((found for begin, found in words.items() if error.message.startswith(begin)), ModelProblem.NOT_GGUF)
 
 
 def _where(found: ModelHealth, system: str) -> ModelHealth:

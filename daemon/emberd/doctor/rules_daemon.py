@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from emberd.core.access import ONE_FAMILY_REMEDY
 from emberd.doctor import rules_engine
 from emberd.doctor.condition import Kinds
 
@@ -83,6 +84,12 @@ def _(facts: Facts) -> Seen:
                 f"{space.free_bytes >> 20} MiB free for {space.what} ({space.path})",
                 "Make room; macOS needs it for swap files as well.",
             )
+
+
+@KINDS.warning("ONE_FAMILY_TAKEN", "emberd listens on one of two loopback addresses")
+def _(facts: Facts) -> Seen:
+    if facts.daemon.endpoint_lacks:
+        yield facts.daemon.endpoint_lacks, ONE_FAMILY_REMEDY
 
 
 @KINDS.warning("SETTINGS_NOT_IN_FORCE", "The settings have changed since emberd read them")

@@ -20,6 +20,7 @@ _WRITE_TIMEOUT_S = 120.0
 """An engine reads a body as soon as it has the head; if it does not for so long, it hangs."""
 _LARGEST_HEAD_BYTES = 128 * 1024
 _LEAST_ERROR = 400
+_SWITCHING = 101
 _READ_BYTES = 256 * 1024
 
 
@@ -104,6 +105,8 @@ class EngineConnection:
                     return ReplyHead(event.status_code, list(event.headers))
                 if not isinstance(event, h11.InformationalResponse):
                     raise EngineBrokeOff
+                if event.status_code == _SWITCHING:
+                    return ReplyHead(event.status_code, list(event.headers))
         except (h11.ProtocolError, ConnectionError, TimeoutError) as error:
             raise EngineBrokeOff from error
 
@@ -126,6 +129,15 @@ class EngineConnection:
                     return
         except (h11.ProtocolError, ConnectionError) as error:
             raise EngineBrokeOff from error
+
+    def streams(self) -> tuple[bytes, asyncio.StreamReader, asyncio.StreamWriter]:
+        """Return the bare connection, for the protocol that the engine has agreed to with a 101.
+
+        The first value is what it has said in that protocol so far.
+        """
+        if self._writer is None:
+            raise EngineBrokeOff
+        return self._protocol.trailing_data[0], self._reader, self._writer
 
     async def outlast(self) -> None:
         """Read and discard the rest of the reply."""

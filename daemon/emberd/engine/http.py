@@ -28,10 +28,14 @@ class Answer:
     Attributes:
         status: HTTP status; 0 if nothing listens; None if it did not answer in time or broke off.
         content: the parsed JSON body, None if it is not JSON.
+        raw: the body as it came.
+        kind: its content type, empty if the engine did not say.
     """
 
     status: int | None
     content: Any = None
+    raw: bytes = b""
+    kind: str = ""
 
     def get(self, *path: str | int) -> Any:
         """Return the value at a path of keys and indices, None if there is none."""
@@ -93,7 +97,8 @@ class EngineHttp:
             return Answer(None)
         finally:
             connection.close()
+        kind = (head.get(b"content-type") or b"").decode("latin-1")
         try:
-            return Answer(head.status, json.loads(content))
+            return Answer(head.status, json.loads(content), content, kind)
         except ValueError:
-            return Answer(head.status)
+            return Answer(head.status, None, content, kind)

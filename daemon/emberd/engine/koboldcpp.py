@@ -12,32 +12,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emberd.core import questions
 from emberd.core.errors import ConfigError, EmberdError
-from emberd.core.generation import Dialect
+from emberd.core.generation import Dialect, continued
 from emberd.core.gguf import F16_BYTES
 from emberd.core.replay import fits
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import UNTOLD, PromptCounts, prompt_text
 from emberd.core.types import Activity, LaunchPlan, Readiness
-from emberd.engine import llama_log
+from emberd.engine import koboldcpp_switch, llama_log
 from emberd.engine.http import NOTHING_LISTENS
-from emberd.engine.koboldcpp_flags import Wishes, compose, model_of_file
+from emberd.engine.koboldcpp_flags import Wishes, compose, model_of_file, switched
 from emberd.engine.koboldcpp_help import PROBE_ARGUMENT, read_help, read_probe
 from emberd.engine.process import STOP_SIGNALS
 from emberd.engine.program import check_executable, check_ran, find_program
 from emberd.engine.wishes import PASSWORD_VARIABLE, of_koboldcpp
 from emberd.host.files import make_private_folder
-from emberd.host.model_file import check_model
+from emberd.host.model_file import check_files, check_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from emberd.core.generation import Generation
+    from emberd.core.generation import Generation, Rest
     from emberd.core.ports import Host
     from emberd.core.replay import Replay
     from emberd.core.settings import Settings
     from emberd.core.turn import Turn
-    from emberd.core.types import LoadProgress
+    from emberd.core.types import LoadProgress, Switch
     from emberd.core.wishes import OwnerWishes
     from emberd.engine.http import Answer, EngineHttp
     from emberd.engine.koboldcpp_help import Build
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 USUAL_NAMES = ("koboldcpp", "koboldcpp-mac-arm64", "koboldcpp-linux-x64", "koboldcpp-linux-x64-nocuda")
 _SCRIPT = "koboldcpp.py"
+_NAMED, _NO_MODEL = "koboldcpp/", "inactive"
 _HTTP_OK = 200
 _PRIVATE = re.compile(r"Namespace\(|Body Err:|^(?:Input|Output):|password='")
 """`Namespace(` shows passwords and `Body Err:` whole request bodies, both even with --quiet. Either can follow
@@ -53,12 +55,14 @@ _WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bi
 """1.104 then spins on the unbound socket for ever; 1.76 exits with 1, later builds with 0."""
 _PROTECTED_MODEL = "koboldcpp/protected-model"
 CONTINUES_TURNS = (1, 104)
+"""Knows `continue_assistant_turn`, and gives a fifth of the context to the prompt (not in 1.76)."""
 _MOST_CONNECTIONS = 16
 """KoboldCPP has 24 threads, one for each connection, and no time-outs; eight are left for emberd's own
 questions."""
 _QUEUE = 10
 """What its queue takes unless told, the one that runs counted; further ones get 503 (1.115)."""
 _LIGHT_POSTS = (
+    "/api/show",
     "/api/extra/tokencount",
     "/api/extra/tokenize",
     "/api/extra/detokenize",
@@ -73,7 +77,7 @@ _LIGHT_POSTS = (
     "/api/extra/shutdown",
     "/api/admin/reload_config",
 )
-"""POSTs that do not wait for the model (1.76 to 1.104, `do_POST`)."""
+"""POSTs that do not wait for the model (1.76 to 1.104, `do_POST`; `/api/show` 1.115)."""
 _UNITS_OF_A_GENERATION = 1_000_000
 """Makes the count of finished generations exceed any length of a running reply."""
 _DEFAULT_LENGTH_TOKENS = 1024
@@ -89,6 +93,7 @@ class KoboldCpp:
     """
 
     name = "koboldcpp"
+    questions = questions.KOBOLDCPP
     stop_signals = STOP_SIGNALS
     """SIGINT is right in every mode; SIGTERM to the parent alone would orphan the worker of --admin."""
 
@@ -110,6 +115,7 @@ class KoboldCpp:
         self._kcpps_target = kcpps_target
         self._build: Build | None = None
         self.password = ""
+        self.switch: Switch | None = None
         self.most_at_work = 1
         """It works on one unless told. Six more may wait in its queue, further ones get 503 (1.104)."""
 
@@ -127,13 +133,11 @@ class KoboldCpp:
         return min(self._settings.endpoint.max_concurrent, _MOST_CONNECTIONS)
 
     def model_path(self) -> Path | None:
-        """Return model.path, or else the model that the .kcpps file names."""
-        named = self._settings.model.path
-        if not named:
-            try:
-                named = model_of_file(self._read_kcpps() or {}) or ""
-            except ConfigError:
-                return None
+        """Return model.path, or else the model that the .kcpps file names; of a switch what its file names."""
+        file: Mapping[str, object] = {}
+        with contextlib.suppress(ConfigError):
+            file = self._file_in_force()
+        named = (self._settings.model.path if self.switch is None else "") or model_of_file(file)
         return Path(named).expanduser().absolute() if named else None
 
     def wishes(self) -> OwnerWishes:
@@ -141,7 +145,14 @@ class KoboldCpp:
         file: Mapping[str, object] = {}
         with contextlib.suppress(ConfigError):
             file = self._read_kcpps() or {}
-        return _as_built(of_koboldcpp(self._settings.engine.extra_args, file), self._build)
+        settings = _as_built(of_koboldcpp(self._settings.engine.extra_args, file), self._build)
+        if self.switch is None:
+            return settings
+        with contextlib.suppress(ConfigError):
+            file = self._file_in_force()
+        # A switch keeps its own options only, and those of --admin (koboldcpp.py, reload_from_new_args).
+        own = _as_built(of_koboldcpp((), file), self._build)
+        return replace(own, can_switch=settings.can_switch, switch_folder=settings.switch_folder)
 
     async def ask_build(self) -> None:
         """Ask the program for its options and defaults, which `wishes` then tells; never raises."""
@@ -155,41 +166,78 @@ class KoboldCpp:
         self._build = read_help(said.out)
         return self._build
 
-    async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
+    def _file_in_force(self) -> Mapping[str, object]:
+        """Return the .kcpps file that counts: the owner's, or that of the switch.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        owners = self._read_kcpps() or {}
+        if self.switch is None:
+            return owners
+        return koboldcpp_switch.content(self.switch, of_koboldcpp(self._settings.engine.extra_args, owners))
+
+    async def served_name(self, port: int, timeout_s: float) -> str | None:
+        """Ask for the model's name, which is `inactive` without one."""
+        name = (await self._http.get(port, "/api/v1/model", timeout_s, self.password)).get("result")
+        if not isinstance(name, str) or name == _PROTECTED_MODEL:
+            return None
+        return "" if name == _NO_MODEL else name
+
+    def calls_it(self, model: Path, name: str) -> bool:
+        """Compare with the file's name, unless --hordemodelname gives another one."""
+        return name == model_name(str(model)) or self.wishes().is_renamed
+
+    def switch_in_line(self, line: str) -> Switch | None:
+        """Recognise what the supervising process of --admin says."""
+        return koboldcpp_switch.read_line(line)
+
+    def switch_in_request(self, method: str, path: str, body: bytes) -> Switch | None:
+        """Recognise /api/admin/reload_config: a frozen binary's own lines come late."""
+        return koboldcpp_switch.read_request(path, body) if method == "POST" else None
+
+    def loads_again(self, line: str) -> bool:
+        """Recognise what the supervising process says between two workers, or what llama.cpp says."""
+        return line.startswith(koboldcpp_switch.RESTARTS) or llama_log.reads_model(line) is not None
+
+    async def plan(self, port: int, *, will_lock: bool, switch: Switch | None = None) -> LaunchPlan:
         """Compose the command line from this build's options.
 
         Raises:
             EngineNotUsable: the program is missing or cannot run.
-            ModelError: the model cannot be used.
+            ModelError: the model, or another file, cannot be used.
             ConfigError: an argument that this build refuses, or that would undo emberd's work.
         """
         engine = self._settings.engine
         program, command = self._command()
         environment = self._environment()
         build = await self._ask_build(program, command)
-        model = str(check_model(self._settings.model.path)) if self._settings.model.path else None
-        line = compose(
-            build,
-            Wishes(
-                model=model,
-                port=port,
-                lock=will_lock,
-                context_size=engine.context_size or None,
-                gpu_layers=engine.gpu_layers if engine.gpu_layers >= 0 else None,
-                extra_args=engine.extra_args,
-                kcpps=self._read_kcpps(),
-                kcpps_target=str(self._kcpps_target),
-                password=os.environ.get(PASSWORD_VARIABLE, "").strip(),
-                is_metal=self._host.name == "darwin" and engine.gpu_layers != 0,
-            ),
+        wished = Wishes(
+            model=str(check_model(self._settings.model.path)) if self._settings.model.path else None,
+            port=port,
+            lock=will_lock,
+            context_size=engine.context_size or None,
+            gpu_layers=engine.gpu_layers if engine.gpu_layers >= 0 else None,
+            extra_args=engine.extra_args,
+            kcpps=self._read_kcpps(),
+            kcpps_target=str(self._kcpps_target),
+            password=os.environ.get(PASSWORD_VARIABLE, "").strip(),
+            is_metal=self._host.name == "darwin" and engine.gpu_layers != 0,
         )
+        if switch is not None:
+            wishes = of_koboldcpp(engine.extra_args, wished.kcpps or {})
+            wished = switched(build, wished, koboldcpp_switch.content(switch, wishes))
+        line = compose(build, wished)
         self.password = line.password
         self.most_at_work = self._slots() if build.offers("parallelrequests") else 1
-        if model is None:
+        if wished.model is None:
             check_model(line.model)
-        if engine.extra_args:
-            probed = await self._asker.ask(command, (*engine.extra_args, PROBE_ARGUMENT), program, environment)
-            read_probe(build, engine.extra_args, probed.exit_code, probed.err)
+        asked = of_koboldcpp(wished.extra_args, wished.kcpps or {})
+        if not asked.ignores_missing:
+            check_files(asked.files, "engine.extra_args or the .kcpps file")
+        if wished.extra_args:
+            probed = await self._asker.ask(command, (*wished.extra_args, PROBE_ARGUMENT), program, environment)
+            read_probe(build, wished.extra_args, probed.exit_code, probed.err)
         return LaunchPlan(
             arguments=(*command, *line.arguments),
             environment=environment,
@@ -208,7 +256,8 @@ class KoboldCpp:
         if answer.status is None:
             return Readiness.LOADING
         name = answer.get("result")
-        if answer.status != _HTTP_OK or not isinstance(name, str) or not name.startswith("koboldcpp/"):
+        is_empty = name == _NO_MODEL and self.wishes().can_switch
+        if answer.status != _HTTP_OK or not isinstance(name, str) or not (is_empty or name.startswith(_NAMED)):
             return Readiness.STRANGER
         return Readiness.READY if self._is_our_model(name) else Readiness.STRANGER
 
@@ -222,8 +271,10 @@ class KoboldCpp:
         idle = perf.get("idle")
         if perf.status != _HTTP_OK or idle is None:
             return Activity(answered=False)
+        uptime = perf.get("uptime")
+        serves_for_s = float(uptime) if isinstance(uptime, (int, float)) else None
         if idle == 1:
-            return Activity(answered=True, is_generating=False)
+            return Activity(answered=True, is_generating=False, serves_for_s=serves_for_s)
         check = await self._http.get(port, "/api/extra/generate/check", timeout_s, self.password)
         reply = check.get("results", 0, "text")
         finished = perf.get("total_gens")
@@ -232,6 +283,7 @@ class KoboldCpp:
             answered=True,
             is_generating=True,
             generated_units=units + (len(reply) if isinstance(reply, str) else 0),
+            serves_for_s=serves_for_s,
         )
 
     async def abort(self, port: int, key: str, timeout_s: float) -> bool:
@@ -254,21 +306,23 @@ class KoboldCpp:
         told = (await self._http.get(port, "/api/extra/true_max_context_length", timeout_s)).get("value")
         if not isinstance(told, int):
             return None
-        keeps_a_fifth = await self.continues_turns(port, timeout_s)
+        version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
+        keeps_a_fifth = read_version(version) >= CONTINUES_TURNS
         text, default = prompt_text(turn), max(_DEFAULT_LENGTH_TOKENS, self.wishes().reply_tokens or 0)
         if fits(turn, len(text.encode("utf-8", "surrogatepass")), told, default, keeps_a_fifth=keeps_a_fifth):
             return True
         counted = await self.count_tokens(port, text, timeout_s)
         return None if counted is None else fits(turn, counted, told, default, keeps_a_fifth=keeps_a_fifth)
 
-    async def continues_turns(self, port: int, timeout_s: float) -> bool:
-        """Return True if `continue_assistant_turn` is known (1.104; not in 1.76)."""
-        version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
-        return read_version(version) >= CONTINUES_TURNS
-
-    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:
-        """Return True if a reply can be continued; a chat needs an open turn."""
-        return generation.dialect is not Dialect.CHAT or await self.continues_turns(port, timeout_s)
+    async def rest(
+        self, port: int, generation: Generation, text: str, used_tokens: int, timeout_s: float
+    ) -> Rest | None:
+        """Continue a prompt, and a chat whose turn can be left open: not by a template of Jinja's (--jinja)."""
+        if generation.dialect is Dialect.CHAT:
+            told = await self._http.get(port, "/api/extra/version", timeout_s)
+            if told.get("jinja") or read_version(told.get("version")) < CONTINUES_TURNS:
+                return None
+        return continued(generation, text, used_tokens)
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
         """POST it.
@@ -279,7 +333,9 @@ class KoboldCpp:
         Raises:
             RequestRefused: the answer's status is not 200.
         """
-        asked = self._http.post(port, request.path, request.body, timeout_s, self.password)
+        # With --routermode the name of another model would load that one.
+        body = {key: value for key, value in request.body.items() if key != "model"}
+        asked = self._http.post(port, request.path, body, timeout_s, self.password)
         asking = asyncio.create_task(asked)
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
@@ -315,9 +371,9 @@ class KoboldCpp:
         return min(wishes.slots or 1, queue, self.most_connections)
 
     def _is_our_model(self, name: str) -> bool:
-        """Compare names, unless the model is named elsewhere or renamed by --hordemodelname."""
-        path = self._settings.model.path
-        is_renamed = bool(self._settings.engine.kcpps) or self.wishes().is_renamed
+        """Compare names, unless it can be switched, is named elsewhere or renamed by --hordemodelname."""
+        path, wishes = self._settings.model.path, self.wishes()
+        is_renamed = bool(self._settings.engine.kcpps) or wishes.is_renamed or wishes.can_switch
         return is_renamed or not path or name in {model_name(path), _PROTECTED_MODEL}
 
     def _command(self) -> tuple[Path, tuple[str, ...]]:
@@ -340,22 +396,8 @@ class KoboldCpp:
     def _read_kcpps(self) -> Mapping[str, object] | None:
         if not self._settings.engine.kcpps:
             return None
-        path = Path(self._settings.engine.kcpps).expanduser()
-        try:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot read engine.kcpps {path}: {error.strerror}", "Mend the path or its permissions."
-            ) from error
-        except ValueError as error:
-            raise ConfigError(
-                f"engine.kcpps {path} is not JSON: {error}", "Save it again from KoboldCPP's launcher."
-            ) from error
-        if not isinstance(content, dict):
-            raise ConfigError(
-                f"engine.kcpps {path} is not a JSON object", "Save it again from KoboldCPP's launcher."
-            )
-        return content
+        path = Path(self._settings.engine.kcpps).expanduser().absolute()
+        return koboldcpp_switch.read_kcpps(path, "engine.kcpps", path.parent)
 
 
 def _as_built(wishes: OwnerWishes, build: Build | None) -> OwnerWishes:

@@ -10,7 +10,7 @@ file that its settings or the owner's arguments decide.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from emberd.core.errors import ConfigError
@@ -134,6 +134,33 @@ def compose(build: Build, wishes: Wishes) -> CommandLine:
         hidden=tuple(dict.fromkeys(_secrets(kept, merged))),
         model=model,
         password=_password(kept, merged),
+    )
+
+
+_STAYS = frozenset(
+    {"admin", "adminpassword", "admindir", "admintextmodelsdir", "admindatadir", "admindocsdir", "adminallowhf"}
+    | {"adminunloadtimeout", "routermode", "remotetunnel", "nocertify", "password", "downloaddir", "baseconfig"}
+)
+"""What outlives a switch of the model (koboldcpp.py, reload_from_new_args in 1.115; 1.104 keeps fewer)."""
+
+
+def switched(build: Build, wishes: Wishes, content: Mapping[str, object]) -> Wishes:
+    """Return the wishes for a start with what a running KoboldCPP was switched to.
+
+    Args:
+        build: tells the options apart.
+        wishes: those of the settings.
+        content: what the switch loads. It has its own context and layers, or KoboldCPP's defaults.
+    """
+    kept = [given for given in read_arguments(build, wishes.extra_args) if given.dest in _STAYS]
+    file = {key: value for key, value in (wishes.kcpps or {}).items() if build.destination_of_key(key) in _STAYS}
+    return replace(
+        wishes,
+        model=None,
+        context_size=None if "contextsize" in content else wishes.context_size,
+        gpu_layers=None if "gpulayers" in content else wishes.gpu_layers,
+        extra_args=tuple(word for given in kept for word in given.words),
+        kcpps={**content, **file},
     )
 
 

@@ -115,6 +115,12 @@ def _place(name: str) -> Place:
     return Place.METAL if name.startswith(("Metal", "MTL")) else Place.DEVICE
 
 
+def reads_model(line: str) -> str | None:
+    """Return the file that llama.cpp begins to read, None for any other line."""
+    found = _MODEL.search(line)
+    return found["path"] if found else None
+
+
 def note(facts: LoadFacts, line: str) -> LoadFacts:
     """Return the load facts after one more line; the same object if the line tells nothing.
 

@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emberd.core import questions
 from emberd.core.errors import ConfigError, EmberdError, EngineNotUsable
+from emberd.core.generation import Dialect, continued, continued_as_text, templated
 from emberd.core.preflight import USUAL_PROMPT_CACHE_MIB, prompt_cache_bound_mib
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import PromptCounts
-from emberd.core.types import Activity, LaunchPlan, Notice, Readiness
+from emberd.core.types import Activity, LaunchPlan, Notice, Readiness, Switch
 from emberd.core.wishes import OwnerWishes
 from emberd.engine import llama_log
 from emberd.engine.embedded import PROMPT_CACHE_MIB
@@ -32,12 +34,12 @@ from emberd.engine.wishes import (
     of_llama_server,
     without,
 )
-from emberd.host.model_file import check_model
+from emberd.host.model_file import check_files, check_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from emberd.core.generation import Generation
+    from emberd.core.generation import Generation, Rest
     from emberd.core.ports import Host
     from emberd.core.replay import Replay
     from emberd.core.settings import Settings
@@ -78,6 +80,7 @@ class LlamaServer:
     """HTTP and log, as the external and the embedded server share them."""
 
     name = "llama-server"
+    questions = questions.LLAMA_SERVER
     stop_signals = STOP_SIGNALS
     refusals: frozenset[int] = frozenset()
 
@@ -86,6 +89,7 @@ class LlamaServer:
         self._host = host
         self._http = http
         self.room = CacheRoom()
+        self.switch: Switch | None = None
 
     @property
     def most_connections(self) -> int:
@@ -110,6 +114,25 @@ class LlamaServer:
         """Return model.path."""
         named = self._settings.model.path
         return Path(named).expanduser().absolute() if named else None
+
+    async def served_name(self, port: int, timeout_s: float) -> str | None:
+        """Return the model's path in /props."""
+        served = (await self._http.get(port, "/props", timeout_s, self.password)).get("model_path")
+        return served if isinstance(served, str) else None
+
+    def calls_it(self, model: Path, name: str) -> bool:
+        """Compare with the path that it was given."""
+        return name == str(model)
+
+    def switch_in_line(self, line: str) -> None:  # the Engine protocol
+        """Return None: a server that was given a model serves no other one."""
+
+    def switch_in_request(self, method: str, path: str, body: bytes) -> None:  # the Engine protocol
+        """Return None, for the same reason."""
+
+    def loads_again(self, line: str) -> bool:
+        """Recognise the end of an idle server's sleep (--sleep-idle-seconds): it reads the model again."""
+        return llama_log.reads_model(line) is not None
 
     def wishes(self) -> OwnerWishes:
         """Return what the embedded engine does, which takes no options from its owner."""
@@ -166,13 +189,20 @@ class LlamaServer:
         """Return True: a prompt that is too long is refused (tools/server, exceed_context_size_error)."""
         return True
 
-    async def continues_turns(self, port: int, timeout_s: float) -> bool:  # noqa: ARG002  # the Engine protocol
-        """Return True: an assistant's last message is continued (llama.cpp, common/chat.cpp, since 2025)."""
-        return True
-
-    async def can_continue(self, port: int, generation: Generation, timeout_s: float) -> bool:  # noqa: ARG002
-        """Return True: prompts and open turns are continued."""
-        return True
+    async def rest(
+        self, port: int, generation: Generation, text: str, used_tokens: int, timeout_s: float
+    ) -> Rest | None:
+        """Continue a prompt; of a chat the prompt that /apply-template makes."""
+        if generation.dialect is not Dialect.CHAT:
+            return continued(generation, text, used_tokens)
+        chats, prompts = templated(generation), list[str]()
+        for each in chats or ():
+            answer = await self._http.post(port, "/apply-template", each, timeout_s, self.password)
+            prompt = answer.get("prompt") if answer.status == _HTTP_OK else None
+            prompts += [prompt] if isinstance(prompt, str) else []
+        if len(prompts) < 2:  # noqa: PLR2004  # both
+            return None
+        return continued_as_text(generation, text, used_tokens, *prompts)
 
     async def send(self, port: int, request: Replay, timeout_s: float) -> Mapping[str, Any] | None:
         """POST it.
@@ -260,7 +290,7 @@ class EmbeddedServer(LlamaServer):
 
     name = "embedded"
 
-    async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
+    async def plan(self, port: int, *, will_lock: bool, switch: Switch | None = None) -> LaunchPlan:  # noqa: ARG002
         """Compose `python -m emberd.engine.embedded ...`.
 
         Raises:
@@ -340,7 +370,7 @@ class ExternalServer(LlamaServer):
         offered = self._offered = read_options(said.out)
         return program, offered
 
-    async def plan(self, port: int, *, will_lock: bool) -> LaunchPlan:
+    async def plan(self, port: int, *, will_lock: bool, switch: Switch | None = None) -> LaunchPlan:  # noqa: ARG002
         """Compose the command line from this build's --help.
 
         Raises:
@@ -359,6 +389,7 @@ class ExternalServer(LlamaServer):
         check_arguments(engine.extra_args, offered)
         check_variables(os.environ)
         wishes = self.wishes()
+        check_files(wishes.files, "engine.extra_args or LLAMA_ARG_*")
         self._password = _a_key(wishes)
         notices = notices_of(wishes)
         if engine.kcpps:

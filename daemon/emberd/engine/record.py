@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from emberd.core.errors import AlreadyRunning
+from emberd.core.status import from_plain
+from emberd.core.types import Switch
 from emberd.engine.process import STOP_SIGNALS, ProcessTree, is_alive
 from emberd.host.files import write_atomically
 from emberd.host.instance import hold_lock
@@ -46,6 +48,7 @@ class EngineRecord:
         started_at: wall-clock time of the start, seconds since the epoch, for display only.
         is_mapped: the weights are pages of the file; None if its log did not tell.
         context_tokens: cells of its KV cache, kv_bytes: their size; None if its log did not tell.
+        switch: what it was switched to, None if it serves the settings' model.
     """
 
     pid: int
@@ -60,6 +63,7 @@ class EngineRecord:
     is_mapped: bool | None = None
     context_tokens: int | None = None
     kv_bytes: int | None = None
+    switch: Switch | None = None
 
 
 def digest(words: Sequence[str]) -> str:
@@ -106,6 +110,7 @@ def load(path: Path) -> EngineRecord | None:
             is_mapped=is_mapped if isinstance(is_mapped := content.get("is_mapped"), bool) else None,
             context_tokens=tokens if isinstance(tokens := content.get("context_tokens"), int) else None,
             kv_bytes=size if isinstance(size := content.get("kv_bytes"), int) else None,
+            switch=from_plain(Switch, switch) if isinstance(switch := content.get("switch"), dict) else None,
         )
     except FileNotFoundError:
         return None

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from emberd.core.engine_files import OPTIONS, NamedFile, Role, listed
 from emberd.core.gguf import F16_BYTES
 from emberd.core.wishes import OwnerWishes
 
@@ -52,7 +53,6 @@ class _Names:
     values: tuple[str, ...]
     slots: tuple[str, ...]
     unload: tuple[str, ...]
-    files: tuple[str, ...]
     load_mode: tuple[str, ...] = ()
     queue: tuple[str, ...] = ()
     one_slot: tuple[str, ...] = ()
@@ -65,6 +65,10 @@ class _Names:
     fit: tuple[str, ...] = ()
     fit_context: tuple[str, ...] = ()
     prompt_cache: tuple[str, ...] = ()
+    switch: tuple[str, ...] = ()
+    switch_folder: tuple[str, ...] = ()
+    switch_models: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     api_key: tuple[str, ...] = ()
     api_key_file: tuple[str, ...] = ()
 
@@ -80,29 +84,16 @@ _KOBOLDCPP = _Names(
     queue=("--multiuser",),
     one_slot=("--smartcontext", "--draftmodel", "--model-draft", "-md", "--enableguidance"),
     unload=("--adminunloadtimeout", "--autoswapmode"),
-    files=(
-        "--mmproj",
-        "--draftmodel",
-        "--model-draft",
-        "-md",
-        "--lora",
-        "--whispermodel",
-        "--ttsmodel",
-        "--ttswavtokenizer",
-        "--embeddingsmodel",
-        "--sdmodel",
-        "--sdlora",
-        "--sdvae",
-        "--sdt5xxl",
-        "--sdclipl",
-        "--sdclipg",
-    ),
     reply=("--defaultgenamt",),
     rename=("--hordemodelname",),
     flash=("--flashattention", "--flash-attn", "-fa"),
     no_flash=("--noflashattention", "--no-flash-attn", "-nofa"),
     windows=("--useswa",),
     no_windows=("--noswa", "--swa-full"),
+    switch=("--admin", "--routermode", "--autoswapmode"),
+    switch_folder=("--admindir",),
+    switch_models=("--admintextmodelsdir",),
+    missing=("--ignoremissing",),
 )
 _LLAMA_SERVER = _Names(
     lock=("--mlock",),
@@ -114,7 +105,6 @@ _LLAMA_SERVER = _Names(
     values=("--cache-type-v", "-ctv"),
     slots=("--parallel", "-np"),
     unload=("--sleep-idle-seconds",),
-    files=("--mmproj", "-mm", "--model-draft", "-md", "--spec-draft-model", "--lora", "--lora-scaled"),
     no_windows=("--swa-full",),
     fit=("--fit", "-fit"),
     fit_context=("--fit-ctx", "-fitc"),
@@ -144,6 +134,11 @@ _VARIABLES = {
 
 FIT_CONTEXT_TOKENS = 4096
 """llama.cpp, common/common.h, `fit_params_min_ctx`."""
+_REPEATED = frozenset({"--lora", "--lora-scaled", "--control-vector", "--control-vector-scaled"})
+_SPELLINGS = {option: role.value for option, role in OPTIONS.items() if role in {Role.PROJECTOR, Role.DRAFT}}
+"""Options of which only the last one counts, whatever its spelling."""
+_SCALE = re.compile(r":-?[\d.]+$")
+
 _Given = tuple[str, tuple[str, ...]]
 """An option and its values."""
 
@@ -189,6 +184,19 @@ def _of_file(file: Mapping[str, object]) -> Iterator[_Given]:
         said = tuple("" if each is True else str(each) for each in values if each not in (None, False, ""))
         if said:
             yield f"--{key}", said if said != ("",) else ()
+
+
+def _files(said: Sequence[_Given]) -> Iterator[NamedFile]:
+    """Yield the files that options name; of one that takes a single file the last word counts."""
+    last = {_SPELLINGS.get(option, option): number for number, (option, _) in enumerate(said)}
+    for number, (option, values) in enumerate(said):
+        is_old = option not in _REPEATED and last[_SPELLINGS.get(option, option)] != number
+        if option not in OPTIONS or is_old:
+            continue
+        for part in (part for value in values for part in listed(value)):
+            path = _SCALE.sub("", part) if option.endswith("-scaled") else part
+            if path:
+                yield NamedFile(path, OPTIONS[option], option)
 
 
 def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
@@ -239,9 +247,13 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         slots=None if any(is_asked(name) for name in names.one_slot) else count(*names.slots),
         queue=count(*names.queue),
         unloads_by=next((name for name in names.unload if is_asked(name)), ""),
-        files=parts(*names.files),
+        files=tuple(_files(said)),
         reply_tokens=count(*names.reply),
         is_renamed=bool(is_asked(*names.rename)),
+        can_switch=any(is_asked(name) for name in names.switch),
+        switch_folder=value(*names.switch_folder),
+        switch_models=value(*names.switch_models),
+        ignores_missing=bool(is_asked(*names.missing)),
         api_keys=parts(*names.api_key),
         api_key_file=value(*names.api_key_file),
     )

@@ -85,7 +85,7 @@ def _adopt(descriptor: int) -> socket.socket:
     if not is_tcp or not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise ConfigError(
             f"descriptor {descriptor}, given for listening, is no listening TCP socket",
-            "In the socket unit: ListenStream=127.0.0.1:5001.",
+            "In the socket unit: ListenStream=127.0.0.1:5001 and ListenStream=[::1]:5001.",
         )
     found.set_inheritable(False)
     found.setblocking(False)

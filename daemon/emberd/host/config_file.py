@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emberd.core import settings as settings_module
+from emberd.core.engine_files import anchored
 from emberd.core.errors import ConfigError
 from emberd.core.settings import Settings
 from emberd.host.paths import default_config
@@ -31,6 +32,8 @@ def locate(option: str | None) -> tuple[Path, bool]:
 def load(option: str | None) -> tuple[Settings, Path]:
     """Read the settings; without a file, and none named, every setting has its default.
 
+    Relative paths become absolute: they belong to the folder of the file.
+
     Raises:
         ConfigError: the named file is missing, unreadable, not TOML, or wrong in a key.
     """
@@ -44,7 +47,8 @@ def load(option: str | None) -> tuple[Settings, Path]:
         raise ConfigError(
             f"{path} is not valid TOML: {error}", "Strings need quotes; see `emberd config show`."
         ) from error
-    return settings_module.read(tree, str(path)), path
+    settings = settings_module.read(tree, str(path))
+    return anchored(settings, str(path.parent), str(Path.home())), path
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from emberd.core.engine_files import MappedFile, may_be_weights
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.memory import EngineMemory, GpuLimits, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.residency import Paging
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from emberd.core.host_health import HostHealth
     from emberd.core.ports import SystemLog
-    from emberd.host.darwin_calls import RusageInfoV4, VmStatistics64, XswUsage
+    from emberd.host.darwin_calls import ProcRegionWithPathInfo, RusageInfoV4, VmStatistics64, XswUsage
 
 _kqueue: Any = select
 """typeshed knows kqueue on macOS only."""
@@ -51,6 +52,8 @@ _CHARGE = re.compile(r"^\s*-InternalBattery\S*.*?\b(\d{1,3})%", re.MULTILINE)
 _MODE = re.compile(r"^\s*(lowpowermode|powermode)\s+(\d+)\b", re.MULTILINE)
 """Computers with a High Power Mode print powermode instead: 0 automatic, 1 low, 2 high."""
 _LOW_POWER = 1
+_VM_PROT_EXECUTE = 4
+"""xnu, osfmk/mach/vm_prot.h."""
 _FULL_PERCENT = 100
 
 
@@ -158,6 +161,11 @@ class DarwinHost(PosixHost):
         # A kqueue is itself readable when an event is pending (kqueue(2)), so the loop can wait for it.
         return ReadableWatch(queue.fileno(), close, lambda: queue.control(None, 16, 0))
 
+    @staticmethod
+    def is_held(local: tuple[str, int], remote: tuple[str, int]) -> bool | None:  # noqa: ARG004  # as on Linux
+        """Return None: it is unknown here whether a process still holds the socket at `local`."""
+        return None
+
     def start_token(self, pid: int) -> str | None:
         """Return the start time that the kernel noted at fork (`p_starttime`); it is not moved by clock changes."""
         try:
@@ -176,6 +184,11 @@ class DarwinHost(PosixHost):
         """
         usages = [usage for usage in map(self._calls.process_usage, pids) if usage is not None]
         return engine_memory(usages, compressor_bytes(self._calls.vm_statistics(), self._page_bytes()))
+
+    def mapped_files(self, pids: Sequence[int], *, with_locks: bool = False) -> tuple[MappedFile, ...] | None:  # noqa: ARG002  # both are told at once
+        """Ask proc_pidinfo for each process: of this user, or as root of any (xnu, bsd/kern/proc_info.c)."""
+        found = [region for pid in pids for region in self._calls.mapped_regions(pid)]
+        return tuple(filter(None, map(mapped_file, found))) if found else None
 
     def proportional_bytes(self, pids: Sequence[int]) -> int | None:  # noqa: ARG002  # the Host protocol
         """Return None: macOS does not divide shared pages among their users."""
@@ -282,6 +295,16 @@ def engine_memory(usages: Sequence[RusageInfoV4], compressor_bytes: int | None) 
         major_faults=sum(usage.ri_pageins for usage in usages),
         read_bytes=sum(usage.ri_diskio_bytesread for usage in usages),
     )
+
+
+def mapped_file(region: ProcRegionWithPathInfo) -> MappedFile | None:
+    """Return a mapped region, None for a program or library; locking with mlock(2) raises its wired count."""
+    path = os.fsdecode(region.vip_path)
+    if not may_be_weights(path) or region.prp_prinfo.pri_protection & _VM_PROT_EXECUTE:
+        return None
+    info, size_bytes = region.prp_prinfo, int(region.prp_prinfo.pri_size)
+    identity = (int(region.vi_stat.vst_dev), int(region.vi_stat.vst_ino))
+    return MappedFile(path, identity, size_bytes, size_bytes if info.pri_user_wired_count else 0)
 
 
 def compressor_bytes(statistics: VmStatistics64 | None, page_bytes: int | None) -> int | None:

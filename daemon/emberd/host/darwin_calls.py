@@ -9,7 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_char_p, c_int, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    c_char,
+    c_char_p,
+    c_int,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint8,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -125,6 +137,78 @@ class XswUsage(ctypes.Structure):
     )
 
 
+class ProcRegionInfo(ctypes.Structure):
+    """struct proc_regioninfo, 96 bytes (xnu, bsd/sys/proc_info.h)."""
+
+    _fields_ = (
+        ("pri_protection", c_uint32),
+        ("pri_max_protection", c_uint32),
+        ("pri_inheritance", c_uint32),
+        ("pri_flags", c_uint32),
+        ("pri_offset", c_uint64),
+        ("pri_behavior", c_uint32),
+        ("pri_user_wired_count", c_uint32),
+        ("pri_user_tag", c_uint32),
+        ("pri_pages_resident", c_uint32),
+        ("pri_pages_shared_now_private", c_uint32),
+        ("pri_pages_swapped_out", c_uint32),
+        ("pri_pages_dirtied", c_uint32),
+        ("pri_ref_count", c_uint32),
+        ("pri_shadow_depth", c_uint32),
+        ("pri_share_mode", c_uint32),
+        ("pri_private_pages_resident", c_uint32),
+        ("pri_shared_pages_resident", c_uint32),
+        ("pri_obj_id", c_uint32),
+        ("pri_depth", c_uint32),
+        ("pri_address", c_uint64),
+        ("pri_size", c_uint64),
+    )
+
+
+class VinfoStat(ctypes.Structure):
+    """struct vinfo_stat, 136 bytes (same file)."""
+
+    _fields_ = (
+        ("vst_dev", c_uint32),
+        ("vst_mode", c_uint16),
+        ("vst_nlink", c_uint16),
+        ("vst_ino", c_uint64),
+        ("vst_uid", c_uint32),
+        ("vst_gid", c_uint32),
+        ("vst_atime", c_int64),
+        ("vst_atimensec", c_int64),
+        ("vst_mtime", c_int64),
+        ("vst_mtimensec", c_int64),
+        ("vst_ctime", c_int64),
+        ("vst_ctimensec", c_int64),
+        ("vst_birthtime", c_int64),
+        ("vst_birthtimensec", c_int64),
+        ("vst_size", c_int64),
+        ("vst_blocks", c_int64),
+        ("vst_blksize", c_int32),
+        ("vst_flags", c_uint32),
+        ("vst_gen", c_uint32),
+        ("vst_rdev", c_uint32),
+        ("vst_qspare", c_int64 * 2),
+    )
+
+
+class ProcRegionWithPathInfo(ctypes.Structure):
+    """struct proc_regionwithpathinfo, 1272 bytes; a path has at most MAXPATHLEN bytes (same file)."""
+
+    _fields_ = (
+        ("prp_prinfo", ProcRegionInfo),
+        ("vi_stat", VinfoStat),
+        ("vi_type", c_int),
+        ("vi_pad", c_int),
+        ("vi_fsid", c_int32 * 2),
+        ("vip_path", c_char * 1024),
+    )
+
+
+_PROC_PIDREGIONPATHINFO2 = 22
+"""The next region, from an address on, that maps a file (xnu, bsd/sys/proc_info.h, bsd/kern/proc_info.c)."""
+_MOST_REGIONS = 65_536
 _VM_INFO_INTS = ctypes.sizeof(VmStatistics64) // ctypes.sizeof(c_int)
 """HOST_VM_INFO64_REV1_COUNT, 38: what the kernel fills since OS X 10.9 (xnu, osfmk/mach/host_info.h)."""
 _VM_INFO_TRIES = 2
@@ -145,6 +229,8 @@ class DarwinCalls:
         # xnu, libsyscall/wrappers/libproc/libproc.h: pid, flavor, and the address of the structure, although the
         # type of the argument is a pointer to a pointer.
         self._proc_pid_rusage = self._function("proc_pid_rusage", c_int, [c_int, c_int, c_void_p])
+        # The same header: pid, flavor, argument, buffer and its size.
+        self._proc_pidinfo = self._function("proc_pidinfo", c_int, [c_int, c_int, c_uint64, c_void_p, c_int])
         # sysctl(3): name, old value and its length, new value and its length.
         self._sysctlbyname = self._function(
             "sysctlbyname", c_int, [c_char_p, c_void_p, ctypes.POINTER(c_size_t), c_void_p, c_size_t]
@@ -178,6 +264,25 @@ class DarwinCalls:
         if self._proc_pid_rusage is None or self._proc_pid_rusage(pid, _RUSAGE_INFO_V4, ctypes.byref(usage)) != 0:
             return None
         return usage
+
+    def mapped_regions(self, pid: int) -> list[ProcRegionWithPathInfo]:
+        """Return the regions of a process that map files, none if it may not be asked.
+
+        The kernel counts no resident pages in this answer (fill_procregioninfo_onlymappedvnodes in xnu,
+        osfmk/vm/bsd_vm.c), but it tells how often a region was locked. It ends with EINVAL.
+        """
+        found, address = list[ProcRegionWithPathInfo](), 0
+        while self._proc_pidinfo is not None and len(found) < _MOST_REGIONS:
+            region = ProcRegionWithPathInfo()
+            size = ctypes.sizeof(region)
+            if self._proc_pidinfo(pid, _PROC_PIDREGIONPATHINFO2, address, ctypes.byref(region), size) != size:
+                break
+            end = region.prp_prinfo.pri_address + region.prp_prinfo.pri_size
+            if end <= address:
+                break
+            found.append(region)
+            address = end
+        return found
 
     def vm_statistics(self) -> VmStatistics64 | None:
         """Return the system's page counters, None if the kernel does not tell.

@@ -6,10 +6,10 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from emberd.core.errors import AlreadyRunning, StateUnusable
+from emberd.core.errors import AlreadyRunning, PortTaken, StateUnusable
 from emberd.host.activation import execute_with, were_bound_by_emberd
 from emberd.host.files import PRIVATE_FILE_MODE
-from emberd.host.listener import bind, resolve
+from emberd.host.listener import addresses, bind, resolve
 
 if TYPE_CHECKING:
     import socket
@@ -23,8 +23,10 @@ class Instance:
 
     def __init__(self) -> None:
         self.listeners: list[socket.socket] = []
-        self.url: str | None = None
-        """Where clients find this emberd, None if it does not listen."""
+        self.urls: tuple[str, ...] = ()
+        """Where clients find this emberd, IPv4 first; empty if it does not listen."""
+        self.lacks = ""
+        """Why it does not listen on one of the two loopback addresses, empty if nothing is wrong."""
         self.successor: list[str] = []
         """Command line of the emberd that is to follow; empty for this one's."""
         self._are_own = False
@@ -48,12 +50,29 @@ class Instance:
             self._lock = hold_lock(path)
 
     def listen(self, host: str, port: int, *, is_brief: bool = False) -> None:
-        """Listen there, unless a service manager's sockets are here; own ones follow the settings. Like `bind`."""
-        if self.listeners and not (self._are_own and self._stands_elsewhere(host, port)):
+        """Listen there, unless a service manager's sockets are here; own ones follow the settings. Like `bind`.
+
+        On loopback IPv4 is enough: a port that is taken for IPv6 is told in `lacks`.
+        """
+        if self.listeners and not self._are_own:
             return
-        self.stop_listening()
-        self.url = None
-        self._keep([bind(host, port, is_brief=is_brief)], are_own=True)
+        first, *others = addresses(host)
+        old = {_address(each): each for each in self.listeners}
+        self.listeners, self.urls, self.lacks = [], (), ""
+        kept: list[socket.socket] = []
+        try:
+            for name in (first, *others):
+                there = resolve(name, port)[1][:2]
+                kept.append(old.pop(there) if there in old else bind(name, port, is_brief=is_brief))
+        except PortTaken as error:
+            if not kept:
+                raise
+            self.lacks = error.message
+        finally:
+            for each in old.values():
+                each.close()
+            if kept:
+                self._keep(kept, are_own=True)
 
     def stop_listening(self) -> None:
         """Close the sockets; a service manager has a descriptor of its own."""
@@ -66,13 +85,20 @@ class Instance:
         execute_with(self.listeners, self.successor, are_own=self._are_own)
 
     def _keep(self, listeners: list[socket.socket], *, are_own: bool) -> None:
-        self.listeners, self._are_own = listeners, are_own
-        host, port = listeners[0].getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.listeners = sorted(listeners, key=lambda each: each.family)  # AF_INET is the least
+        self._are_own = are_own
+        names = [(f"[{host}]" if ":" in host else host, port) for host, port in map(_address, self.listeners)]
+        self.urls = tuple(f"http://{host}:{port}" for host, port in names)
 
-    def _stands_elsewhere(self, host: str, port: int) -> bool:
-        _, address = resolve(host, port)
-        return tuple(self.listeners[0].getsockname()[:2]) != tuple(address[:2])
+    @property
+    def url(self) -> str | None:
+        """The first of `urls`, None if there is none."""
+        return self.urls[0] if self.urls else None
+
+
+def _address(listener: socket.socket) -> tuple[str, int]:
+    host, port = listener.getsockname()[:2]
+    return host, port
 
 
 def holder_of(path: Path) -> int | None:

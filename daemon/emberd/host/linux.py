@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.memory import Power, PowerSource
 from emberd.core.residency import Paging
-from emberd.host import linux_memory, log_sinks
+from emberd.host import linux_memory, linux_sockets, log_sinks
 from emberd.host.linux_health import read_health
 from emberd.host.linux_memory import MADV_POPULATE_READ, OwnMemory, watch_stalls
 from emberd.host.posix import PosixHost, ReadableWatch
@@ -20,6 +20,7 @@ from emberd.host.posix import PosixHost, ReadableWatch
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from emberd.core.engine_files import MappedFile
     from emberd.core.host_health import HostHealth
     from emberd.core.memory import EngineMemory, GpuLimits, SystemMemory
     from emberd.core.ports import SystemLog
@@ -126,6 +127,8 @@ class LinuxHost(PosixHost):
         except OSError:
             return None
 
+    is_held = staticmethod(linux_sockets.is_held)
+
     def start_token(self, pid: int) -> str | None:
         """Return boot id and start time in ticks: unlike a wall-clock time, it survives clock changes."""
         ticks = linux_memory.stat_field(self._proc, pid, _START_TIME_FIELD)
@@ -144,6 +147,10 @@ class LinuxHost(PosixHost):
     def engine_memory(self, pids: Sequence[int]) -> EngineMemory:
         """Sum the kernel's counters of these processes."""
         return linux_memory.engine_memory(self._proc, pids)
+
+    def mapped_files(self, pids: Sequence[int], *, with_locks: bool = False) -> tuple[MappedFile, ...] | None:
+        """Read maps, or smaps."""
+        return linux_memory.mapped_files(self._proc, pids, with_locks=with_locks)
 
     def proportional_bytes(self, pids: Sequence[int]) -> int | None:
         """Return the sum of their Pss."""

@@ -12,8 +12,10 @@ import os
 import re
 import select
 from array import array
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from emberd.core.engine_files import MappedFile, may_be_weights
 from emberd.core.memory import EngineMemory, SystemMemory, judge_pressure
 from emberd.host.posix import ReadableWatch
 
@@ -41,6 +43,8 @@ _TFD_FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
 _COUNTER_BYTES = 8
 MADV_POPULATE_READ = 22
 """Linux 5.14 (<asm-generic/mman-common.h>): faults a range in, and marks what is there as used."""
+_PROGRAM = re.compile(rb"^\S+ ..x. \S+ \S+ \S+ +(/.*)$", re.MULTILINE)
+"""A line of maps with code in it."""
 _IN_USE = 3 << 62
 """Bits 63, present, and 62, swapped (proc_pid_pagemap(5)). What was never used has neither, and is left alone."""
 _ENTRY_BYTES = 8
@@ -68,6 +72,52 @@ def engine_memory(proc: Path, pids: Sequence[int]) -> EngineMemory:
         major_faults=_sum([stat_field(proc, pid, _MAJOR_FAULTS_FIELD) for pid in pids]),
         read_bytes=_sum([numbers(proc / str(pid) / "io", "read_bytes").get("read_bytes") for pid in pids]),
     )
+
+
+def mapped_files(proc: Path, pids: Sequence[int], *, with_locks: bool) -> tuple[MappedFile, ...] | None:
+    """Return the files that processes map, None if none of them can be read (proc_pid_maps(5)).
+
+    Args:
+        proc: root of the proc file system.
+        pids: the processes.
+        with_locks: ask how much is locked, for which the kernel walks page tables (proc_pid_smaps(5)). VmFlags tell
+            which mapping is locked; `Locked` counts only a share of pages that other processes map, too.
+    """
+    found, is_read = list[MappedFile](), False
+    for pid in pids:
+        maps = _read(proc / str(pid) / "maps")
+        is_read = is_read or bool(maps)
+        programs = set(_PROGRAM.findall(maps))
+        mapped = [each for line in maps.splitlines() if (each := _mapping(line)) is not None]
+        if mapped and with_locks:
+            mapped = list(_with_locks(_read(proc / str(pid) / "smaps")))
+        found += (each for each in mapped if os.fsencode(each.path) not in programs)
+    return tuple(found) if is_read else None
+
+
+def _mapping(line: bytes) -> MappedFile | None:
+    """Read a line of maps: addresses, permissions, offset, device, inode and path."""
+    words = line.split(maxsplit=5)
+    if len(words) < 6 or not may_be_weights(path := os.fsdecode(words[5])):  # noqa: PLR2004  # proc_pid_maps(5)
+        return None
+    first, _, last = words[0].partition(b"-")
+    major, _, minor = words[3].partition(b":")
+    device = os.makedev(int(major, 16), int(minor, 16))
+    return MappedFile(path, (device, int(words[4])), int(last, 16) - int(first, 16))
+
+
+def _with_locks(smaps: bytes) -> Iterator[MappedFile]:
+    mapped, resident = None, 0
+    for line in smaps.splitlines():
+        name, _, rest = line.partition(b":")
+        if name == b"Rss":
+            resident = int(rest.split()[0]) * _KIB
+        elif name == b"VmFlags":
+            if mapped is not None:
+                yield replace(mapped, locked_bytes=resident if b"lo" in rest.split() else 0)
+            mapped = None
+        elif b"-" in name:
+            mapped = _mapping(line)
 
 
 def proportional_bytes(proc: Path, pids: Sequence[int]) -> int | None:

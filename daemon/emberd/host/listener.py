@@ -7,10 +7,26 @@ import errno
 import socket
 from typing import Any
 
+from emberd.core.access import listen_addresses
 from emberd.core.errors import ConfigError, PortTaken
 
 _BACKLOG = 1024
 """Connections that may wait while emberd starts; the kernel caps it at its own limit."""
+
+
+def addresses(host: str) -> tuple[str, ...]:
+    """Return where to listen on this computer for an endpoint.host: see `listen_addresses`."""
+    return listen_addresses(host, has_ipv6=has_ipv6_loopback())
+
+
+def has_ipv6_loopback() -> bool:
+    """Return True if this computer has the address ::1."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 def bind(host: str, port: int, *, is_brief: bool = False) -> socket.socket:

@@ -11,16 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emberd.core.engine_files import FileOnDisk, Role, is_address
 from emberd.core.errors import ModelError
-from emberd.core.gguf import MAGIC, read_header, split_names
+from emberd.core.gguf import MAGIC, read_header, read_kind, split_names, split_place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from emberd.core.engine_files import NamedFile
     from emberd.core.gguf import GgufHeader, TensorSpan
 
 _LEAST_BYTES = 24
 """magic, version, tensor count, metadata count: the fixed part of a GGUF header."""
+_COMPANIONS = {
+    "adapter": ("an adapter (LoRA)", ", and name it by --lora in engine.extra_args"),
+    "mmproj": ("a projector", ", and name it by --mmproj in engine.extra_args"),
+    "imatrix": ("an importance matrix", ""),
+}
+"""general.type, except for models, and what to do with it."""
 _BUFFER_BYTES = 1024 * 1024
 _linux_os: Any = os
 """typeshed knows posix_fadvise on Linux only."""
@@ -35,7 +43,8 @@ def check_model(text: str) -> Path:
     refuses the read.
 
     Raises:
-        ModelError: missing, a folder, unreadable, or not a GGUF.
+        ModelError: missing, a folder, unreadable, not a GGUF, a later part of a split model or one whose parts are
+            not all there, or a file that goes with a model and is none.
     """
     if not text:
         raise ModelError("no model is set", "Set model.path to the GGUF file.")
@@ -61,7 +70,93 @@ def check_model(text: str) -> Path:
         )
     if len(head) < _LEAST_BYTES:
         raise ModelError(f"the model is truncated: {path} ({len(head)} bytes)", "Download it again.")
+    _check_parts(path)
+    _check_kind(path)
     return path
+
+
+def _check_parts(path: Path) -> None:
+    """Refuse a split model that no engine can load: they look for the other parts by the name of the first."""
+    place = split_place(path.name)
+    if place is None:
+        return
+    names = split_names(path.name)
+    if place[0] != 1:
+        raise ModelError(
+            f"the model is part {place[0]} of {place[1]}: {path}", f"Set model.path to the first part, {names[0]}."
+        )
+    missing = [name for name in names if not path.with_name(name).exists()]
+    if not missing:
+        return
+    is_link = any(path.with_name(name).is_symlink() for name in missing)
+    why = "what its link points to is gone" if is_link else "all parts belong side by side"
+    raise ModelError(
+        f"the model has {place[1]} parts, and {len(missing)} are missing in {path.parent}: {', '.join(missing)}",
+        f"Download it again: {why}.",
+    ) from FileNotFoundError(missing[0])
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what goes with a model: its kind stands in the header (ggml, docs/gguf.md, general.type)."""
+    with path.open("rb") as file:
+        _turn_off_read_ahead(file.fileno())
+        try:
+            said = read_kind(file.read, str(path))
+        except ModelError:
+            return  # the engine names what is wrong with it
+    named = said.get("general.type")
+    kind = "mmproj" if said.get("general.architecture") == "clip" else named
+    if isinstance(kind, str) and kind in _COMPANIONS:
+        what, option = _COMPANIONS[kind]
+        raise ModelError(
+            f"not a model, but {what}: {path}",
+            f"Set model.path to the model that it belongs to{option}.",
+        )
+
+
+def check_files(files: Iterable[NamedFile], source: str) -> None:
+    """Refuse a file that the engine could not read.
+
+    Args:
+        files: what its options name; addresses are for the engine to download.
+        source: where the options stand, for the remedy.
+
+    Raises:
+        ModelError: naming every file that is missing or unreadable.
+    """
+    problems = []
+    for each in files:
+        if is_address(each.path):
+            continue
+        path = Path(each.path).expanduser().absolute()
+        try:
+            if path.is_dir() and each.role is Role.IMAGE:
+                continue  # --sdlora takes a folder (KoboldCPP 1.115)
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            why = "not found" if isinstance(error, FileNotFoundError) else error.strerror
+            problems.append(f"{each.option} {path}: {why}")
+    if problems:
+        raise ModelError("; ".join(problems), f"Mend the path in {source}, or its permissions.")
+
+
+def look_up(files: Iterable[NamedFile]) -> tuple[FileOnDisk, ...]:
+    """Return the files as they lie on the disk, all parts of a split model."""
+    found = []
+    for each in files:
+        if is_address(each.path):
+            continue
+        first = Path(each.path).expanduser().absolute()
+        for path in (first.with_name(name) for name in split_names(first.name)):
+            try:
+                facts = path.stat()
+            except OSError:
+                found.append(FileOnDisk(str(path), each.role, str(path), None, None))
+                continue
+            real, identity = os.path.realpath(path), (facts.st_dev, facts.st_ino)
+            found.append(FileOnDisk(str(path), each.role, real, identity, facts.st_size))
+    return tuple(found)
 
 
 def _permission_remedy(error: PermissionError) -> str:

@@ -58,6 +58,11 @@ class StatePaths:
         return self.directory / "engine-answers.json"
 
     @property
+    def told(self) -> Path:
+        """What the last engine said of itself: model, versions, lengths."""
+        return self.directory / "engine-told.json"
+
+    @property
     def starts(self) -> Path:
         """When this daemon was started by a service manager, and how that ended."""
         return self.directory / "starts.json"

@@ -114,7 +114,7 @@ class Toucher:
         """Whether a pass over the pages is under way; other commands wait for its end."""
         return self._walks > 0
 
-    def use(self, paths: Sequence[Path]) -> None:
+    def use(self, paths: Sequence[Path | str]) -> None:
         """Name the model's files; they are mapped with the next command."""
         self._paths = tuple(str(path) for path in paths)
 
@@ -134,17 +134,30 @@ class Toucher:
         answer = await self._ask({"do": "count", "spans": spans})
         return Source(answer["source"]), answer["page_bytes"], [(each[0], each[1]) for each in answer["counts"]]
 
-    async def sample(self, pages: int) -> PageCount:
-        """Look at so many pages, one in each of as many equal stretches.
+    async def sample(self, pages: int, file: int | None = None) -> PageCount:
+        """Look at so many pages, one in each of as many equal stretches, of all files or of the one so numbered.
 
         Raises:
             ToucherRefused: it cannot be told, or a file cannot be read.
             ToucherLost: the process died or fell silent.
         """
-        answer = await self._ask({"do": "sample", "pages": pages})
+        answer = await self._ask({"do": "sample", "pages": pages, "file": file})
         return PageCount(
             answer["resident"], answer["sampled"], answer["total"], answer["page_bytes"], Source(answer["source"])
         )
+
+    async def look(self, spans: Sequence[Span], pages: int) -> list[tuple[int, int]]:
+        """Look at so many evenly spaced pages of each span, the same ones each time: some 2 microseconds a page.
+
+        Returns:
+            Resident pages and pages looked at of each span.
+
+        Raises:
+            ToucherRefused: it cannot be told, or a file cannot be read.
+            ToucherLost: the process died or fell silent.
+        """
+        answer = await self._ask({"do": "look", "spans": spans, "pages": pages})
+        return [(each[0], each[1]) for each in answer["counts"]]
 
     async def touch(
         self, progress: Callable[[int, int], None] = lambda *_: None, spans: Sequence[Span] | None = None

@@ -10,6 +10,8 @@ other end. The first argument is a JSON object with what this system can do (`Pa
     {"id": 1, "do": "map", "paths": [...]}            {"id": 1, "files": [{"bytes": ..., "pages": ...}], ...}
     {"id": 2, "do": "count", "spans": [[0, 0, 99]]}   {"id": 2, "counts": [[1, 1]], "source": "mincore"}
     {"id": 3, "do": "sample", "pages": 512}           {"id": 3, "resident": 500, "sampled": 512, ...}
+            "sample": lambda: self.residency.sample(self.one_or_all(command.get("file")), command["pages"]),
+            "look": lambda: self.residency.look(self.mappings, self.stretches(spans), command["pages"]),
     {"id": 4, "do": "touch"}                          {"id": 4, "progress": ...} ..., {"id": 4, "is_complete": ...}
     {"id": 5, "do": "lock"}                           the same, and "locked_bytes", "lock_error"
     {"id": 6, "do": "unlock"}                         {"id": 6}
@@ -304,6 +306,22 @@ class Residency:
                 resident += self.is_resident(mapping, page - begin)
         return {"source": source, "resident": resident, "sampled": wanted, "total": total, "page_bytes": PAGE_BYTES}
 
+    def look(self, mappings: list[Mapping], stretches: list[Stretch], most: int) -> Json:
+        """Count the resident pages among `most` evenly spaced ones of each stretch: the same ones each time."""
+        source = self.source(mappings)
+        counts = []
+        for mapping, first, last in stretches:
+            total = last - first
+            pages = [first + (2 * step + 1) * total // (2 * most) for step in range(most)] if total > most else []
+            resident = 0
+            for page in pages or range(first, last):
+                if source == "cachestat":
+                    resident += self.cached_pages(mapping, page, page + 1)
+                else:
+                    resident += self.is_resident(mapping, page)
+            counts.append((resident, min(total, most)))
+        return {"source": source, "page_bytes": PAGE_BYTES, "counts": counts}
+
     def runs(self, mapping: Mapping, first: int, last: int, *, bit: int) -> Iterator[tuple[int, int]]:
         """Yield first and last page (exclusive) of each run of resident pages (`bit` 1) or cold ones (0)."""
         for begin in range(first, last, len(self.vector)):
@@ -358,7 +376,8 @@ class Toucher:
         number, spans = command["id"], command.get("spans")
         work = {
             "count": lambda: self.residency.count(self.mappings, self.stretches(spans)),
-            "sample": lambda: self.residency.sample(self.mappings, command["pages"]),
+            "sample": lambda: self.residency.sample(self.one_or_all(command.get("file")), command["pages"]),
+            "look": lambda: self.residency.look(self.mappings, self.stretches(spans), command["pages"]),
             "touch": lambda: self.touch(number, spans),
             "lock": lambda: self.lock(number),
             "unlock": self.unlock,
@@ -391,6 +410,10 @@ class Toucher:
             raise Refused("usage", "no file was named")
         if len(self.mappings) < len(self.paths) or not all(each.is_current() for each in self.mappings):
             self.map(self.paths)
+
+    def one_or_all(self, number: int | None) -> list[Mapping]:
+        """Return the mapping of a file, or all of them."""
+        return self.mappings if number is None else self.mappings[number : number + 1]
 
     def whole(self) -> list[Span]:
         """Return a span for each file."""

@@ -67,7 +67,8 @@ def check_no_other(
         )
     from emberd.host.listener import bind  # noqa: PLC0415  # only to try
 
-    bind(wanted.host, wanted.port).close()
+    for address in wanted.addresses:
+        bind(address, wanted.port).close()
 
 
 def notices(settings: Settings, wanted: WantedService, manager: ServiceManager) -> list[str]:

@@ -79,15 +79,20 @@ def fill(template: Mapping[str, Any], wanted: WantedService) -> dict[str, Any]:
         LABEL_VARIABLE: wanted.label,
     }
     job["ExitTimeOut"] = wanted.stop_limit_s
-    listener = {"SockNodeName": wanted.host, "SockServiceName": str(wanted.port), "SockType": "stream"}
-    if family := _family(wanted.host):
-        listener["SockFamily"] = family
-    job["Sockets"] = {SOCKET_NAME: listener}
+    listeners = [_listener(address, wanted.port) for address in wanted.addresses]
+    job["Sockets"] = {SOCKET_NAME: listeners if len(listeners) > 1 else listeners[0]}
     job["StandardOutPath"] = job["StandardErrorPath"] = wanted.log
     if not wanted.starts_at_login:
         job["RunAtLoad"] = False
         del job["KeepAlive"]  # it implies RunAtLoad; the next connection starts the job again
     return job
+
+
+def _listener(address: str, port: int) -> dict[str, str]:
+    listener = {"SockNodeName": address, "SockServiceName": str(port)}
+    if family := _family(address):
+        listener["SockFamily"] = family
+    return {**listener, "SockType": "stream"}
 
 
 def _family(host: str) -> str | None:

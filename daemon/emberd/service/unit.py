@@ -56,10 +56,10 @@ def starts_at_login(text: str) -> bool:
 
 def fill_socket(template: str, wanted: WantedService) -> str:
     """Return the socket unit with the endpoint of `wanted`."""
-    address = f"[{wanted.host}]:{wanted.port}" if ":" in wanted.host else f"{wanted.host}:{wanted.port}"
-    return _filled(
-        template, {"Description": "Endpoint of emberd" + _instance(wanted.label), "ListenStream": address}
-    )
+    text = _filled(template, {"Description": "Endpoint of emberd" + _instance(wanted.label)})
+    addresses = [f"[{each}]" if ":" in each else each for each in wanted.addresses]
+    lines = "".join(f"ListenStream={address}:{wanted.port}\n" for address in addresses)
+    return re.sub(r"(?m)(^ListenStream=.*\n)+", lambda _: lines, text)
 
 
 def _instance(label: str) -> str:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from emberd.core.access import listen_addresses
 from emberd.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class WantedService:
         program: the command line, with absolute paths.
         host: address of the endpoint, held by the service manager.
         port: its TCP port.
+        has_ipv6: this computer has the address ::1.
         log: absolute path of the file for standard output and error; launchd only.
         stop_limit_s: from SIGTERM to SIGKILL.
         starts_at_login: False for a service that its first connection starts.
@@ -64,6 +66,12 @@ class WantedService:
     stop_limit_s: int
     starts_at_login: bool
     environment: Mapping[str, str]
+    has_ipv6: bool = True
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where the service manager listens: see `listen_addresses`."""
+        return listen_addresses(self.host, has_ipv6=self.has_ipv6)
 
 
 @dataclass(frozen=True, slots=True)

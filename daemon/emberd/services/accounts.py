@@ -1,4 +1,4 @@
-"""The daily accounts, used off the event loop, and what keeping warm has cost."""
+"""The history, used off the event loop, and what keeping warm has cost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import datetime as dt
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
@@ -14,19 +14,20 @@ from emberd.core.status import CostStatus
 from emberd.core.warmth_cost import BUDGET_WINDOW_S, WarmthCost, budget_wait_s
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.minute import FirstToken, Minute
     from emberd.core.swap_account import SwapWrites
     from emberd.services.history import Account, History
 
-_SAVE_S = 3600.0
-"""How often the cost goes to disk, besides at the end."""
+    T = TypeVar("T")
 
 
 class Accounts:
-    """Opens its SQLite file when something is added, or when the file exists and somebody asks."""
+    """Keeps accounts and rows in memory until `flush`. Opens its file then, or when it exists and somebody asks."""
 
     def __init__(self, path: Path, log: FilteringBoundLogger) -> None:
         self._path = path
@@ -34,9 +35,22 @@ class Accounts:
         self._history: History | None = None
 
     async def add(self, account: SwapWrites | WarmthCost) -> None:
-        """Add to today's account."""
+        """Add to today's account, in memory."""
         if account.total:
-            await asyncio.to_thread(self._open().add, _today(), account)
+            await asyncio.to_thread(self._open().keep, [(_today(), account)])
+
+    async def keep_rows(self, minutes: Sequence[Minute], tokens: Sequence[FirstToken]) -> None:
+        """Add minutes and first tokens, in memory."""
+        await asyncio.to_thread(self._open().keep, (), minutes, tokens)
+
+    async def flush(self) -> None:
+        """Write what is in memory; what cannot be written stays there."""
+        if self._history is not None:
+            await asyncio.to_thread(self._history.flush)
+
+    async def ask(self, question: Callable[[History], T]) -> T:
+        """Return the answer to a question to the history; opens its file."""
+        return await asyncio.to_thread(lambda: question(self._open()))
 
     async def today(self, kind: type[Account]) -> Account:
         """Return today's account."""
@@ -66,14 +80,13 @@ class Spending:
     """Adds up what keeping warm costs: since the start, today, and against the budget of ten minutes."""
 
     def __init__(self, accounts: Accounts) -> None:
-        self._accounts = accounts
-        self._total = self._unsaved = WarmthCost()
-        self._saved_s = time.monotonic()
+        self.accounts = accounts
+        self.total = self._unsaved = WarmthCost()
         self._recent: deque[tuple[float, float]] = deque()
 
     def add(self, cost: WarmthCost, *, counts: bool = True) -> None:
         """Add a cost; `counts` is False where memory had been taken: the budget then does not change."""
-        self._total += cost
+        self.total += cost
         self._unsaved += cost
         if cost.cpu_ms and counts:
             now_s = time.monotonic()
@@ -90,15 +103,14 @@ class Spending:
         """Seconds until keep-warm is within its budget again."""
         return budget_wait_s(self._recent, time.monotonic())
 
-    async def save(self, *, is_due: bool = True) -> None:
-        """Save costs that are not on disk yet; without `is_due` only once an hour."""
-        if is_due or time.monotonic() - self._saved_s > _SAVE_S:
-            unsaved, self._unsaved, self._saved_s = self._unsaved, WarmthCost(), time.monotonic()
-            await self._accounts.add(unsaved)
+    async def save(self) -> None:
+        """Add costs that are not in the account yet to it."""
+        unsaved, self._unsaved = self._unsaved, WarmthCost()
+        await self.accounts.add(unsaved)
 
     async def status(self) -> tuple[CostStatus, CostStatus]:
         """Return the cost since emberd's start, and today's."""
-        return _describe(self._total), _describe(await self._accounts.today(WarmthCost) + self._unsaved)
+        return _describe(self.total), _describe(await self.accounts.today(WarmthCost) + self._unsaved)
 
 
 def cpu_s(*pids: int | None) -> float:

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from emberd.core.settings import Settings
     from emberd.host import ThisHost
     from emberd.host.instance import Instance
     from emberd.services.control import Verb
+    from emberd.services.door import Door
 
 NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool")
 """Verbs that an emberd without an engine refuses."""
@@ -79,6 +80,8 @@ class Daemon:
             "pid": os.getpid(),
             "uptime_s": self.uptime_s,
             "endpoint": self.instance.url,
+            "endpoints": self.instance.urls,
+            "endpoint_lacks": self.instance.lacks,
             "model": model,
             "settings_file": str(self._settings_file),
         }
@@ -94,9 +97,26 @@ class Daemon:
         await control.start()
         self._control = control
 
-    async def serve(self, proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> None:
-        """Serve clients until the endpoint is stopped: see `make_app`."""
-        await self.endpoint.serve(make_app(proxy, state, is_warm), self.instance.listeners)
+    async def serve(
+        self,
+        proxy: ASGIApp,
+        state: Callable[[], str],
+        is_warm: Callable[[], bool],
+        login: ASGIApp,
+        door: Door,
+        verbs: Mapping[str, Verb],
+    ) -> None:
+        """Serve clients until the endpoint is stopped: see `make_app` and `Page`."""
+        pages: list[ASGIApp] = []
+
+        async def page(scope: Scope, receive: Receive, send: Send) -> None:
+            if not pages:
+                from emberd.services.page import Page  # noqa: PLC0415  # most daemons are never looked at
+
+                pages.append(Page(verbs, door))
+            await pages[0](scope, receive, send)
+
+        await self.endpoint.serve(make_app(proxy, state, is_warm, login, page), self.instance.listeners)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
         """Run this work in a task until it or this process ends."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from emberd.services.client_connection import ClientConnection, is_news
 
 if TYPE_CHECKING:
     import socket
@@ -26,109 +25,6 @@ _CANCEL_LIMIT_S = 1.0
 _SHUTDOWN_POLL_S = 0.01
 _FIRST_WORDS_S = 0.05
 """The newest connection may have a request on its way, which closing it would lose."""
-UNREAD_S = 30.0
-"""A closing connection is cut when its client has read nothing for this long."""
-_TRUNCATED = "ASGI callable returned without completing response."
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Drop a reply that broke off with its engine: the proxy reports that itself."""
-    return record.getMessage() != _TRUNCATED
-
-
-class _Protocol(H11Protocol):
-    """One client's connection; uvicorn limits its silence only after a reply, this also before and within a head.
-
-    A silent connection costs a file descriptor, and launchd gives a daemon 256 of them. If there are too many,
-    the one that has been silent for the longest time makes room.
-    """
-
-    silent_since_s: float | None = None
-    _has_begun_head = False
-    _looks_after_unread: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(transport)
-        self.silent_since_s = self.loop.time()
-        self._limit_silence()
-        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
-            self._make_room()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # uvicorn forgets it after a reset
-        if self._looks_after_unread is not None:
-            self._looks_after_unread.cancel()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        if self._looks_after_unread is None:
-            self._look_after_unread(None)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._is_busy:
-            self._has_begun_head = False
-            return
-        if not self._has_begun_head:  # once: a client that sends a byte a minute would stay for ever
-            self.silent_since_s = self.loop.time()
-            self._has_begun_head = True
-        self._limit_silence()
-
-    def handle_events(self) -> None:
-        super().handle_events()
-        if self._is_busy:
-            self.silent_since_s = None
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer garbage with 400 if that is still possible, and end the connection.
-
-        uvicorn raises within a reply and after HEAD, and lets the app answer after its 400.
-        """
-        with contextlib.suppress(h11.LocalProtocolError):
-            super().send_400_response(msg)
-        if self._is_busy:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        self.transport.close()
-
-    def on_response_complete(self) -> None:
-        self.silent_since_s = self.loop.time()
-        super().on_response_complete()  # may begin with the next request at once
-
-    @property
-    def _is_busy(self) -> bool:
-        # uvicorn's annotation hides that there is no cycle before the first head.
-        return self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr]
-
-    def _make_room(self) -> None:
-        silent = [
-            (each.silent_since_s, id(each), each)
-            for each in self.connections
-            if isinstance(each, _Protocol) and each is not self and each.silent_since_s is not None
-        ]
-        if silent:
-            _, _, longest = min(silent)
-            longest.transport.close()
-            self.connections.discard(longest)
-
-    def _limit_silence(self) -> None:
-        self._unset_keepalive_if_required()
-        if not self.transport.is_closing():
-            end_s = (self.silent_since_s or self.loop.time()) + self.timeout_keep_alive
-            self.timeout_keep_alive_task = self.loop.call_at(end_s, self.timeout_keep_alive_handler)
-
-    def _look_after_unread(self, before_bytes: int | None) -> None:
-        """Cut a closing connection whose client reads nothing: `before_bytes` was unread UNREAD_S ago."""
-        self._looks_after_unread = None
-        unread_bytes = self.transport.get_write_buffer_size()
-        if self.transport.is_closing() and unread_bytes == before_bytes:
-            self.transport.abort()
-        elif unread_bytes:
-            self._looks_after_unread = self.loop.call_later(UNREAD_S, self._look_after_unread, unread_bytes)
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Say nothing: the proxy answers, and uvicorn would advise to install a WebSocket library."""
 
 
 class _Server(uvicorn.Server):
@@ -198,11 +94,11 @@ class Endpoint:
 
         The listeners stay open: clients that come after the end wait in their backlog until they are closed.
         """
-        logging.getLogger("uvicorn.error").addFilter(_is_news)
+        logging.getLogger("uvicorn.error").addFilter(is_news)
         server = self._server = _Server(
             uvicorn.Config(
                 app,
-                http=_Protocol,
+                http=ClientConnection,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

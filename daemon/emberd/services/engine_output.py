@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from emberd.core.settings import LogSettings
     from emberd.core.turn import PromptCounts
     from emberd.core.types import LoadProgress
-    from emberd.services.lock_meter import LockMeter
 
 _REST_S = 0.02
 """Pause between two reads: an engine that prints much wakes emberd fifty times a second, not ten thousand."""
@@ -31,7 +30,7 @@ class EngineOutput:
     """Follows the file that the engine writes its output to.
 
     Args:
-        meter: takes what lines tell about memory.
+        note: takes every line, for what it tells of memory and model.
         cannot_serve: told, with the last words, when the engine says that it will never serve.
     """
 
@@ -42,14 +41,14 @@ class EngineOutput:
         engine: Engine,
         host: Host,
         log: FilteringBoundLogger,
-        meter: LockMeter,
+        note: Callable[[str], None],
         cannot_serve: Callable[[str], None],
     ) -> None:
         self._path = path
         self._engine = engine
         self._host = host
         self._log = log
-        self._meter = meter
+        self._note = note
         self._cannot_serve = cannot_serve
         self._follower = OutputFollower(path, engine.is_private, *_limits(settings))
         self._counts, self._old_words = UNTOLD, ""
@@ -102,9 +101,9 @@ class EngineOutput:
     def read(self) -> None:
         """Read what has come since the last time."""
         for line in self._follower.read_lines():
-            self._meter.note(line)
+            self._note(line)
             if line != self._old_words:
-                self._counts = self._engine.counts_in_line(line) or self._counts
+                self._note_counts(line)
             self._old_words = ""
             self._log.info("engine_line", category="engine", line=line)
             progress = self._engine.read_progress(line)
@@ -124,8 +123,12 @@ class EngineOutput:
     def counts(self) -> PromptCounts:
         """Return the counts of the generation that has just ended."""
         self._read_for_counts()
-        new_words = "" if self._old_words else self._follower.unfinished
-        return self._engine.counts_in_line(new_words) or self._counts
+        told = None if self._old_words else self._engine.counts_in_line(self._follower.unfinished)
+        return self._counts if told is None else told.after(self._counts)
+
+    def _note_counts(self, line: str) -> None:
+        told = self._engine.counts_in_line(line)
+        self._counts = self._counts if told is None else told.after(self._counts)
 
     def _read_for_counts(self) -> None:
         """Read the log; a full disk or too many open files must not fail a request."""

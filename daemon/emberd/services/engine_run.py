@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from emberd.core.types import LaunchPlan, Notice
     from emberd.services.engine_output import EngineOutput
     from emberd.services.gate import Gate
-    from emberd.services.lock_meter import LockMeter
+    from emberd.services.switching import Switching
 
 _RELEASE_LIMIT_S = 10.0
 _RELEASE_POLL_S = 0.05
@@ -57,16 +57,17 @@ class EngineRun:
         paths: Paths,
         log: FilteringBoundLogger,
         gate: Gate,
-        meter: LockMeter,
         output: EngineOutput,
+        switching: Switching,
     ) -> None:
         self._settings = settings
         self._host = host
         self._paths = paths
         self._log = log
         self._gate = gate
-        self._meter = meter
+        self._meter = switching.meter
         self._output = output
+        self._switching = switching
         self._wired_before: int | None = None
         self._wired_loaded: int | None = None
         self._died_s: float | None = None
@@ -105,8 +106,14 @@ class EngineRun:
             return self._settings().engine.lock != "never", ()
         return decision.will_lock and not self._gate.must_not_lock, decision.reasons
 
-    def start(self, plan: LaunchPlan, *, will_lock: bool) -> None:
-        """Start the process and write its record, without a pause between."""
+    def start(self, plan: LaunchPlan, of_settings: LaunchPlan, *, will_lock: bool) -> None:
+        """Start the process and write its record, without a pause between.
+
+        Args:
+            plan: what is started.
+            of_settings: what the settings alone ask for: another plan only after a switch of the model.
+            will_lock: the engine is asked to lock.
+        """
         shutil.rmtree(self._paths.scratch, ignore_errors=True)  # no engine lives: it holds only leftovers
         make_private_folder(self._paths.scratch)
         for name, text in plan.files.items():
@@ -127,14 +134,16 @@ class EngineRun:
             start_token=self._host.start_token(process.pid) or "",
             command_digest=None,
             command=plan.shown_arguments(),
-            plan_digest=plan_digest(plan),
+            plan_digest=plan_digest(of_settings),
             port=plan.port,
             engine=self._gate.engine.name,
             started_at=time.time(),
             will_lock=will_lock,
+            switch=self._gate.engine.switch,
         )
         self._take(process, record, is_adopted=False)
         self.starts += 1
+        self._gate.tally.starts += 1
         self._save_record()
         for notice in plan.notices:
             self._log.warning("engine_settings_notice", code=notice.code, message=notice.message)
@@ -143,6 +152,7 @@ class EngineRun:
     def _take(self, process: EngineProcess, record: records.EngineRecord, *, is_adopted: bool) -> None:
         self.process = process
         self._gate.change(record=record, pids=(process.pid,), is_adopted=is_adopted)
+        self._switching.begin(self._gate, loads=not is_adopted)
 
     def note_ready(self) -> None:
         """Record what only a loaded engine shows: a wrapper script has become the engine by now."""
@@ -156,6 +166,7 @@ class EngineRun:
             is_mapped=self._meter.told.is_mapped,
             context_tokens=self._meter.told.context_tokens,
             kv_bytes=self._meter.told.kv_bytes,
+            switch=self._gate.now.serving.switch,
         )
         if found != self._gate.now.record:
             self._gate.change(record=found)
@@ -195,6 +206,7 @@ class EngineRun:
                 await tree.terminate(self._gate.engine.stop_signals, self._settings().lifecycle.stop_timeout_s)
             self._paths.record.unlink(missing_ok=True)
             return False
+        self._gate.engine.switch = record.switch
         told = LoadFacts(is_mapped=record.is_mapped, context_tokens=record.context_tokens, kv_bytes=record.kv_bytes)
         await self._meter.adopt(self._gate.engine.model_path(), told)
         self._output.skip_to_end()
@@ -245,9 +257,24 @@ class EngineRun:
         listening = self._host.listeners(self.process.members()) if self.process else None
         return listening is None or port in listening
 
-    def judge_lock(self, *, is_asked: bool) -> None:
-        """Judge whether the lock holds, and log a change: a lock can be lost."""
+    def loads_again(self) -> None:
+        """The engine loads a model in place, or has done so already."""
+        self._switching.loads_again()
+
+    async def find_model(self, record: records.EngineRecord) -> None:
+        """Find out what the ready engine serves, and with which files."""
         try:
+            await self._switching.find(record, tuple(self.process.members()) if self.process else ())
+        except Exception:  # noqa: BLE001  # a reading that fails must not cost the engine
+            self._log.exception("model_not_found_out")
+
+    def judge_lock(self) -> None:
+        """Judge whether the lock holds, and log a change: a lock can be lost."""
+        record, switch = self._gate.now.record, self._gate.now.serving.switch
+        is_asked = record is not None and record.will_lock
+        try:
+            if switch is not None and switch.is_in_place:
+                is_asked = bool(self._gate.engine.wishes().locks)
             pids = tuple(self.process.members()) if self.process else ()
             self._gate.change(pids=pids)
             has_changed = self._meter.judge(pids, is_asked=is_asked)

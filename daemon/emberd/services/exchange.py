@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import TYPE_CHECKING
 
 from emberd.core.errors import NotReady
-from emberd.core.generation import changes_cache, continued, recognise
+from emberd.core.generation import Rest, changes_cache, recognise
+from emberd.core.minute import FirstToken
+from emberd.core.status import RequestStatus
 from emberd.core.streamed import StreamedReply
 from emberd.engine.connection import EngineBrokeOff, EngineConnection, EngineRefused
 from emberd.services.messages import ClientGone, end_to_end, engine_request
@@ -40,6 +41,8 @@ _ABORT_AGAIN_S = 0.1
 _ASK_S = 2.0
 """For questions between two streams: how many tokens is this text, can this engine continue."""
 _HTTP_OK, _HTTP_UNAVAILABLE = 200, 503
+_STREAMS = frozenset({b"text/event-stream", b"application/x-ndjson"})
+"""KoboldCPP names the first for Ollama's lines, too (1.115)."""
 
 
 class ReplyBrokenOff(Exception):
@@ -78,6 +81,17 @@ class Exchange:
         self._port = 0
         self._asked_s: float | None = None
         self._was_cut = True
+        self._first = FirstToken()
+        self._began_s = time.monotonic()
+
+    def status(self) -> RequestStatus:
+        """Return how old it is and how far; never what it says."""
+        has_words = self._stream is not None and self._asked_s is None
+        state = "waits" if not self._port else "writes" if has_words or self._whole else "reads"
+        age_s = round(time.monotonic() - self._began_s, 3)
+        if self._stream is not None:
+            self._stream.read()
+        return RequestStatus(age_s, state, None if self._stream is None else self._stream.events)
 
     async def run(self, scope: Scope, body: Body, client: Client, *, wakes: bool = True) -> None:
         """Carry it out; unless it `wakes` a cool engine, it is refused by one.
@@ -99,16 +113,17 @@ class Exchange:
                     self._port, had_place = port, True
                     seen = len(self._stream.text) if self._stream else 0
                     try:
-                        content = await self._rest_to_ask(port)
-                        if content is None and self._stream is not None:
+                        rest = await self._rest_to_ask(port)
+                        if rest is None and self._stream is not None:
                             await self._end_early(self._stream, client)
                             return
                         with self._gate.admitted() as flowed:
-                            await self._send(scope, body, client, content, flowed)
+                            await self._send(scope, body, client, rest, flowed)
                             return
                     except EngineRefused:
                         pass  # nothing was sent, so nothing counts
                     except _Cut:
+                        self._gate.tally.cuts += 1
                         has_grown = self._stream is not None and len(self._stream.text) > seen
                         sends = 0 if has_grown else sends + 1
                         patience.renew()
@@ -160,11 +175,11 @@ class Exchange:
             outlasting.cancel()
 
     async def _send(
-        self, scope: Scope, body: Body, client: Client, content: bytes | None, flowed: Callable[[int], None]
+        self, scope: Scope, body: Body, client: Client, rest: Rest | None, flowed: Callable[[int], None]
     ) -> None:
         replaces, engine_key = changes_cache(scope["method"], scope["path"]), self._gate.engine_key
         if replaces:
-            self._turns.begin(engine_key)
+            self._first = self._turns.begin(engine_key)
             self._gate.forget_counts()
             if self._generation is None and body.in_hand is not None:
                 self._generation = recognise(scope["method"], scope["path"], body.in_hand)
@@ -172,9 +187,12 @@ class Exchange:
         self._asked_s, self._status, self._was_cut = time.monotonic(), None, True
         was_sent = True
         try:
-            head = await connection.ask(engine_request(scope, body, self._port, content))
+            asked = body.in_hand
+            head = await connection.ask(engine_request(scope, body, self._port, rest))
             body.let_go()
             self._status = head.status
+            if head.status == _HTTP_OK and asked is not None:
+                self._gate.note_switch(scope["method"], scope["path"], asked)
             await self._reply(head, connection, client, flowed)
             self._was_cut = False
         except EngineRefused:
@@ -188,7 +206,7 @@ class Exchange:
             connection.close()
             if replaces and was_sent and not self._was_refused():
                 in_log = self._gate.counts_in_log()
-                self._turns.end(engine_key, self._ended(in_log).turn, in_log)
+                self._turns.end(engine_key, self._ended(in_log).turn, in_log, self._first)
             elif replaces:
                 self._turns.end_unheard()
 
@@ -241,7 +259,7 @@ class Exchange:
                 self._whole = self._turns.with_room(self._whole, chunk)
             return chunk
         if self._asked_s is not None:
-            self._turns.spoke(time.monotonic() - self._asked_s)
+            self._turns.spoke(time.monotonic() - self._asked_s, self._first)
             self._asked_s = None
         return self._stream.take(chunk)
 
@@ -252,7 +270,7 @@ class Exchange:
             return
         if generation.is_streamed and _is_stream(head):
             self._stream = StreamedReply(generation, self._turns.most_bytes)
-        elif not generation.is_streamed:
+        elif not generation.is_streamed or not _is_stream(head):  # KoboldCPP 1.104 does not stream Ollama's
             self._whole = bytearray()
 
     async def _break_off(self, client: Client, error_name: str, error: Exception | None = None) -> None:
@@ -272,33 +290,35 @@ class Exchange:
                 return
             if not stream.obstacle:
                 raise _Cut from error
+        self._gate.tally.cuts += 1
         self._log.warning("reply_broken_off", error=error_name)
         self._gate.doubt(self._port)
         if stream is not None:
             await self._give_up(client, None)
         raise ReplyBrokenOff from error
 
-    async def _rest_to_ask(self, port: int) -> bytes | None:
-        """Return the body that asks for the rest of a cut reply, None if no reply was cut or none is missing."""
+    async def _rest_to_ask(self, port: int) -> Rest | None:
+        """Return the request for the rest of a cut reply, None if no reply was cut or none is missing."""
         stream = self._stream
         if stream is None:
             return None
         engine, generation = self._gate.engine, stream.generation
         if not stream.text:
-            used = 0
-            content = dict(generation.body)
+            used, rest = 0, Rest(generation.path, dict(generation.body), generation.dialect)
         else:
-            if not await engine.can_continue(port, generation, _ASK_S):
-                stream.obstacle = "a chat, which this engine cannot continue"
-                return None
             counted = await engine.count_tokens(port, stream.text, _ASK_S)
             used = max(counted or 0, stream.events)
             if generation.budget_tokens is not None and used >= generation.budget_tokens:
                 return None
-            content = continued(generation, stream.text, used)
-        stream.begin_again(used)
+            found = await engine.rest(port, generation, stream.text, used, _ASK_S)
+            if found is None:
+                stream.obstacle = "a chat, which this engine cannot continue"
+                return None
+            rest = found
+        stream.begin_again(used, rest.dialect)
+        self._gate.tally.continuations += 1
         self._log.info("reply_continued", tokens_so_far=used)
-        return json.dumps(content).encode()
+        return rest
 
     async def _end_early(self, stream: StreamedReply, client: Client) -> None:
         """End a cut reply that is not continued."""
@@ -333,7 +353,7 @@ def _cause(error: EngineBrokeOff) -> str:
 
 def _is_stream(head: ReplyHead) -> bool:
     kind = head.get(b"content-type") or b""
-    return head.status == _HTTP_OK and kind.partition(b";")[0].strip() == b"text/event-stream"
+    return head.status == _HTTP_OK and kind.partition(b";")[0].strip() in _STREAMS
 
 
 def _tells_its_length(head: ReplyHead) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from emberd.core.forecast import Condition, Experience, Forecast, Temperature, forecast
+from emberd.core.minute import FirstToken
 from emberd.core.status import FirstTokenStatus, ForecastStatus, to_plain
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ class Forecaster:
         self._experience = Experience()
         self._forecast = Forecast(Temperature.UNKNOWN, None)
         self._looked_s = float("-inf")
-        self._streamed = 0
+        self._learned: FirstToken | None = None
+        self.missing_bytes: int | None = None
+        """Of the weights, not in memory; None if unknown."""
+        turns.foretell = self._foretell
         self._judged: FirstTokenStatus | None = None
 
     @property
@@ -61,25 +65,30 @@ class Forecaster:
         self._looked_s = time.monotonic()
         seen = await self._residency()
         if seen is None or seen.total_bytes is None or seen.resident_bytes is None:
-            self._forecast = Forecast(Temperature.UNKNOWN, None)
+            self._forecast, self.missing_bytes = Forecast(Temperature.UNKNOWN, None), None
             return
         memory = self._observer.recent().memory
-        missing_bytes = seen.total_bytes - seen.resident_bytes
-        condition = Condition(seen.total_bytes, missing_bytes, memory.swapped_bytes)
+        self.missing_bytes = seen.total_bytes - seen.resident_bytes
+        condition = Condition(seen.total_bytes, self.missing_bytes, memory.swapped_bytes)
         self._forecast = forecast(condition, self._experience)
 
     async def learn(self, *, may_look: bool) -> None:
         """Judge the forecast by the last reply; look again now and then if nobody uses the model (`may_look`)."""
-        took_s = self._turns.first_token_s
-        if self._streamed != self._turns.streamed and took_s is not None:
-            self._streamed = self._turns.streamed
-            told = self._forecast
-            self._experience = self._experience.with_first_token(told.temperature, took_s)
-            self._judged = FirstTokenStatus(told.temperature.value, told.seconds, round(took_s, 3))
+        told = self._turns.last_first_token
+        if told is not None and told is not self._learned:
+            self._learned = told
+            self._experience = self._experience.with_first_token(Temperature(told.temperature), told.took_s)
+            self._judged = FirstTokenStatus(told.temperature, told.forecast_s, told.took_s)
             self._log.info("first_token", **to_plain(self._judged))
             self._looked_s = float("-inf")
         if may_look and time.monotonic() - self._looked_s > _LOOK_AGAIN_S:
             await self.look()
+
+    def _foretell(self) -> FirstToken:
+        told = self._forecast
+        return FirstToken(
+            temperature=told.temperature.value, forecast_s=told.seconds, missing_bytes=self.missing_bytes
+        )
 
     def note_replay(self, seconds: float) -> float | None:
         """Learn a replay's time; return it divided by a hot one, None for the first."""

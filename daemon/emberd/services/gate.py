@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import lifecycle
+from emberd.core.engine_files import is_model_mapped
 from emberd.core.errors import NotReady
 from emberd.core.lifecycle import Lifecycle, State
 from emberd.core.lock import LockState
 from emberd.core.reuse import CacheRoom
-from emberd.core.types import EngineSample, Readiness
+from emberd.core.tally import Tally
+from emberd.core.types import EngineSample, Readiness, Serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,12 +23,13 @@ if TYPE_CHECKING:
     from emberd.core.lifecycle import Event
     from emberd.core.ports import Engine
     from emberd.core.turn import PromptCounts
+    from emberd.core.types import Switch
     from emberd.engine.record import EngineRecord
     from emberd.services.engine_output import EngineOutput
     from emberd.services.lock_meter import LockMeter
 
 PROBE_TIMEOUT_S = 2.0
-_RETRY_AFTER_S = 5
+RETRY_AFTER_S = 5
 _RETRY_AT_REST_S = 60
 _COOL_LIMIT_S = 120.0
 """Longer than a stop takes (`stop_timeout_s` is 20 s), shorter than `emberd cool` waits for its answer."""
@@ -46,6 +49,7 @@ class EngineNow:
         pids: that process and its descendants.
         is_adopted: it served before this emberd was there.
         room: what its KV cache holds.
+        serving: what it serves.
         has_begun: an event was handled; before that an engine may still be adopted, and nobody is refused.
         is_closing: emberd is shutting down.
     """
@@ -55,6 +59,7 @@ class EngineNow:
     pids: tuple[int, ...] = ()
     is_adopted: bool = False
     room: CacheRoom = field(default_factory=CacheRoom)
+    serving: Serving = field(default_factory=Serving)
     has_begun: bool = False
     is_closing: bool = False
 
@@ -78,12 +83,16 @@ class Gate:
         self._changed = asyncio.Event()
         self.must_not_lock = False
         """Whether the engine is no longer asked to lock, until emberd is restarted."""
+        self.tally = Tally()
+        """What has happened, for the history."""
         self.in_flight = 0
         """Requests on their way to the engine."""
         self.held = 0
         """Requests that wait until it is ready."""
         self.requests = 0
         """Requests sent so far."""
+        self.hear_switch: Callable[[Switch], None] = lambda _: None
+        """Called when a client has asked the engine to serve another model."""
         self.flowed_bytes = 0
         """Bytes of replies so far: a sign of life."""
         self.woken_s: float | None = None
@@ -120,14 +129,24 @@ class Gate:
 
     @property
     def engine_key(self) -> str | None:
-        """Text that tells this engine's process from others, None while there is none."""
-        record = self.now.record
-        return f"{record.pid}:{record.start_token}" if record and self.state in lifecycle.HAS_PROCESS else None
+        """Text that tells this engine and its model from others, None while there is none.
+
+        An engine that loads another model in place keeps its process, and nothing else.
+        """
+        record, loads = self.now.record, self.now.serving.loads
+        if record is None or self.state not in lifecycle.HAS_PROCESS:
+            return None
+        return f"{record.pid}:{record.start_token}" + (f":{loads}" if loads else "")
 
     @property
     def is_adopted(self) -> bool:
-        """Whether the engine served before this emberd was there."""
-        return self.now.is_adopted
+        """Whether the engine served what it serves before this emberd was there."""
+        return self.now.is_adopted and not self.now.serving.loads
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the engine is ready, and somebody has unloaded its model."""
+        return self.state in SERVING and self.now.serving.is_empty
 
     @property
     def lock_state(self) -> LockState:
@@ -137,7 +156,7 @@ class Gate:
     @property
     def will_lock(self) -> bool:
         """Whether the engine was asked to lock: there is room, and the owner wants it."""
-        return self.now.record is not None and self.now.record.will_lock
+        return self.now.record is not None and self.now.record.will_lock and self.now.serving.may_lock
 
     @property
     def room(self) -> CacheRoom:
@@ -146,15 +165,18 @@ class Gate:
 
     def sample(self) -> EngineSample:
         """Return the engine at this moment, for measurements."""
+        serving = self.now.serving
+        is_found = serving.name is not None or serving.model is not None
         return EngineSample(
             key=self.engine_key,
             pids=self.now.pids if self.state in lifecycle.HAS_PROCESS else (),
             is_idle=self.state is State.READY and not self.in_flight,
             requests=self.requests,
-            model=self.engine.model_path(),
+            model=serving.model if is_found else self.engine.model_path(),
             weights_bytes=self._meter.weights_bytes,
-            is_mapped=self._meter.is_mapped,
+            is_mapped=is_model_mapped(serving.files) if self._meter.is_mapped is None else self._meter.is_mapped,
             keeps_state=self._meter.keeps_state,
+            files=serving.files if self.state in SERVING else (),
         )
 
     async def wait_for(self, *states: State) -> State:
@@ -189,14 +211,14 @@ class Gate:
                 return port
         except TimeoutError:
             raise NotReady(
-                self.state.value, f"the engine was not ready within {timeout_s:g} s", _RETRY_AFTER_S
+                self.state.value, f"the engine was not ready within {timeout_s:g} s", RETRY_AFTER_S
             ) from None
         finally:
             self.held -= 1
 
     def _refuse_if_hopeless(self, *, wakes: bool) -> None:
         if self.now.is_closing:
-            raise NotReady(self.state.value, "emberd is shutting down", _RETRY_AFTER_S)
+            raise NotReady(self.state.value, "emberd is shutting down", RETRY_AFTER_S)
         will_start = wakes and self.state is State.COOL
         if self.state in lifecycle.AT_REST and self.now.has_begun and not will_start:
             reason = self.now.life.reason.splitlines()[0] if self.now.life.reason else "the engine is stopped"
@@ -241,6 +263,12 @@ class Gate:
         """The engine on `port` refused or broke a connection: it loads again, or has just died."""
         if self.now.record and port == self.now.record.port:
             self._post(lifecycle.LostReadiness())
+
+    def note_switch(self, method: str, path: str, body: bytes) -> None:
+        """A request was answered: note it if it asks for another model."""
+        switch = self.engine.switch_in_request(method, path, body)
+        if switch is not None:
+            self.hear_switch(switch)
 
     def forget_counts(self) -> None:
         """Forget counts in the engine's log: a generation is about to be sent."""

@@ -1,7 +1,7 @@
-"""The history: bytes written to swap and the cost of keeping warm, by day, in a small SQLite file.
+"""The history: accounts by day, rows by minute and hour, and first tokens, in a small SQLite file.
 
-Nothing here may stop the daemon. An account that cannot be written stays in memory and is written with the next
-one. A file that cannot be understood is set aside, never deleted. All methods block: call them off the event
+Nothing here may stop the daemon. What cannot be written stays in memory and is written with the next
+batch. A file that cannot be understood is set aside, never deleted. All methods block: call them off the event
 loop.
 """
 
@@ -15,23 +15,33 @@ from dataclasses import astuple, dataclass, fields
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from emberd.core.minute import fold
 from emberd.core.swap_account import SwapWrites
 from emberd.core.warmth_cost import WarmthCost
 from emberd.host.files import PRIVATE_FILE_MODE
+from emberd.services import series
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.minute import FirstToken, Minute
+
 KEPT_DAYS = 366
 """Days with writes, not calendar days: a clock that is wrong for an hour must not delete a year."""
 _BUSY_TIMEOUT_S = 2.0
-_PAGE_LIMIT = 1024
-"""4 MiB with SQLite's pages of 4 KiB; a year of days takes less than 64 KiB."""
+_PAGE_LIMIT = 4096
+"""16 MiB with SQLite's pages of 4 KiB; a week of minutes and a year of hours take 3, and a year of first tokens 7
+if there were one each five minutes."""
+_MOST_PENDING = 24 * 60
+"""So many minutes and first tokens wait in memory for a disk that takes nothing."""
+_COLD_KEPT = 9
+"""The last first tokens of a cold model tell how slow it is; as many as core/forecast.py keeps."""
 _CACHE_KIB = 64
 Account = TypeVar("Account", SwapWrites, WarmthCost)
+Row = TypeVar("Row")
 _MIGRATIONS = (
     """
     CREATE TABLE swap_writes (
@@ -54,6 +64,7 @@ _MIGRATIONS = (
     ) WITHOUT ROWID
     """,
     "ALTER TABLE warmth_costs ADD COLUMN processed_tokens INTEGER NOT NULL DEFAULT 0",
+    *series.TABLES,
 )
 """Step n brings a file of user_version n to n + 1. Only ever append."""
 
@@ -89,7 +100,7 @@ class _NotUnderstood(Exception):
 
 
 class History:
-    """Daily accounts, kept across restarts.
+    """Accounts, minutes and first tokens, kept across restarts.
 
     Opens its file when it is first used. Safe to call from several threads.
 
@@ -105,6 +116,8 @@ class History:
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._pending: dict[type[Any], dict[date, Any]] = {kind: {} for kind in _BOOKS}
+        self._minutes: list[Minute] = []
+        self._tokens: list[FirstToken] = []
         self._trouble = ""
         self._inode = 0
 
@@ -114,25 +127,76 @@ class History:
         Returns:
             True if all accounts are on disk; False if they wait in memory, which is logged once.
         """
+        return self.write([(day, account)])
+
+    def write(
+        self,
+        accounts: Iterable[tuple[date, SwapWrites | WarmthCost]],
+        minutes: Iterable[Minute] = (),
+        tokens: Iterable[FirstToken] = (),
+    ) -> bool:
+        """Add a batch, and write it; returns what `add` returns."""
+        self.keep(accounts, minutes, tokens)
+        return self.flush()
+
+    def keep(
+        self,
+        accounts: Iterable[tuple[date, SwapWrites | WarmthCost]],
+        minutes: Iterable[Minute] = (),
+        tokens: Iterable[FirstToken] = (),
+    ) -> None:
+        """Add a batch, in memory: nothing is opened or written before `flush`."""
         with self._lock:
-            if account.total:
-                pending = self._pending[type(account)]
-                pending[day] = pending.get(day, type(account)()) + account
-                if len(pending) > KEPT_DAYS:
-                    del pending[min(pending)]
+            for day, account in accounts:
+                if account.total:
+                    pending = self._pending[type(account)]
+                    pending[day] = pending.get(day, type(account)()) + account
+                    if len(pending) > KEPT_DAYS:
+                        del pending[min(pending)]
+            self._minutes = [*self._minutes, *minutes][-_MOST_PENDING:]
+            self._tokens = [*self._tokens, *tokens][-_MOST_PENDING:]
+
+    def flush(self) -> bool:
+        """Write what waits in memory, all in one transaction; returns what `add` returns."""
+        with self._lock:
             return self._flush()
+
+    def minutes(self, since_s: float, until_s: float, step_s: int) -> list[Minute]:
+        """Return the rows between two times, joined to steps of whole minutes, also those that wait in memory.
+
+        Args:
+            since_s: seconds since the epoch; the step that holds it is the first.
+            until_s: the same; excluded.
+            step_s: length of a step. From an hour on a year is known, below it a week.
+        """
+        with self._lock:
+            found = self._read(lambda connection: series.read(connection, since_s, until_s, step_s))
+            first_s = since_s // step_s * step_s
+            return fold([*found, *(row for row in self._minutes if first_s <= row.at_s < until_s)], step_s)
+
+    def first_tokens(self, since_s: float, until_s: float) -> list[FirstToken]:
+        """Return the first tokens between two times, the oldest first."""
+        with self._lock:
+            found = self._read(lambda connection: series.read_tokens(connection, since_s, until_s))
+            return [*found, *(token for token in self._tokens if since_s <= token.at_s < until_s)]
+
+    def cold_first_tokens(self) -> list[FirstToken]:
+        """Return the last first tokens that met a cold model, however long ago."""
+        with self._lock:
+            found = self._read(lambda connection: series.read_cold(connection, _COLD_KEPT))
+            return [*found, *(token for token in self._tokens if token.temperature == "cold")][-_COLD_KEPT:]
 
     def days(self, since: date, kind: type[Account]) -> Mapping[date, Account]:
         """Return the accounts of a kind from a day on, also those that wait in memory."""
         with self._lock:
-            found: dict[date, Account] = {}
-            connection = self._ready()
-            if connection is not None:
-                try:
-                    rows = connection.execute(_BOOKS[kind].read, (since.isoformat(),)).fetchall()
-                    found = {date.fromisoformat(day): kind(*counts) for day, *counts in rows}
-                except (sqlite3.Error, ValueError, TypeError) as error:
-                    self._stumble(error)
+            found = dict(
+                self._read(
+                    lambda connection: [
+                        (date.fromisoformat(day), kind(*counts))
+                        for day, *counts in connection.execute(_BOOKS[kind].read, (since.isoformat(),))
+                    ]
+                )
+            )
             for day, account in self._pending[kind].items():
                 if day >= since:
                     found[day] = found.get(day, kind()) + account
@@ -149,7 +213,17 @@ class History:
 
     @property
     def _has_pending(self) -> bool:
-        return any(self._pending.values())
+        return any(self._pending.values()) or bool(self._minutes) or bool(self._tokens)
+
+    def _read(self, read: Callable[[sqlite3.Connection], list[Row]]) -> list[Row]:
+        connection = self._ready()
+        if connection is None:
+            return []
+        try:
+            return read(connection)
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            self._stumble(error)
+            return []
 
     def _flush(self) -> bool:
         # The second try is for a damaged file that was set aside.
@@ -172,11 +246,13 @@ class History:
                     if accounts:
                         connection.executemany(_BOOKS[kind].add, accounts)
                         connection.execute(_BOOKS[kind].forget, (KEPT_DAYS,))
+                series.write(connection, self._minutes, self._tokens)
         except sqlite3.Error as error:
             self._stumble(error)
             return False
         for pending in self._pending.values():
             pending.clear()
+        self._minutes, self._tokens = [], []
         return True
 
     def _ready(self) -> sqlite3.Connection | None:

@@ -116,6 +116,7 @@ class KeepWarm:
     async def cool(self, seconds: float) -> dict[str, Any]:
         """Let go of the model's memory for a while, or until the next request; return what was given back."""
         self._pauses.cool(seconds)
+        self._gate.tally.lettings_go += 1
         await self._look()
         given = self._pauses.given_back
         is_locked = self._gate.lock_state is LockState.HELD and self._gate.port is not None
@@ -125,10 +126,6 @@ class KeepWarm:
             "is_put_off": is_locked,
             "given_back": None if given is None else to_plain(given),
         }
-
-    async def close(self) -> None:
-        """Save the cost that is not on disk yet."""
-        await self._warming.spending.save()
 
     async def status(self) -> WarmthStatus:
         """Return mode, last and next pass, the forecast, and what it has cost."""
@@ -158,6 +155,11 @@ class KeepWarm:
             cost=cost,
             cost_today=cost_today,
         )
+
+    @property
+    def is_locked_outside(self) -> bool:
+        """Whether emberd holds a lock on all of the engine's mapped files."""
+        return self._warming.weights.is_locked_outside
 
     @property
     def progress(self) -> dict[str, int]:
@@ -214,7 +216,7 @@ class KeepWarm:
         settings, weights, replays = self._settings(), self._warming.weights, self._warming.replays
         return Snapshot(
             now_s=time.monotonic(),
-            is_ready=self._gate.port is not None,
+            is_ready=self._gate.port is not None and not self._gate.is_empty,
             is_stopped=self._gate.state is State.COOL,
             requests=self._use.requests,
             lock=self._gate.lock_state,
@@ -246,14 +248,12 @@ class KeepWarm:
     # --- between two looks ----------------------------------------------------------------------------------
 
     async def _after_reading(self) -> None:
-        """Touch while a storm lasts, learn from the last reply, save the cost now and then."""
-        spending = self._warming.spending
+        """Touch while a storm lasts, learn from the last reply."""
         if self._watch.is_storming:
-            spending.excuse()
+            self._warming.spending.excuse()
             if (await self._decide_on_touching()).begins_touching:
                 self._touching.begin()
         await self._warming.forecaster.learn(may_look=self._use.is_idle)
-        await spending.save(is_due=False)
 
     async def _decide_on_touching(self) -> Decision:
         return self._decide(self._consider(self._watch.latest(), await self._watch.power()))
@@ -306,11 +306,14 @@ class KeepWarm:
         after = self._decide(self._consider(now, seen.power, found if is_pass else None))
         if after.begins_touching and Step.TOUCH.value in done:
             self._touching.begin()
+        seconds = time.monotonic() - began_s
+        self._gate.tally.pass_ms += round(seconds * 1000)
+        self._gate.tally.pass_reasons.add(decision.reason.value)
         self._last = {
             "reason": decision.reason.value,
             "steps": done,
             "is_complete": is_complete,
-            "seconds": round(time.monotonic() - began_s, 4),
+            "seconds": round(seconds, 4),
             "had_lost": found.has_lost,
             "cold_share": found.cold_share,
             "swapped_bytes": found.swapped_bytes,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
+from emberd.core.engine_files import Held, Role
 from emberd.core.errors import ModelError
 from emberd.core.gguf import estimate_compute_buffer, estimate_kv_cache, keeps_state
 from emberd.core.load_facts import KeepAliveState, LoadFacts, judge_keep_alive
@@ -15,12 +17,12 @@ from emberd.core.preflight import USUAL_PROMPT_CACHE_MIB, Preflight, PreflightFa
 from emberd.core.status import ContextStatus
 from emberd.core.wishes import context_tokens, lock_policy
 from emberd.engine import llama_log
-from emberd.host.model_file import read_model_info
+from emberd.host.model_file import look_up, read_model_info
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
+    from emberd.core.engine_files import EngineFile
     from emberd.core.load_facts import KeepAliveVerdict
     from emberd.core.lock_limits import WireRefusals
     from emberd.core.ports import Engine, Host
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 
 _FIT_MARGIN_BYTES = 1 << 30
+_LOCKED = frozenset({Role.DRAFT})
+"""What KoboldCPP 1.104 and llama-server map and lock with the model; projectors and adapters are copied."""
 
 
 class LockMeter:
@@ -38,8 +42,9 @@ class LockMeter:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._known: tuple[tuple[str, int, int], ModelInfo] | None = None
+        self._known: dict[Path, tuple[tuple[int, int], ModelInfo]] = {}
         self._info: ModelInfo | None = None
+        self._others_bytes = 0
         self._load = LoadFacts()
         self._wired_before: int | None = None
         self._refusals_before: WireRefusals | None = None
@@ -50,8 +55,8 @@ class LockMeter:
 
     @property
     def weights_bytes(self) -> int | None:
-        """Size of the model's tensors, None if unknown."""
-        return self._info.weights_bytes if self._info else None
+        """Size of the tensors that a lock can reach, the model's and a draft's; None if the model's is unknown."""
+        return self._info.weights_bytes + self._others_bytes if self._info else None
 
     @property
     def keeps_state(self) -> bool:
@@ -73,6 +78,8 @@ class LockMeter:
         await engine.ask_build()
         wishes = engine.wishes()
         info = self._info = await self._model_info(engine.model_path())
+        found = look_up(wishes.files)
+        self._others_bytes = sum(each.size_bytes or 0 for each in found if each.role in _LOCKED)
         memory = self._host.system_memory()
         self._load, self._was_held, self.verdict = LoadFacts(), False, None
         self._estimate = lambda tokens: kv_bytes_of(info, wishes, tokens) if info else None
@@ -85,6 +92,7 @@ class LockMeter:
                 kv_bytes=kv_cache_bytes(info, settings, wishes, memory.total_bytes) if info else None,
                 prompt_cache_bytes=prompt_cache_bytes(wishes),
                 compute_bytes=estimate_compute_buffer(info.vocabulary_tokens) if info else None,
+                others_bytes=sum(each.size_bytes or 0 for each in found if each.role not in _LOCKED),
                 ram_bytes=memory.total_bytes,
                 available_bytes=memory.available_bytes,
                 wired_bytes=self._wired_before,
@@ -99,6 +107,35 @@ class LockMeter:
         self._load, self._was_held, self.verdict = told, False, None
         self._estimate = lambda _: None
         self._wired_before = self._refusals_before = None
+
+    async def follow(self, model: Path | None, files: Sequence[EngineFile]) -> None:
+        """Follow what a ready engine really serves: of the other files, a lock reaches those that are mapped."""
+        self._info = await self._model_info(model)
+        others = [each for each in files if each.role is not Role.MODEL and each.held is Held.MAPPED]
+        infos = [await self._model_info(Path(each.path)) for each in others]
+        self._others_bytes = sum(
+            info.weights_bytes if info else each.size_bytes or 0 for each, info in zip(others, infos, strict=True)
+        )
+
+    def begin_again(self) -> None:
+        """The engine loads another model in place: nothing is known of its log yet."""
+        self._load, self._was_held, self.verdict = LoadFacts(), False, None
+
+    def has_room(self, settings: Settings, wishes: OwnerWishes) -> bool:
+        """Return True if a model that was loaded in place may be locked from outside."""
+        memory = self._host.system_memory()
+        facts = PreflightFacts(
+            limits=self._host.lock_limits(None),
+            weights_bytes=self.weights_bytes,
+            kv_bytes=kv_cache_bytes(self._info, settings, wishes, memory.total_bytes) if self._info else None,
+            prompt_cache_bytes=prompt_cache_bytes(wishes),
+            compute_bytes=estimate_compute_buffer(self._info.vocabulary_tokens) if self._info else None,
+            ram_bytes=memory.total_bytes,
+            available_bytes=None,  # what the engine has taken already is missing from it
+            wired_bytes=memory.wired_bytes,
+            users=_users(),
+        )
+        return preflight(facts, lock_policy(settings, wishes)).will_lock
 
     def note(self, line: str) -> None:
         """Note what a line of the engine's log tells about memory."""
@@ -149,12 +186,12 @@ class LockMeter:
             return None
         try:
             stat = model.stat()
-            key = (str(model), stat.st_size, stat.st_mtime_ns)
-            if self._known is None or self._known[0] != key:
-                self._known = (key, await asyncio.to_thread(read_model_info, model))
+            key = (stat.st_size, stat.st_mtime_ns)
+            if model not in self._known or self._known[model][0] != key:
+                self._known[model] = (key, await asyncio.to_thread(read_model_info, model))
         except (OSError, ModelError):
             return None  # the engine's adapter names what is wrong with the file
-        return self._known[1]
+        return self._known[model][1]
 
 
 def kv_cache_bytes(

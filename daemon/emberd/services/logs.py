@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import log_lines
@@ -44,6 +45,10 @@ _EVENT_WIDTH = 20
 _TELL_S = 10.0
 """After a flood, the longest time until the log says what was left out."""
 _TRACEBACK_FRAMES = 30
+_REMEMBERED = 40
+"""Events that the page can still show: some 30 KiB."""
+_COMMON = frozenset({"engine_line", "engine_loading"})
+"""They come in hundreds, and would push out everything else."""
 
 
 class _StandardError:
@@ -88,6 +93,7 @@ class _Log:
         self._lock = threading.Lock()
         self._is_telling = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.recent: deque[Mapping[str, Any]] = deque(maxlen=_REMEMBERED)
 
     def open(self, settings: LogSettings, instance: str, sinks: list[SystemLog]) -> None:
         self._instance, self._lost, self._is_telling = instance, {}, False
@@ -132,6 +138,8 @@ class _Log:
     def write(self, event: MutableMapping[str, Any]) -> None:
         if self._instance:
             event["instance"] = self._instance
+        if event["event"] not in _COMMON:
+            self.recent.append(event)
         with self._lock:
             for sink in self.sinks:
                 missing = sink.lost - self._lost.get(sink.name, 0)
@@ -232,6 +240,11 @@ def configure(settings: LogSettings, host: Host, file: Path, instance: str) -> N
 def places() -> list[str]:
     """Return the names of the sinks in use: stderr, file, unified, journal, syslog."""
     return [sink.name for sink in _log.sinks]
+
+
+def recent() -> list[Mapping[str, Any]]:
+    """Return the last events, the oldest first, whichever sinks are in use."""
+    return list(_log.recent)
 
 
 def close() -> None:

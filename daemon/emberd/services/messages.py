@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from emberd.core.errors import NotReady
+    from emberd.core.generation import Rest
 
 _HOP_BY_HOP = frozenset(
     {
@@ -31,6 +32,9 @@ _HOP_BY_HOP = frozenset(
 )
 """Hop-by-hop headers (RFC 9110, 7.6.1), besides proxy-*; `expect` is answered here, before the engine is
 asked."""
+_PIECE_BYTES = 256 * 1024
+"""A body of unknown length is passed on in pieces of at least this size, however small its client's chunks or their
+TCP segments: KoboldCPP takes 48 MB, and no more than 512 chunks (1.115.1)."""
 CLIENT_SILENCE_S = 60.0
 """Longest pause within a request's body, and longest time that a client may read nothing of its reply. Both
 occupy one of the engine's few connections."""
@@ -93,21 +97,8 @@ class Client:
         state: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        """Answer with an error in the client's dialect.
-
-        OpenAI's clients find the message in `error.message`, KoboldCPP's in `detail.msg`, Ollama's in `error`;
-        Anthropic's know an error by the `type` beside it.
-        """
-        error = {"type": kind, "code": kind, "state": state, "message": message}
-        content: dict[str, Any] = (
-            {"error": message}
-            if is_ollama(self._path)
-            else {
-                "type": "error",
-                "error": {key: value for key, value in error.items() if value is not None},
-                "detail": {"type": "service_unavailable", "msg": message},
-            }
-        )
+        """Answer with an error in the client's dialect: see `error_content`."""
+        content = error_content(self._path, kind, message, state)
         body = json.dumps(content).encode()
         all_headers = {
             "content-type": "application/json",
@@ -119,6 +110,22 @@ class Client:
             async with asyncio.timeout(CLIENT_SILENCE_S):
                 await self.send({"type": "http.response.start", "status": status, "headers": lines})
                 await self.send({"type": "http.response.body", "body": body})
+
+
+def error_content(path: str, kind: str, message: str, state: str | None = None) -> dict[str, Any]:
+    """Return an error in the dialect of those who ask for `path`.
+
+    OpenAI's clients find the message in `error.message`, KoboldCPP's in `detail.msg`, Ollama's in `error`;
+    Anthropic's know an error by the `type` beside it.
+    """
+    if is_ollama(path):
+        return {"error": message}
+    error = {"type": kind, "code": kind, "state": state, "message": message}
+    return {
+        "type": "error",
+        "error": {key: value for key, value in error.items() if value is not None},
+        "detail": {"type": "service_unavailable", "msg": message},
+    }
 
 
 class Body:
@@ -134,8 +141,10 @@ class Body:
         self._first_part_bytes = first_part_bytes
         self._is_complete = False
         self._is_free = asyncio.Event()
-        self._first = b""
+        self._first = bytearray()
         self._rest_was_taken = False
+        self.in_hand: bytes | None = None
+        """The whole body, None if only its first part is here."""
 
     @property
     def can_be_sent_again(self) -> bool:
@@ -146,22 +155,26 @@ class Body:
         """Read until the body ends or its first part is here."""
         while not self._is_complete and len(self._first) < self._first_part_bytes:
             self._first += await self._next()
-
-    @property
-    def in_hand(self) -> bytes | None:
-        """The whole body; None if only its first part is here."""
-        return self._first if self._is_complete else None
+        if self._is_complete:
+            self.in_hand = bytes(self._first)
+            self._first.clear()
 
     def let_go(self) -> None:
         """Drop the rest of the body: the engine has answered."""
         self._is_free.set()
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Yield the first part, then the rest as it comes; only once."""
+        """Yield the first part, then the rest as it comes, in pieces that are not small; only once."""
         self._rest_was_taken = True
-        yield self._first
-        while not self._is_complete:
-            yield await self._next()
+        piece, self._first = self._first, bytearray()
+        while True:
+            while not self._is_complete and len(piece) < _PIECE_BYTES:
+                piece += await self._next()
+            if piece:
+                yield bytes(piece)
+            if self._is_complete:
+                return
+            piece = bytearray()
 
     async def _next(self) -> bytes:
         try:
@@ -184,17 +197,20 @@ class Body:
             pass
 
 
-def engine_request(scope: Scope, body: Body, port: int, content: bytes | None = None) -> EngineRequest:
+def engine_request(scope: Scope, body: Body, port: int, rest: Rest | None = None) -> EngineRequest:
     """Return the same request for the engine, with the target byte by byte.
 
     Args:
         scope: ASGI's.
         body: the client's.
         port: the engine's.
-        content: sent in place of the client's body; None to pass that.
+        rest: asked for in place of what the client asked for.
     """
+    content = None if rest is None else json.dumps(rest.body).encode()
     target: bytes = scope["raw_path"]
-    if scope["query_string"]:
+    if rest is not None and rest.path != scope["path"]:
+        target = rest.path.encode()
+    elif scope["query_string"]:
         target += b"?" + scope["query_string"]
     headers = end_to_end(scope["headers"])
     names = {name for name, _ in scope["headers"]}

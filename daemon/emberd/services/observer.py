@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from emberd.core.memory import Observation, Pressure, SwapRates, swap_rates
+from emberd.core.memory import Observation, Pressure, SwapRates, SystemMemory, swap_rates, worse_of
 from emberd.core.status import EngineMemoryStatus, MemoryStatus, SystemMemoryStatus
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from emberd.core.memory import SystemMemory
     from emberd.core.ports import Host
     from emberd.core.types import EngineSample
 
@@ -37,6 +36,7 @@ class Observer:
         self._readings: deque[tuple[float, SystemMemory]] = deque(maxlen=_KEPT)
         self._pressure = Pressure.NORMAL
         self._last: Observation | None = None
+        self._worst = SystemMemory()
 
     def look(self) -> Observation:
         """Read everything now."""
@@ -45,6 +45,7 @@ class Observer:
             time.monotonic(), engine, self._host.engine_memory(engine.pids), self._host.system_memory()
         )
         self._last = seen
+        self._worst = worse_of(self._worst, seen.system)
         if not self._readings or seen.at_s - self._readings[-1][0] >= _APART_S:
             self._readings.append((seen.at_s, seen.system))
         self._note_pressure(seen.system)
@@ -55,6 +56,11 @@ class Observer:
         last = self._last
         is_fresh = last is not None and time.monotonic() - last.at_s < _FRESH_S
         return last if last is not None and is_fresh and last.engine.key == self.sample().key else self.look()
+
+    def take_worst(self) -> SystemMemory:
+        """Return the worst of all readings since the last call: see `worse_of`."""
+        worst, self._worst = self._worst, SystemMemory()
+        return worst
 
     async def status(self) -> MemoryStatus:
         """Return all of a new observation. What the system does not tell is None."""

@@ -100,7 +100,7 @@ class Places:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a ready engine or for a place."""
+        """Requests for the model that wait for a ready engine or for a place; polls do not count."""
         return len(self._since)
 
     @property
@@ -124,7 +124,7 @@ class Places:
             patience: how long to wait for an engine that is not ready.
             is_work: whether the engine works on few such requests at a time.
             goes_first: its reply was cut, so it goes to the front.
-            uses_model: a user waits for the model, not a page that polls.
+            uses_model: a user waits for the model, not a page that polls, which never takes the place of one.
             wakes: an engine that is cool is started for it.
 
         Raises:
@@ -136,24 +136,27 @@ class Places:
             self.arrived_s = time.monotonic()
         lines = [self._turns, self._connections] if is_work else [self._connections]
         ticket = object()
-        self._since[ticket] = time.monotonic()
+        if uses_model:
+            self._since[ticket] = time.monotonic()
         try:
-            port = await self._wait(patience, lines, goes_first=goes_first, wakes=wakes)
+            port = await self._wait(patience, lines, goes_first=goes_first, is_counted=uses_model, wakes=wakes)
         finally:
-            del self._since[ticket]
+            self._since.pop(ticket, None)
         try:
             yield port
         finally:
             self._give_back(lines)
 
-    async def _wait(self, patience: Patience, lines: list[Line], *, goes_first: bool, wakes: bool) -> int:
+    async def _wait(
+        self, patience: Patience, lines: list[Line], *, goes_first: bool, is_counted: bool, wakes: bool
+    ) -> int:
         while True:
-            port = await self._ready(patience, goes_first=goes_first, wakes=wakes)
+            port = await self._ready(patience, may_refuse=is_counted and not goes_first, wakes=wakes)
             if all(line.is_free for line in lines):
                 for line in lines:
                     await line.enter()
                 return port
-            if not goes_first:
+            if is_counted and not goes_first:
                 self._refuse_a_crowd()
             await self._line_up(lines, goes_first=goes_first)
             patience.renew()
@@ -184,11 +187,11 @@ class Places:
         for line in lines:
             line.leave()
 
-    async def _ready(self, patience: Patience, *, goes_first: bool, wakes: bool) -> int:
+    async def _ready(self, patience: Patience, *, may_refuse: bool, wakes: bool) -> int:
         try:
             return await self._gate.ensure_ready(0, wakes=wakes)
         except NotReady:
-            if not goes_first:
+            if may_refuse:
                 self._refuse_a_crowd()
         return await self._gate.ensure_ready(patience.left_s, wakes=wakes)
 

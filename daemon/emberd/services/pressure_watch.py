@@ -227,6 +227,7 @@ class PressureWatch:
                 bytes_per_s_after=now.rate_after and round(now.rate_after),
             )
         if now.hold is not was.hold:
+            self._gate.tally.lettings_go += now.hold is not thrash.HoldLevel.ALL
             self.wake(Trigger.RELIEVED if now.hold is thrash.HoldLevel.ALL else Trigger.TIMER)
 
     def _has_let_go(self) -> bool:

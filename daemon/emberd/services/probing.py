@@ -67,7 +67,8 @@ class Probing:
                     await self._output.has_progressed.wait()
             pause_s = min(pause_s * 1.5, _SLOWEST_PROBE_S)
         self._output.read()  # the loading lines about memory: the verdict and the record need them
-        self._run.judge_lock(is_asked=record.will_lock)
+        await self._run.find_model(record)
+        self._run.judge_lock()
         self._gate.change(room=self._gate.engine.room)
         return True
 
@@ -77,13 +78,19 @@ class Probing:
         watch = liveness.begin(time.monotonic())
         judged_s = time.monotonic()
         verdict = liveness.Verdict.ALIVE
+        served_for_s: float | None = None
         while True:
             is_idle = not self._gate.in_flight
             await asyncio.sleep(liveness.pause_s(verdict, self._settings(), is_idle=is_idle))
             if time.monotonic() - judged_s >= _JUDGE_LOCK_S:
                 judged_s = time.monotonic()
-                self._run.judge_lock(is_asked=record.will_lock)
+                self._run.judge_lock()
             seen = await self._gate.engine.probe_activity(port, PROBE_TIMEOUT_S)
+            if seen.serves_for_s is not None:
+                if served_for_s is not None and seen.serves_for_s < served_for_s:
+                    self._run.loads_again()
+                    return
+                served_for_s = seen.serves_for_s
             process = self._run.process
             if (not seen.answered or seen.is_generating) and process:
                 if seen.generated_units is not None:

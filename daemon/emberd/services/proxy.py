@@ -10,13 +10,16 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, RedirectResponse
 from starlette.routing import Route
 
-from emberd.core import access
+from emberd.core.access import LOGIN_PATH, LOGOUT_PATH
 from emberd.core.errors import NotReady
 from emberd.core.generation import changes_cache, needs_engine
+from emberd.services import tunnel
+from emberd.services.door import Door
 from emberd.services.exchange import Exchange, ReplyBrokenOff
+from emberd.services.login import Login
 from emberd.services.messages import CLIENT_SILENCE_S, Body, Client, ClientGone, ClientSilent
 from emberd.services.places import Places
 
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
 
     from emberd.core.access import AccessRules
     from emberd.core.settings import EndpointSettings
+    from emberd.core.status import RequestStatus
     from emberd.services.gate import Gate
+    from emberd.services.recall import Said
     from emberd.services.turns import Knocks, Turns
 
 _FIRST_PART_BYTES = 256 * 1024
@@ -46,6 +51,7 @@ class Proxy:
 
     Args:
         log: events go here; never a header, a path's query or a body.
+        recall: returns the answer to a question while no engine is ready, None if it has to wait.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class Proxy:
         turns: Turns,
         knocks: Knocks,
         log: FilteringBoundLogger,
+        recall: Callable[[str, str], Said | None] = lambda *_: None,
     ) -> None:
         self._gate = gate
         self._settings = settings
@@ -63,25 +70,31 @@ class Proxy:
         self._turns = turns
         self._knocks = knocks
         self._log = log
+        self._recall = recall
+        self.door = Door(rules, log)
+        self.login = Login(self.door, rules)
         self.places = Places(gate, lambda: settings().max_waiting)
+        self._running: dict[Exchange, None] = {}
+        self._tunnels = tunnel.Tunnels(gate, self.places, lambda: settings().hold_timeout_s)
+
+    def requests(self) -> tuple[RequestStatus, ...]:
+        """Return the requests for text that have not ended, the oldest first."""
+        return tuple(each.status() for each in self._running)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         client = Client(send, scope["path"])
-        rules = self._rules()
-        refusal = access.judge(scope["method"], scope["path"], scope["headers"], rules)
         try:
-            if refusal is not None:
-                self._log.warning("request_refused", reason=refusal.code)
-                await client.answer(refusal.status, refusal.code, refusal.message, headers={"connection": "close"})
+            is_open = self._gate.engine.questions.is_open(scope["method"], scope["path"])
+            shown = await self.door.admit(scope, send, is_open=is_open)
+            if shown is None:
                 return
-            if rules.key:
-                _change_key(scope, self._gate.engine.password)
-            if _asks_for_websocket(scope):
-                await client.answer(501, "no_websocket", "the engine speaks no WebSocket")
-                return
+            client = Client(shown, scope["path"])
+            self._add_password(scope)
             makes_text = changes_cache(scope["method"], scope["path"])
             is_user_back = makes_text or self._knocks.knock()
+            if not makes_text and await self._recalled(scope, client):
+                return
             wakes = needs_engine(scope["method"], scope["path"], is_user_back=is_user_back)
             body = Body(receive, _PROMPT_BYTES if makes_text else _FIRST_PART_BYTES)
             await self._serve(scope, body, client, wakes=wakes)
@@ -96,15 +109,33 @@ class Proxy:
             if not client.has_begun:
                 await client.refuse(NotReady("STOPPING", "emberd is shutting down", _RETRY_STOPPING_S))
 
+    def _add_password(self, scope: Scope) -> None:
+        """Put the engine's password in the place of emberd's key, which was taken out."""
+        password = self._gate.engine.password
+        if password and self._rules().key:
+            scope["headers"].append((b"authorization", f"Bearer {password}".encode()))
+
+    async def _recalled(self, scope: Scope, client: Client) -> bool:
+        """Answer a question that needs no engine, if none is ready; return whether it was one."""
+        said = self._recall(scope["method"], scope["path"])
+        if said is not None:
+            await client.send({"type": "http.response.start", "status": said.status, "headers": said.headers})
+            await client.send({"type": "http.response.body", "body": said.body})
+        return said is not None
+
     async def _serve(self, scope: Scope, body: Body, client: Client, *, wakes: bool) -> None:
         await body.read_first_part()
         hold_timeout_s = self._settings().hold_timeout_s
         exchange = Exchange(self._gate, self.places, self._turns, self._log, hold_timeout_s)
-        passing = asyncio.create_task(exchange.run(scope, body, client, wakes=wakes))
+        if changes_cache(scope["method"], scope["path"]):
+            self._running[exchange] = None
+        work = self._tunnels if tunnel.is_asked_for(scope) else exchange
+        passing = asyncio.create_task(work.run(scope, body, client, wakes=wakes))
         leaving = asyncio.create_task(body.wait_for_client_to_leave())
         try:
             await client.wait_beside((passing, leaving))
         finally:
+            self._running.pop(exchange, None)
             for task in (passing, leaving):
                 task.cancel()
             ended, _ = await asyncio.gather(passing, leaving, return_exceptions=True)
@@ -112,20 +143,22 @@ class Proxy:
             raise ended
 
 
-def _change_key(scope: Scope, password: str) -> None:
-    """Replace emberd's key in a request, which is not for the engine, by the engine's password."""
-    headers = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
-    if password:
-        headers.append((b"authorization", f"Bearer {password}".encode()))
-    scope["headers"] = headers
+def make_app(
+    proxy: ASGIApp,
+    state: Callable[[], str],
+    is_warm: Callable[[], bool],
+    login: ASGIApp | None = None,
+    page: ASGIApp | None = None,
+) -> ASGIApp:
+    """Return the front port's app: /emberd is emberd's own, everything else the engine's.
 
-
-def _asks_for_websocket(scope: Scope) -> bool:
-    return any(name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"])
-
-
-def make_app(proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], bool]) -> ASGIApp:
-    """Return the front port's app: /emberd is emberd's own, everything else the engine's."""
+    Args:
+        proxy: what serves the engine's paths.
+        state: returns the engine's state.
+        is_warm: returns whether the model is warm.
+        login: logs browsers in and out.
+        page: serves emberd's other paths.
+    """
 
     async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "live"})
@@ -142,7 +175,16 @@ def make_app(proxy: ASGIApp, state: Callable[[], str], is_warm: Callable[[], boo
     own = Starlette(routes=[Route(f"/emberd/{name}", answer) for name, answer in routes.items()])
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        is_own = scope["path"] == "/emberd" or scope["path"].startswith("/emberd/")
-        await (own if is_own else proxy)(scope, receive, send)
+        path = scope["path"]
+        if path != "/emberd" and not path.startswith("/emberd/"):
+            await proxy(scope, receive, send)
+        elif login is not None and path in {LOGIN_PATH, LOGOUT_PATH}:
+            await login(scope, receive, send)
+        elif page is None or path.removeprefix("/emberd/") in routes:
+            await own(scope, receive, send)
+        elif path == "/emberd":
+            await RedirectResponse("/emberd/", 308)(scope, receive, send)
+        else:
+            await page(scope, receive, send)
 
     return app

@@ -114,14 +114,13 @@ class Replays:
         port, key = self._gate.port, self._gate.sample().key
         if port is None:
             return None
-        continues = await self._gate.engine.continues_turns(port, ASK_S)
         to_send = [each.turn for each in self.turns.to_replay(key)]
         first_s, has_missed = None, False
         while to_send:
             turn = to_send.pop(0)
             is_first = first_s is None
             name = self._gate.engine.name
-            for request in make_replays(turn, name, continues_turn=continues, is_thorough=is_thorough and is_first):
+            for request in make_replays(turn, name, is_thorough=is_thorough and is_first):
                 sent = await self._send(request)
                 if sent is None:
                     return None

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emberd.core import residency
-from emberd.core.gguf import split_names
+from emberd.core.engine_files import Held
 from emberd.core.residency import Residency, Unknown
-from emberd.core.status import ResidencyStatus
+from emberd.core.status import FileStatus, ResidencyStatus
 from emberd.host.toucher import Toucher, ToucherLost, ToucherRefused
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.engine_files import EngineFile
     from emberd.core.residency import Paging
     from emberd.core.types import EngineSample
     from emberd.services.observer import Observer
@@ -30,7 +33,7 @@ class ResidencyMeter:
         self._log = log
         self._observer = observer
         self.toucher = Toucher(paging)
-        self._last: tuple[str, float, Residency] | None = None
+        self._last: tuple[tuple[Any, ...], float, Residency] | None = None
         self._reading = asyncio.Lock()
 
     async def tick(self) -> Residency | None:
@@ -51,35 +54,71 @@ class ResidencyMeter:
                 self._log.exception("residency_meter_bug")
                 seen = residency.unknown(Unknown.NO_READING)
             self._note_change(seen)
-            self._last = (engine.key, time.monotonic(), seen)
+            self._last = (_measured(engine), time.monotonic(), seen)
             return seen
 
     async def status(self) -> ResidencyStatus | None:
         """Return the residency, at most _FRESH_S old. None without an engine."""
         last = self._last
-        is_old = last is None or last[0] != self._observer.sample().key or time.monotonic() - last[1] > _FRESH_S
+        is_old = (
+            last is None or last[0] != _measured(self._observer.sample()) or time.monotonic() - last[1] > _FRESH_S
+        )
         if is_old and not self.toucher.is_touching:  # a pass over a cold model takes seconds
             await self.tick()
             last = self._last
         return None if last is None else describe(last[2], round(time.monotonic() - last[1], 3))
+
+    async def files(self, files: Sequence[EngineFile], *, is_locked_outside: bool) -> tuple[FileStatus, ...]:
+        """Return these files, the engine's, with a sample of each mapped one."""
+        seen = await self._counts([each.path for each in files if each.held is Held.MAPPED])
+        return tuple(
+            FileStatus(
+                each.path,
+                each.role.value,
+                each.size_bytes,
+                each.held.value,
+                resident := seen.get(each.path),
+                resident if is_locked_outside and resident is not None else each.locked_bytes,
+            )
+            for each in files
+        )
+
+    async def _counts(self, paths: Sequence[str]) -> dict[str, int | None]:
+        """Return the resident bytes of files, none during a pass over them or if they cannot be told."""
+        found: dict[str, int | None] = {}
+        if self.toucher.is_touching or not paths:
+            return found
+        async with self._reading:
+            self.toucher.use(paths)
+            try:
+                for number, path in enumerate(paths):
+                    count = await self.toucher.sample(residency.SAMPLED_PAGES, number)
+                    found[path] = residency.from_pages(count).resident_bytes
+            except (ToucherRefused, ToucherLost):
+                pass  # the whole's residency tells why
+        return found
 
     async def close(self) -> None:
         """End the toucher."""
         await self.toucher.close()
 
     async def _read(self, engine: EngineSample) -> Residency:
-        if engine.model is None:
+        if engine.model is None and not engine.files:
             return residency.unknown(Unknown.NO_MODEL)
         memory = self._observer.recent().memory
         if engine.weights_bytes and residency.is_copied(engine.weights_bytes, memory, is_mapped=engine.is_mapped):
             return residency.from_process(engine.weights_bytes, memory)
-        self.toucher.use([engine.model.with_name(name) for name in split_names(engine.model.name)])
+        self.toucher.use(engine.touchable)
         return residency.from_pages(await self.toucher.sample(residency.SAMPLED_PAGES))
 
     def _note_change(self, seen: Residency) -> None:
         before = self._last[2].unknown if self._last else None
         if seen.unknown is not None and seen.unknown is not before:
             self._log.info("residency_unknown", reason=seen.unknown.value, message=seen.message)
+
+
+def _measured(engine: EngineSample) -> tuple[Any, ...]:
+    return engine.key, engine.touchable
 
 
 _KINDS = {"not_owner": Unknown.NOT_OWNER, "unreadable": Unknown.UNREADABLE}

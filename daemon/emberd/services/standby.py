@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from emberd.core.status import Status, to_plain
 from emberd.host import config_file
 from emberd.host.paths import prepare, state_paths
 from emberd.services.daemon import NEED_ENGINE
+from emberd.services.door import Door
+from emberd.services.login import Login
 from emberd.services.messages import Body, Client, ClientGone, ClientSilent
 
 if TYPE_CHECKING:
@@ -126,7 +129,9 @@ class Standby:
             if self._listens() and isinstance(self.error, PortTaken):
                 self.daemon.end(Why.DUE)
                 return
-        await self.daemon.serve(self._refuse, lambda: NAME, lambda: False)
+        door = self._door()
+        login = Login(door, self._rules)
+        await self.daemon.serve(self._refuse, lambda: NAME, lambda: False, login, door, self._verbs())
 
     # --- what ends it ---------------------------------------------------------------------------------------
 
@@ -157,17 +162,21 @@ class Standby:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request with 503 and the reason, which other computers are not told."""
-        client = Client(send, scope["path"])
-        endpoint = self.loaded.settings.endpoint
-        rules = access.AccessRules(endpoint.names, endpoint.origins)
-        refusal = access.judge(scope["method"], scope["path"], scope["headers"], rules)
-        if refusal is not None:
-            await client.answer(refusal.status, refusal.code, refusal.message, headers={"connection": "close"})
+        shown = await self._door().admit(scope, send)
+        if shown is None:
             return
+        client = Client(shown, scope["path"])
         with contextlib.suppress(ClientGone, ClientSilent):
             await Body(receive, _BODY_BYTES).read_first_part()
             retry_after_s = max(1, min(_RETRY_AFTER_S, round(self._left_s)))
             await client.refuse(NotReady(NAME, self._message(scope), retry_after_s))
+
+    def _rules(self) -> access.AccessRules:
+        endpoint = self.loaded.settings.endpoint
+        return access.AccessRules((*endpoint.names, *access.own_names(socket.gethostname())), endpoint.origins)
+
+    def _door(self) -> Door:
+        return Door(self._rules, self.daemon.log)
 
     def _message(self, scope: Scope) -> str:
         client = scope.get("client")

@@ -19,12 +19,14 @@ from emberd.services.engine_run import EngineRun, plan_digest
 from emberd.services.gate import SERVING, EngineNow, Gate
 from emberd.services.lock_meter import LockMeter
 from emberd.services.probing import Probing
+from emberd.services.switching import Switching
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.engine_files import EngineFile
     from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings
     from emberd.engine.process import EngineProcess
@@ -66,20 +68,23 @@ class Supervisor:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._meter = LockMeter(host)
+        self._switching = Switching(lambda: self._settings, host, log, self._meter)
         self._output = EngineOutput(
             paths.output,
             settings.log,
             engine,
             host,
             log,
-            self._meter,
+            self._switching.note,
             lambda reason: self.post(lifecycle.Stuck(reason)),
         )
         self.gate = Gate(
             engine, EngineNow(Lifecycle(since_s=time.monotonic())), self._meter, self._output, self.post
         )
         """Through it others ask the engine."""
-        self._run = EngineRun(lambda: self._settings, host, paths, log, self.gate, self._meter, self._output)
+        self._switching.gate, self._switching.post = self.gate, self.post
+        self.gate.hear_switch = self._switching.asked
+        self._run = EngineRun(lambda: self._settings, host, paths, log, self.gate, self._output, self._switching)
         self._probing = Probing(
             lambda: self._settings.lifecycle, log, self.gate, self._run, self._output, self.post
         )
@@ -137,12 +142,17 @@ class Supervisor:
                 started_at=record.started_at,
                 command=record.command,
             ),
-            lock=self._meter.verdict if life.state in SERVING else None,
+            serving=self._switching.status() if life.state in SERVING else None,
+            lock=self._meter.verdict if life.state in SERVING and not self.gate.is_empty else None,
             context=self._meter.context(self.gate.room) if life.state in SERVING else None,
             metal_heartbeat=self._meter.heartbeat(self._settings.engine.metal_keep_alive_s),
             notices=self._run.notices,
             output_file=str(self._paths.output),
         )
+
+    def files(self) -> tuple[EngineFile, ...]:
+        """Return the ready engine's files, with its locks; takes tens of milliseconds."""
+        return self._switching.with_locks() if self._life.state in SERVING else ()
 
     # --- the owner task -------------------------------------------------------------------------------------
 
@@ -186,6 +196,8 @@ class Supervisor:
         plan = await engine.plan(self._record.port if self._record else free_port(), will_lock=will_lock)
         is_starting = self._life.state is State.STARTING and not self._is_done("launch")
         must_restart = self._record is not None and self._record.plan_digest != plan_digest(plan)
+        if not must_restart:
+            engine.switch = self.gate.engine.switch
         self._settings, self.gate.engine = settings, engine
         self._output.use(engine, settings.log)
         if is_starting:
@@ -218,6 +230,12 @@ class Supervisor:
             self._settings.lifecycle,
             random.random(),  # noqa: S311  # jitter
         )
+        if (
+            isinstance(event, lifecycle.Exited)
+            and before.state is State.LOADING
+            and not self.gate.now.serving.loads
+        ):
+            self._switching.undo(event.reason)
         self.gate.change(life=life, has_begun=True)
         if life.state is not before.state:
             self._announce(before)
@@ -232,6 +250,7 @@ class Supervisor:
 
     def _announce(self, before: Lifecycle) -> None:
         after = self._life
+        self.gate.tally.state_changes += 1
         fields: dict[str, Any] = {"state": after.state.value, "was": before.state.value}
         if after.reason:
             fields["reason"] = after.reason
@@ -298,9 +317,11 @@ class Supervisor:
         await self._sweep()
         try:
             await self._run.wait_for_release()
+            self._switching.keep()
             will_lock, reasons = await self._run.decide_lock()
-            plan = await self.gate.engine.plan(free_port(), will_lock=will_lock)
-            self._run.start(replace(plan, notices=(*plan.notices, *reasons)), will_lock=will_lock)
+            of_settings = await self.gate.engine.plan(free_port(), will_lock=will_lock)
+            plan = await self._switching.plan(of_settings, will_lock=will_lock)
+            self._run.start(replace(plan, notices=(*plan.notices, *reasons)), of_settings, will_lock=will_lock)
             self._follow()
             self.post(lifecycle.Launched())
         except EmberdError as error:

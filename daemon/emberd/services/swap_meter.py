@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from emberd.core.status import SwapStatus
 from emberd.core.swap_account import SwapReading, SwapWrites, attribute, share_of_endurance
 
 if TYPE_CHECKING:
-    from structlog.typing import FilteringBoundLogger
-
     from emberd.core.types import EngineSample
     from emberd.services.accounts import Accounts
     from emberd.services.observer import Observer
-
-TICK_S = 60.0
 
 
 class SwapMeter:
     """Keeps the daily account of bytes written to swap."""
 
-    def __init__(self, observer: Observer, accounts: Accounts, log: FilteringBoundLogger) -> None:
-        self._observer = observer
+    def __init__(self, observer: Observer, accounts: Accounts) -> None:
+        self.observer = observer
         self._accounts = accounts
-        self._log = log
         self._last: tuple[SwapReading, EngineSample] | None = None
-
-    async def run(self) -> None:
-        """Read the counters every TICK_S until cancelled."""
-        while True:
-            try:
-                await self.tick()
-            except Exception:  # noqa: BLE001  # an account is not worth the daemon
-                self._log.exception("swap_meter_bug")
-            await asyncio.sleep(TICK_S)
 
     async def tick(self) -> SwapWrites:
         """Read once, and add to the account what was written since the last reading."""
-        seen = self._observer.look()
+        seen = self.observer.look()
         engine = seen.engine
         reading = SwapReading(seen.system.swapped_out_bytes, seen.memory.swapped_bytes, engine.key)
         last, self._last = self._last, (reading, engine)
@@ -52,7 +37,7 @@ class SwapMeter:
 
     async def status(self, endurance_tb: float) -> SwapStatus | None:
         """Return today's account and its share of the rated endurance, None if the system tells nothing."""
-        if self._observer.recent().system.swapped_out_bytes is None:
+        if self.observer.recent().system.swapped_out_bytes is None:
             return None
         today = await self._accounts.today(SwapWrites)
         return SwapStatus(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from emberd.core.minute import FirstToken
 from emberd.core.reply import counts_of, sent_back, text_of
 from emberd.core.reuse import (
     CacheRoom,
@@ -23,6 +25,7 @@ from emberd.core.reuse import (
     to_replay,
 )
 from emberd.core.status import ReuseStatus
+from emberd.core.tally import Tally
 from emberd.core.turn import UNTOLD, Turn, is_of_same_conversation
 from emberd.core.warmth import Cache
 
@@ -73,6 +76,8 @@ class Ended:
         return Turn(generation.path, generation.body, text, counts, self.was_cut, said=said)
 
 
+_MOST_FIRST_TOKENS = 256
+"""So many of a minute are kept for the history."""
 _AWAY_S = 60.0
 """Kobold Lite polls all the time while its page is open: a user is back only after so much silence."""
 
@@ -83,9 +88,12 @@ class Turns:
     Args:
         most_bytes: returns how many bytes of requests and replies to remember; 0 for nothing.
         room: returns how much the engine's cache holds.
+        tally: counts tokens.
     """
 
-    def __init__(self, most_bytes: Callable[[], int], room: Callable[[], CacheRoom] = CacheRoom) -> None:
+    def __init__(
+        self, most_bytes: Callable[[], int], room: Callable[[], CacheRoom] = CacheRoom, tally: Tally | None = None
+    ) -> None:
         self._most_bytes = most_bytes
         self._room = room
         self._conversations: list[Conversation] = []
@@ -106,10 +114,14 @@ class Turns:
         asked."""
         self.last_replay = UNTOLD
         """The engine's counts of the last replay."""
-        self.first_token_s: float | None = None
-        """Seconds to the first words of the last streamed reply."""
-        self.streamed = 0
-        """Streamed replies so far."""
+        self._tally = tally or Tally()
+        self._began_s = time.monotonic()
+        self._first: FirstToken | None = None
+        self._first_tokens: deque[FirstToken] = deque(maxlen=_MOST_FIRST_TOKENS)
+        self.last_first_token: FirstToken | None = None
+        """Of the last streamed reply that has begun."""
+        self.foretell: Callable[[], FirstToken] = FirstToken
+        """Returns what is foretold of the next first token."""
         self.ended_s: float | None = None
         """When a user's generation ended last, on the monotonic clock."""
 
@@ -150,14 +162,24 @@ class Turns:
             return Cache.UNKNOWN if is_adopted else Cache.EMPTY
         return Cache.KNOWN if self._is_known and self.last is not None else Cache.UNKNOWN
 
-    def begin(self, engine_key: str | None) -> None:
-        """A user's generation is about to be sent to this engine."""
+    def begin(self, engine_key: str | None) -> FirstToken:
+        """A user's generation is about to be sent to this engine; return what is foretold of its first token."""
+        first = self.foretell()
+        if not self._running:
+            first.idle_s = round(time.monotonic() - (self.ended_s or self._began_s), 3)
         if not self._running or engine_key != self._cache_of:
             self._before, self._has_changed = (self._cache_of, self._is_known), False
         self._running += 1
         self._cache_of, self._is_known = engine_key, False
+        return first
 
-    def end(self, engine_key: str | None, tell: Callable[[], Turn | None], in_log: PromptCounts = UNTOLD) -> None:
+    def end(
+        self,
+        engine_key: str | None,
+        tell: Callable[[], Turn | None],
+        in_log: PromptCounts = UNTOLD,
+        first: FirstToken | None = None,
+    ) -> None:
         """A generation has ended.
 
         Args:
@@ -165,19 +187,22 @@ class Turns:
             tell: returns the turn that the cache now holds, None if unknown. Called only when needed: to take a
                 reply apart costs more than to pass it on, and only the last one counts.
             in_log: counts from the engine's log.
+            first: its first token.
         """
         if engine_key != self._cache_of:
             self.end_unheard()
             return
         self._running -= 1
         self.ended_s = time.monotonic()
-        if self._room().conversations > 1 or self._conversations_of != engine_key:
+        shows_worth = self._first is not None and self._first.was_idle
+        if self._room().conversations > 1 or self._conversations_of != engine_key or shows_worth:
             self._take_apart()  # the turn before may be of another conversation
         if self._conversations_of != engine_key:
             self._conversations = [
                 replace(each, is_gone=True) for each in self._conversations
             ]  # another engine had them
         self._has_skipped = self._tell is not None or self._conversations_of != engine_key
+        self._first = first
         self._tell, self._in_log, self._conversations_of, self._has_changed = tell, in_log, engine_key, True
         self._is_known = not self._running
 
@@ -194,10 +219,19 @@ class Turns:
         else:
             self._cache_of, self._is_known = self._before
 
-    def spoke(self, seconds: float) -> None:
+    def spoke(self, seconds: float, first: FirstToken) -> None:
         """A streamed reply began this long after its request."""
-        self.first_token_s = seconds
-        self.streamed += 1
+        first.at_s, first.took_s = round(time.time(), 3), round(seconds, 3)
+        self._tally.first_tokens += 1
+        self._first_tokens.append(first)
+        self.last_first_token = first
+
+    def take_first_tokens(self) -> list[FirstToken]:
+        """Return the first tokens since the last call; the counts of the last one may be filled in later."""
+        self._take_apart()
+        taken = list(self._first_tokens)
+        self._first_tokens.clear()
+        return taken
 
     def forget(self) -> bool:
         """Forget request and reply, not the engine's cache; return True if there was something to forget."""
@@ -276,6 +310,10 @@ class Turns:
         if tell is not None:
             turn = tell()
             self._counts = self._in_log if turn is None else turn.counts
+            self._tally.reused_tokens += self._counts.reused or 0
+            self._tally.processed_tokens += self._counts.processed or 0
+            if self._first is not None:
+                self._first.reused, self._first.processed = self._counts.reused, self._counts.processed
             self._remember(turn)
 
     def _remember(self, turn: Turn | None) -> None:

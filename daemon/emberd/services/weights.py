@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from emberd.core.gguf import split_names
 from emberd.core.lock_limits import judge_limits
 from emberd.core.status import ProgressStatus
 from emberd.core.warmth_cost import WarmthCost
@@ -149,20 +149,20 @@ class Weights:
         self._locked_by = None
 
     def _name_files(self) -> bool:
-        """Tell the toucher the model's files; return False if they are unknown."""
-        model = self._gate.sample().model
-        if model is not None:
-            self._toucher.use([model.with_name(name) for name in split_names(model.name)])
-        return model is not None
+        """Tell the toucher the mapped files; return False if there are none, or they are unknown."""
+        files = self._gate.sample().touchable
+        if files:
+            self._toucher.use(files)
+        return bool(files)
 
     def _lockable(self) -> tuple[int | None, tuple[Any, ...] | None]:
         """Return a key for a lock on these weights by this toucher."""
-        model = self._gate.sample().model
         try:
-            stat = None if model is None else model.stat()
+            facts = tuple((path, Path(path).stat()) for path in self._gate.sample().touchable)
         except OSError:
-            stat = None
-        return self._toucher.pid, stat and (model, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            facts = ()
+        files = tuple((path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in facts)
+        return self._toucher.pid, files or None
 
     def _note_progress(self, done_bytes: int, total_bytes: int) -> None:
         self._progress = (done_bytes, total_bytes)
