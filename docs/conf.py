@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 NAVIGATION = {
     "Begin": ("install", "service", "folk-recipe", "troubleshooting"),
-    "Use": ("settings", "warmth", "locking", "memory", "page", "endpoint", "several", "engines"),
+    "Use": ("settings", "warmth", "locking", "memory", "page", "endpoint", "several", "engines", "metrics"),
     "When something is wrong": ("doctor", "logs", "lifecycle", "exit-codes"),
     "More": ("privacy", "../launchd/README", "architecture", "../CONTRIBUTING", "../CHANGELOG"),
 }

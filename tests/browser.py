@@ -1,20 +1,14 @@
-"""Debian's Chromium without a window, driven through a pipe by the Chrome DevTools Protocol.
-
-`--remote-debugging-pipe` (content/browser/devtools/devtools_pipe_handler.cc): the browser reads commands from
-descriptor 3 and writes answers and events to descriptor 4, each a JSON text that ends with a null byte.
-"""
+"""A real Chromium without a window, driven by its DevTools protocol over a pipe."""
 
 from __future__ import annotations
 
-import base64
 import fcntl
+import itertools
 import json
 import os
 import select
 import shutil
-import subprocess
-import sys
-import tempfile
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,173 +16,103 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
-PROGRAMS = ("chromium-headless-shell", "chromium")
+PROGRAM = next(
+    (
+        found
+        for name in ("chromium", "google-chrome", "chromium-browser", "chromium-headless-shell")
+        if (found := shutil.which(name))
+    ),
+    "",
+)
 WAIT_S = 60.0
-_FREE = 10
-"""From here on descriptors do not collide with those that the protocol wants."""
-_LAUNCH = "import os, sys; os.dup2({}, 3); os.dup2({}, 4); os.execv(sys.argv[1], sys.argv[1:])"
-
-
-def find_browser() -> str | None:
-    """Return the path of a Chromium, None if there is none."""
-    return next(filter(None, map(shutil.which, PROGRAMS)), None)
+_FIRST_SPARE = 100
+_OPTIONS = (
+    "--headless",
+    "--remote-debugging-pipe",  # reads commands on descriptor 3 and answers on 4
+    "--no-first-run",
+    "--no-sandbox",  # tests may run as root
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+)
 
 
 class Browser:
-    """One process of the browser, and one page in it."""
+    """One browser with one page; each answer is a message that ends with NUL."""
 
-    def __init__(self, program: str) -> None:
-        self._home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        to_read, self._to = os.pipe()
-        self._from, to_write = os.pipe()
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, _FREE) for end in (to_read, to_write)]
-        arguments = [
-            "--headless",
-            "--no-sandbox",  # tests run as root in containers, where it cannot be had
-            "--remote-debugging-pipe",
-            f"--user-data-dir={self._home.name}",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-dev-shm-usage",
-            "--no-first-run",
-            "--force-color-profile=srgb",
+    def __init__(self, folder: Path, *options: str) -> None:
+        commands, self._write = os.pipe()
+        self._read, answers = os.pipe()
+        low = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, _FIRST_SPARE) for each in (commands, answers)]
+        log = os.open(folder / "browser.log", os.O_WRONLY | os.O_CREAT, 0o600)
+        actions = [
+            (os.POSIX_SPAWN_DUP2, each, place) for place, each in ((3, low[0]), (4, low[1]), (1, log), (2, log))
         ]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCH.format(*ends), program, *arguments, "about:blank"],
-            pass_fds=ends,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for end in (to_read, to_write, *ends):
-            os.close(end)
-        self._unread = b""
-        self._number = 0
+        words = [PROGRAM, *_OPTIONS, f"--user-data-dir={folder / 'profile'}", *options, "about:blank"]
+        environment = {**os.environ, "HOME": str(folder)}
+        self._pid = os.posix_spawn(PROGRAM, words, environment, file_actions=actions, setpgroup=0)
+        for each in (commands, answers, log, *low):
+            os.close(each)
+        self._numbers = itertools.count(1)
+        self._buffer = b""
         self._session = ""
-        self.events: list[dict[str, Any]] = []
-        """What the page has done since `open`: the protocol's events."""
 
     def __enter__(self) -> Self:
+        [page] = [each for each in self.do("Target.getTargets")["targetInfos"] if each["type"] == "page"]
+        attached = self.do("Target.attachToTarget", targetId=page["targetId"], flatten=True)
+        self._session = attached["sessionId"]
+        self.do("Page.enable")
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._to)
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(WAIT_S)
-        os.close(self._from)
-        self._home.cleanup()
+        os.killpg(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        os.close(self._read)
+        os.close(self._write)
 
-    def open(self, url: str, *, width: int = 1280, height: int = 900, is_dark: bool = False) -> None:
-        """Open a page in a tab of its own, without cookies and cache of pages before."""
-        context = self._send("Target.createBrowserContext", session="")["browserContextId"]
-        target = self._send("Target.createTarget", session="", url="about:blank", browserContextId=context)
-        attached = self._send("Target.attachToTarget", session="", targetId=target["targetId"], flatten=True)
-        self._session = attached["sessionId"]
-        self.events.clear()
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.send(f"{domain}.enable")
-        self.shape(width, height, is_dark=is_dark)
-        self.send("Page.navigate", url=url)
+    def do(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command and return its result."""
+        number = next(self._numbers)
+        message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != number:
+            pass
+        assert "error" not in answer, answer
+        result: dict[str, Any] = answer["result"]
+        return result
 
-    def shape(self, width: int, height: int, *, is_dark: bool = False) -> None:
-        """Give the page a size, in pixels of CSS, and colours."""
-        self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
-        self.send("Emulation.setEmulatedMedia", features=[scheme])
+    def open(self, url: str) -> str:
+        """Open a page and return its text; `show` waits until it has loaded."""
+        told = self.do("Page.navigate", url=url)
+        assert "errorText" not in told, told
+        self._await_load()
+        return str(self.run("document.body ? document.body.innerText : ''"))
 
-    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send a command to the page, and return the answer."""
-        return self._send(method, session=self._session, **parameters)
+    def submit(self, script: str) -> None:
+        """Run a script that leads to another page, and wait for that."""
+        self.do("Runtime.evaluate", expression=script, userGesture=True)
+        self._await_load()
 
-    def evaluate(self, expression: str) -> Any:
-        """Return the value of an expression of JavaScript in the page, awaited if it is a promise."""
-        answer = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in answer:
-            raise AssertionError(answer["exceptionDetails"])
-        return answer["result"].get("value")
+    def run(self, script: str) -> Any:
+        """Return the value of an expression; a promise is awaited."""
+        told = self.do("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
 
-    def wait_for(self, condition: str) -> Any:
-        """Return the value of an expression as soon as it is true; it is looked at with each frame."""
-        look = f"""new Promise((resolve, reject) => {{
-            const ends = performance.now() + {WAIT_S * 1000};
-            const look = () => {{
-                let value = null;
-                try {{ value = ({condition}); }} catch {{ }}
-                if (value) resolve(value);
-                else if (performance.now() > ends) reject(new Error("it did not come"));
-                else setTimeout(look, 16);
-            }};
-            look();
-        }})"""
-        try:
-            return self.evaluate(look)
-        except AssertionError as error:
-            raise AssertionError(f"{condition} did not come; the page says: {self.text()}") from error
+    def _await_load(self) -> None:
+        while self._next().get("method") != "Page.loadEventFired":
+            pass
 
-    def text(self) -> str:
-        """Return the page's text as a person sees it."""
-        return str(self.evaluate("document.body.innerText"))
-
-    def press(self, key: str, *, shift: bool = False) -> None:
-        """Press and release a key, named as in KeyboardEvent.key."""
-        text = {"Enter": "\r", " ": " "}.get(key, key if len(key) == 1 else "")
-        codes = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32}
-        facts = {"key": key, "windowsVirtualKeyCode": codes.get(key, 0), "modifiers": 8 if shift else 0}
-        self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **facts)
-        self.send("Input.dispatchKeyEvent", type="keyUp", **facts)
-
-    def picture(self, path: Path | None = None, *, whole: bool = True) -> bytes:
-        """Return a screenshot as PNG, and write it if there is a path."""
-        data = base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"])
-        if path is not None:
-            path.write_bytes(data)
-        return data
-
-    def seen(self, method: str) -> list[dict[str, Any]]:
-        """Return the parameters of the events of that name so far."""
-        self.evaluate("0")  # reads what has come
-        return [each["params"] for each in self.events if each["method"] == method]
-
-    def complaints(self) -> list[str]:
-        """Return what the page has complained of on its console: errors, warnings and violations of its policy."""
-        thrown = [str(each["exceptionDetails"]) for each in self.seen("Runtime.exceptionThrown")]
-        logged = [str(each["args"]) for each in self.seen("Runtime.consoleAPICalled") if each["type"] != "log"]
-        entries = [each["entry"] for each in self.seen("Log.entryAdded")]
-        return thrown + logged + [f"{each['text']} {each.get('url', '')}" for each in entries]
-
-    # --- the pipe -------------------------------------------------------------------------------------------
-
-    def _send(self, method: str, *, session: str, **parameters: Any) -> dict[str, Any]:
-        self._number += 1
-        command = {"id": self._number, "method": method, "params": parameters}
-        if session:
-            command["sessionId"] = session
-        os.write(self._to, json.dumps(command).encode() + b"\0")
-        end_s = time.monotonic() + 2 * WAIT_S
-        while True:
-            message = self._read(end_s)
-            if message.get("id") == self._number:
-                if "error" in message:
-                    raise AssertionError(f"{method}: {message['error']}")
-                result: dict[str, Any] = message["result"]
-                return result
-            if message.get("sessionId") == self._session:
-                self.events.append(message)
-
-    def _read(self, end_s: float) -> dict[str, Any]:
-        while b"\0" not in self._unread:
-            left_s = end_s - time.monotonic()
-            if left_s <= 0 or not select.select([self._from], [], [], left_s)[0]:
-                raise AssertionError("the browser does not answer")
-            part = os.read(self._from, 1 << 20)
-            if not part:
-                raise AssertionError("the browser has ended")
-            self._unread += part
-        text, _, self._unread = self._unread.partition(b"\0")
-        message: dict[str, Any] = json.loads(text)
-        return message
+    def _next(self) -> dict[str, Any]:
+        deadline_s = time.monotonic() + WAIT_S
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], max(0.0, deadline_s - time.monotonic()))
+            part = os.read(self._read, 1 << 20) if ready else b""
+            assert part, "the browser says nothing more"
+            self._buffer += part
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        told: dict[str, Any] = json.loads(message)
+        return told

@@ -316,6 +316,8 @@ class _Serving:
             "pause": keepwarm.pause,
             "resume": keepwarm.resume,
             "cool": keepwarm.cool,
+            "history": self._services.recorder.past,
+            "metrics": self._metrics,
             "layers": self._layers,
         }
 
@@ -357,6 +359,13 @@ class _Serving:
             self._map = ResidencyMap(self._daemon.host.paging, self._supervisor.gate.sample)
         return await self._map.look()
 
+    async def _metrics(self, accept: str = "") -> dict[str, Any]:
+        from emberd.services.metrics import render  # noqa: PLC0415  # prometheus-client, only for who scrapes
+
+        recorder = self._services.recorder
+        text, kind = render(await self.status(), recorder.counts(), recorder.tally, recorder.swapped, accept)
+        return {"content_type": kind, "text": text}
+
     async def _doctor(self) -> dict[str, Any]:
         from emberd.doctor.examine import examine  # noqa: PLC0415  # asked for once in a while
 
@@ -369,6 +378,7 @@ class _Serving:
         in_flight = self._supervisor.status().requests_in_flight
         self._log.info("emberd_replacing_itself", requests_in_flight=in_flight)
         self._daemon.notifier.replacing()
+        self._daemon.close_views()
         await self._daemon.endpoint.stop(self._settings.now.lifecycle.drain_timeout_s)
 
     async def _shut_down(self, *, is_failed: bool) -> None:
@@ -383,4 +393,5 @@ class _Serving:
         await self._supervisor.shut_down()
         if not is_failed:
             self._daemon.instance.stop_listening()  # nobody will accept any more
+        self._daemon.close_views()
         await self._daemon.endpoint.stop(_LAST_ANSWERS_S)

@@ -19,6 +19,7 @@ from emberd.core.generation import (
     is_ollama,
     recognise,
     templated,
+    uses_model,
 )
 from emberd.core.reply import text_of
 from emberd.core.streamed import StreamedReply
@@ -89,6 +90,16 @@ def test_other_ways_to_make_text_cost_the_cache_too():
     assert changes_cache("POST", "/request")
     assert is_ollama("/api/tags")
     assert not is_ollama("/api/v1/generate")
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/embedding", "/v1/rerank", "/reranking/", "/api/embed"])
+def test_vectors_and_orders_are_uses_that_leave_the_cache_alone(path: str):
+    assert uses_model("POST", path)
+    assert not uses_model("GET", path)
+    assert not changes_cache("POST", path)
+    assert uses_model("POST", "/infill")
+    assert changes_cache("POST", "/infill")
+    assert not uses_model("POST", "/v1/messages/count_tokens"), "it only knocks"
 
 
 @pytest.mark.parametrize(
@@ -341,6 +352,8 @@ def test_the_rest_of_a_chat_in_llama_cpps_own_words_reads_as_a_chat():
     seen = json.loads(reply.take(event(content="b", stop=False))[6:])
     choice = {"index": 0, "finish_reason": None, "delta": {"content": "b"}}
     assert seen == {"id": "first", "created": 1, "model": "m", "choices": [choice]}
+    error = event(error={"message": "no"})
+    assert reply.take(error) == error
     last = event(content="", stop=True, stop_type="limit", tokens_evaluated=11, tokens_predicted=4)
     *ends, done = reply.take(last).split(b"\n\n")[:-1]
     finish, usage = (json.loads(each[6:]) for each in ends)

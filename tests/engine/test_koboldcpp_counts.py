@@ -58,3 +58,19 @@ def test_a_body_that_is_printed_behind_counts_whose_line_is_not_ended_stays_priv
     os.close(descriptor)
     assert b"SECRET" not in path.read_bytes()
     assert b"STORY" not in path.read_bytes()
+
+
+def test_a_reply_of_several_lines_stays_private(tmp_path: Path):
+    """A model that was switched in place prints replies: its file says nothing of --quiet."""
+    unused: Any = None
+    engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused)
+    path = tmp_path / "engine.log"
+    reader = OutputFollower(path, engine.is_private, 1 << 20, 1)
+    descriptor = open_for_engine(path)
+    os.write(descriptor, b"Input: {SECRET}\n\nOutput: SECRET one\n\nSECRET two\nSECRET three\n")
+    assert reader.read_lines() == []
+    own = [SHORT, "another line", "Reloading new model/config: other.kcpps"]
+    os.write(descriptor, "\n".join([*own[:2], "Output: SECRET", "SECRET", own[2], ""]).encode())
+    assert reader.read_lines() == own
+    os.close(descriptor)
+    assert b"SECRET" not in path.read_bytes()

@@ -78,7 +78,7 @@ def parser_of(*, is_new: bool, version: str = "9.9") -> OneRefusal:
     launcher.add_argument("--skiplauncher", action="store_true")
     if is_new:
         mapping.add_argument("--usemmap", action="store_true")
-        for switch in ("cli", "version", "nofastforward", "admin", "autoswapmode"):
+        for switch in ("cli", "version", "nofastforward", "admin", "autoswapmode", "routermode"):
             parser.add_argument(f"--{switch}", action="store_true")
         for valued in ("analyze", "exportconfig", "exporttemplate", "adminpassword", "hordekey"):
             parser.add_argument(f"--{valued}", metavar=f"[{valued}]")
@@ -330,6 +330,8 @@ def test_a_lock_of_the_owners_gives_way_to_lock_never() -> None:
         ("--debugmode",),
         ("--debugmode", "1"),
         ("--debugmode=2",),
+        ("--routermode",),
+        ("--autoswapmode",),
     ],
     ids=" ".join,
 )
@@ -364,8 +366,8 @@ def test_a_word_behind_a_password_is_not_shown() -> None:
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["benchmark", "cli", "prompt"])
-def test_a_file_that_switches_the_server_off_is_refused(key: str) -> None:
+@pytest.mark.parametrize("key", ["benchmark", "cli", "prompt", "routermode", "autoswapmode"])
+def test_a_file_that_switches_the_server_off_or_opens_another_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=rf'"{key}" in engine\.kcpps') as caught:
         with_file({key: "x"})
     assert caught.value.remedy
@@ -400,7 +402,6 @@ def test_a_model_that_would_be_downloaded_is_refused() -> None:
         ("public_host", ("--host=kitchen.local",), False),
         ("ssl_ignored", ("--ssl", "a.pem", "b.pem"), False),
         ("idle_unloading", ("--adminunloadtimeout", "300"), True),
-        ("idle_unloading", ("--autoswapmode",), True),
         ("remote_tunnel", ("--remotetunnel",), True),
         ("opens_browser", ("--launch",), True),
         ("smart_context", ("--smartcontext",), True),
@@ -425,7 +426,6 @@ def test_each_surprising_argument_has_its_notice(code: str, words: tuple[str, ..
         ("public_host", {"host": "192.168.1.2"}, False),
         ("ssl_ignored", {"ssl": ["a.pem", "b.pem"]}, False),
         ("idle_unloading", {"adminunloadtimeout": 300}, True),
-        ("idle_unloading", {"autoswapmode": True}, True),
         ("remote_tunnel", {"remotetunnel": True}, True),
         ("opens_browser", {"launch": True}, False),
         ("smart_context", {"smartcontext": True}, True),

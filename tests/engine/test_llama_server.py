@@ -17,7 +17,8 @@ import pytest
 import emberd
 from emberd.core.errors import ConfigError
 from emberd.core.reuse import MOST_PROCESSED_TOKENS
-from emberd.engine.llama_server import check_arguments, check_variables, notices_of, read_options
+from emberd.engine.llama_server import check_arguments, check_variables, inherited, notices_of, read_options
+from emberd.engine.process import inherited_environment
 from emberd.engine.wishes import of_llama_server
 from llama_server_standin import write_program
 
@@ -105,6 +106,22 @@ def test_arguments_that_undo_keep_warm_are_named():
     notices = notices_of(of_llama_server(["--sleep-idle-seconds", "60", "--no-mmap"], {}))
     assert [notice.code for notice in notices] == ["idle_unloading", "mmap_off"]
     assert notices_of(of_llama_server(["--sleep-idle-seconds", "-1", "--mmap"], {})) == ()
+
+
+def test_variables_that_the_engine_inherits_are_named_and_those_that_harm_are_kept_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    harmful = ["LLAMA_ARG_HF_REPO", "LLAMA_ARG_LOG_VERBOSITY", "LLAMA_LOG_FILE", "LLAMA_TRACE"]
+    for name in [*harmful, "LLAMA_ARG_CTX_SIZE", "LLAMA_ARG_HF_TOKENS", "LLAMA_ARG_TOP_K"]:
+        monkeypatch.setenv(name, "secret" if name != "LLAMA_ARG_TOP_K" else "")
+    (notice,) = inherited(os.environ)
+    kept, left_out = notice.message.split("; ")
+    assert notice.code == "inherited_options"
+    assert kept.endswith(": LLAMA_ARG_CTX_SIZE, LLAMA_ARG_HF_TOKENS")
+    assert left_out.endswith(": " + ", ".join(harmful))
+    assert "secret" not in notice.message
+    assert {"LLAMA_ARG_CTX_SIZE", *harmful} & inherited_environment().keys() == {"LLAMA_ARG_CTX_SIZE"}
+    assert inherited({"PATH": "/bin"}) == ()
 
 
 @pytest.fixture

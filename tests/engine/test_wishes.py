@@ -187,6 +187,10 @@ def test_an_argument_wins_over_the_file():
         (["--api-key", "a", "--api-key", "b"], {"LLAMA_API_KEY": "c"}, "api_keys", ("c", "a", "b")),
         (["--api-key-file", "keys"], {}, "api_key_file", "keys"),
         ([], {"LLAMA_ARG_API_KEY_FILE": "keys"}, "api_key_file", "keys"),
+        (["--embedding"], {}, "serves", "embeddings"),
+        (["--embeddings", "--reranking"], {}, "serves", "rerank"),
+        ([], {"LLAMA_ARG_EMBEDDINGS": "1"}, "serves", "embeddings"),
+        (["--parallel", "1"], {}, "serves", ""),
     ],
 )
 def test_llama_server_is_asked_in_every_spelling(

@@ -24,6 +24,7 @@ from emberd.core.thrash import HoldLevel, ThrashGuard
 from emberd.core.turn import UNTOLD, PromptCounts, Turn
 from emberd.core.types import EngineSample
 from emberd.core.warmth import Reason, Trigger
+from emberd.core.wishes import OwnerWishes
 from emberd.host import ThisHost
 from emberd.host.toucher import Locked, Touched, Toucher, ToucherRefused
 from emberd.services import places, pressure_watch, touching
@@ -62,7 +63,11 @@ class ReadyEngine:
 
     def __init__(self, model: Path) -> None:
         parts = {"name": "koboldcpp", "most_connections": 4, "most_at_work": 1}
-        self.engine: Any = type("Engine", (), {**parts, "send": self._send, "took_whole": self._agree})()
+        self.engine: Any = type(
+            "Engine",
+            (),
+            {**parts, "send": self._send, "took_whole": self._agree, "wishes": lambda _: OwnerWishes()},
+        )()
         self.engine.counts_in_reply = lambda told: told.get("counts", UNTOLD)
         self.in_log = UNTOLD
         self.tally = Tally()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from browser import Browser, find_browser
+from browser import PROGRAM
+from page_viewer import Viewer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     MakeDaemon = Callable[..., Daemon]
 
-PROGRAM = find_browser()
 AXE = Path(os.environ.get("EMBERD_TEST_AXE") or Path(sys.prefix, "axe.min.js"))
 AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
 """npm, axe-core 4.14.1; scripts/environment fetches it."""
@@ -31,12 +31,12 @@ MOST_BYTES = 150 * 1024
 IS_LIVE = "document.getElementById('link').dataset.link === 'live'"
 SENTENCE = "document.getElementById('sentence').textContent"
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium here")
+pytestmark = [pytest.mark.skipif(not PROGRAM, reason="Chromium is not installed"), pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with Browser(PROGRAM or "") as started:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Viewer]:
+    with Viewer(tmp_path_factory.mktemp("browser")) as started:
         yield started
 
 
@@ -48,9 +48,9 @@ def daemon(make_daemon: MakeDaemon) -> Daemon:
     return made
 
 
-def look_at(browser: Browser, daemon: Daemon, name: str = "", **shape: int | bool) -> None:
+def look_at(browser: Viewer, daemon: Daemon, name: str = "", **shape: int | bool) -> None:
     """Open the page, and return when everything that it shows at first is there."""
-    browser.open(f"{daemon.url}/emberd/", **shape)  # type: ignore[arg-type]
+    browser.view(f"{daemon.url}/emberd/", **shape)  # type: ignore[arg-type]
     browser.wait_for(IS_LIVE)
     browser.wait_for("document.querySelector('.cell') && document.querySelector('#figures dd')")
     browser.wait_for("!document.getElementById('doctor').textContent.includes('Examining')")
@@ -58,7 +58,7 @@ def look_at(browser: Browser, daemon: Daemon, name: str = "", **shape: int | boo
         browser.picture(Path(SHOTS) / f"{name}.png")
 
 
-def test_it_shows_a_warm_model_and_asks_nobody_else_and_complains_of_nothing(browser: Browser, daemon: Daemon):
+def test_it_shows_a_warm_model_and_asks_nobody_else_and_complains_of_nothing(browser: Viewer, daemon: Daemon):
     look_at(browser, daemon, "desk")
     browser.wait_for(f"{SENTENCE}.startsWith('Warm.')")
     sent = browser.seen("Network.requestWillBeSent")
@@ -69,18 +69,18 @@ def test_it_shows_a_warm_model_and_asks_nobody_else_and_complains_of_nothing(bro
 
 
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
-def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_read(browser: Browser, daemon: Daemon, is_dark: bool):
+def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_read(browser: Viewer, daemon: Daemon, is_dark: bool):
     look_at(browser, daemon, f"phone-{'dark' if is_dark else 'light'}", is_dark=is_dark, **PHONE)
-    assert browser.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-    paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert browser.run("document.documentElement.scrollWidth") <= PHONE["width"]
+    paper = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, paper[4:-1].split(","))) < 200) == is_dark
     if not AXE.exists():
         pytest.skip("axe-core is not there to check for accessibility; scripts/test fetches it where there is npm")
     script = AXE.read_bytes()
     assert hashlib.sha256(script).hexdigest() == AXE_SHA256
-    browser.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
-    browser.evaluate(script.decode())
-    found = browser.evaluate(
+    browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    browser.run(script.decode())
+    found = browser.run(
         "axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']})"
         ".then(({violations, passes}) => [passes.length, violations.map(({id, nodes}) => "
         "`${id}: ${nodes.map((node) => node.html.slice(0, 200)).join(' | ')}`)])"
@@ -89,14 +89,14 @@ def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_read(browser: Brows
     assert found[0] > 20
 
 
-def test_the_map_shows_each_layer(browser: Browser, daemon: Daemon):
+def test_the_map_shows_each_layer(browser: Viewer, daemon: Daemon):
     look_at(browser, daemon)
     shares = "[...document.querySelectorAll('.cell i')].map((cell) => cell.style.transform)"
     browser.wait_for(f"{shares}.every((each) => each === 'scaleY(1)')")
-    assert browser.evaluate(f"{shares}.length") == 5
+    assert browser.run(f"{shares}.length") == 5
 
 
-def test_it_follows_an_engine_that_dies_and_comes_back(browser: Browser, make_daemon: MakeDaemon):
+def test_it_follows_an_engine_that_dies_and_comes_back(browser: Viewer, make_daemon: MakeDaemon):
     daemon = make_daemon({"warmth.mode": "auto"}, STANDIN_LOAD_SECONDS="1")
     daemon.start()
     pid = daemon.wait_ready()["engine"]["pid"]
@@ -108,31 +108,31 @@ def test_it_follows_an_engine_that_dies_and_comes_back(browser: Browser, make_da
     assert browser.complaints() == []
 
 
-def test_it_says_that_it_is_stale_while_the_daemon_is_away_and_comes_back_with_it(browser: Browser, daemon: Daemon):
+def test_it_says_that_it_is_stale_while_the_daemon_is_away_and_comes_back_with_it(browser: Viewer, daemon: Daemon):
     look_at(browser, daemon)
     daemon.signal(signal.SIGTERM)
     daemon.end()
     browser.wait_for("document.getElementById('link').textContent.startsWith('emberd does not answer')")
-    assert browser.evaluate("document.body.classList.contains('stale')")
+    assert browser.run("document.body.classList.contains('stale')")
     daemon.start()
     browser.wait_for(IS_LIVE)
     browser.wait_for(f"{SENTENCE}.startsWith('Warm.')")
-    assert not browser.evaluate("document.body.classList.contains('stale')")
+    assert not browser.run("document.body.classList.contains('stale')")
 
 
-def test_it_can_be_used_by_keyboard_alone(browser: Browser, daemon: Daemon):
+def test_it_can_be_used_by_keyboard_alone(browser: Viewer, daemon: Daemon):
     look_at(browser, daemon)
     active = "document.activeElement"
 
     def tab_to(condition: str) -> None:
         for _ in range(40):
             browser.press("Tab")
-            if browser.evaluate(condition):
+            if browser.run(condition):
                 return
         raise AssertionError(f"the Tab key never comes to {condition}")
 
     tab_to(f"{active}.dataset.do === 'pause'")
-    assert browser.evaluate(f"getComputedStyle({active}).outlineStyle") == "solid"
+    assert browser.run(f"getComputedStyle({active}).outlineStyle") == "solid"
     browser.press("Enter")
     browser.wait_for("document.getElementById('answer').textContent === 'Paused for 1 h 0 min.'")
     daemon.wait_for(lambda status: status["warmth"]["paused_for_s"], "the pause")
@@ -148,5 +148,5 @@ def test_it_can_be_used_by_keyboard_alone(browser: Browser, daemon: Daemon):
     tab_to(f"{active}.className === 'strip'")
     for key, layer in (("Home", "token embd"), ("ArrowRight", "layer 0"), ("End", "output")):
         browser.press(key)
-        assert browser.evaluate(f"{active}.getAttribute('aria-valuetext')").startswith(f"{layer}: 100 %")
+        assert browser.run(f"{active}.getAttribute('aria-valuetext')").startswith(f"{layer}: 100 %")
     tab_to(f"{active}.className === 'plot'")

@@ -501,8 +501,8 @@ async def test_the_engine_sees_exactly_the_clients_head(front: Front):
     await front.exchange(b"MkCol /%e4?q HTTP/1.1\r\nHost: x\r\nProxy-X: a\r\nB: 1\r\nConnection: close\r\n\r\n")
     await front.exchange(b"POST /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert engine.heads == [
-        b"MkCol /%e4?q HTTP/1.1\r\nhost: x\r\nb: 1\r\n\r\n",
-        b"POST /nothing HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"MkCol /%e4?q HTTP/1.1\r\nhost: x\r\nb: 1\r\nconnection: close\r\n\r\n",
+        b"POST /nothing HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
     ]
 
 
@@ -963,6 +963,53 @@ async def test_a_stream_that_lacks_no_word_does_not_wait_for_the_next_engine(fro
     assert answer.content == said + b"data: [DONE]\n\n"
     assert len(engine.heads) == 1
     assert front.gate.refused == [front.gate.port]
+
+
+@pytest.mark.parametrize("kind", [b"text/event-stream", b"application/x-ndjson"])
+async def test_a_cut_stream_of_ollamas_ends_with_a_line_that_has_the_error(front: Front, kind: bytes):
+    line = b'{"message": {"content": " upon"}, "done": false}\n'
+
+    async def speak_and_die(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(_EVENTS_HEAD.replace(b"text/event-stream", kind) + chunk(line))
+        await writer.drain()
+        writer.transport.abort()
+
+    await serve(front, speak_and_die)
+    seen = await seen_until_broken(front, "/api/chat")
+    assert line in seen
+    assert b'{"error": "the engine ended, and a reply with events of this API cannot be continued"}\n' in seen
+    assert front.turns.last is not None
+    assert (front.turns.last.reply, front.turns.last.was_cut) == (" upon", True)
+
+
+async def test_a_reply_to_ollama_that_koboldcpp_does_not_stream_is_remembered(front: Front):
+    content = b'{"response": " upon", "context": [1, 2], "done": true}'
+
+    async def answer(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
+        await writer.drain()
+
+    await serve(front, answer)
+    async with client() as user:
+        assert (await generate(front, user, "/api/generate")).content == content
+    assert front.turns.last is not None
+    assert (front.turns.last.reply, front.turns.last.said) == (" upon", ({"context": [1, 2]},))
+
+
+@pytest.mark.parametrize(("path", "is_use"), [("/v1/embeddings", True), ("/v1/messages/count_tokens", False)])
+async def test_vectors_are_a_use_that_leaves_what_is_remembered(front: Front, path: str, is_use: bool):
+    await serve(front, hello)
+    front.turns.begin("1:a")
+    front.turns.end("1:a", lambda: Turn("/api/v1/generate", {"prompt": "Once"}, " upon a time"))
+    ended_s = front.turns.used_s
+    assert ended_s is not None
+    async with client() as user:
+        assert (await user.post(front.url + path, json={"input": "x"})).status_code == 200
+    assert front.turns.used_s is not None
+    assert (front.turns.used_s > ended_s) is is_use
+    assert front.turns.ended_s == ended_s
+    assert front.turns.cache("1:a", is_adopted=False) is Cache.KNOWN
+    assert front.knocks.seconds_since is not None
 
 
 async def test_of_several_replies_one_that_is_whole_does_not_end_the_stream(front: Front):

@@ -100,7 +100,7 @@ async def test_a_half_closed_client_that_then_leaves_ends_its_generation(
 ):
     """Where the kernel does not know the other end, a reset tells."""
     if not is_known:
-        monkeypatch.setattr(ThisHost, "is_held", staticmethod(lambda *_: None))
+        monkeypatch.setattr(ThisHost, "is_held", lambda *_: None)
     monkeypatch.setattr(client_connection, "_LOOK_S", 0.05)
     slow = Slow()
     await serve(front, slow)
@@ -121,7 +121,7 @@ async def test_a_client_that_nobody_knows_is_gone_when_the_reply_cannot_be_deliv
     front: Front, monkeypatch: pytest.MonkeyPatch
 ):
     """A closed connection of another computer looks like a half-closed one, until something is written."""
-    monkeypatch.setattr(ThisHost, "is_held", staticmethod(lambda *_: None))
+    monkeypatch.setattr(ThisHost, "is_held", lambda *_: None)
     cut = asyncio.Event()
 
     async def endless(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -430,6 +430,18 @@ async def test_an_upgrade_is_no_way_around_the_line_of_generations(front: Front)
         + b"Content-Length: 2\r\n\r\n{}"
     )
     assert b"upgrade" not in engine.heads[0].lower()
+
+
+async def test_an_engine_that_would_keep_its_connection_open_is_asked_to_close_it(front: Front):
+    """As KoboldCPP does after a WebSocket of the same thread; its errors have no length."""
+
+    async def keep(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\n\r\nnone")
+        if b"\r\nconnection: close\r\n" not in head.lower():
+            await reader.read()
+
+    await serve(front, keep)
+    assert b"none" in await front.exchange(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
 
 
 async def test_the_end_of_emberd_does_not_wait_for_a_quiet_websocket(front: Front):

@@ -14,6 +14,8 @@ from emberd.core.errors import EmberdError
 _VERBS = {
     "run": ("run.command", "Run the daemon in the foreground."),
     "status": ("status.command", "Show the engine's state."),
+    "page": ("history.page", "Open emberd's page in the browser."),
+    "history": ("history.command", "Show what happened, and what keeping warm has brought."),
     "doctor": ("doctor.command", "Tell what is wrong and what helps."),
     "install": ("install.install", "Run emberd at every login, by launchd or systemd."),
     "uninstall": ("install.uninstall", "Undo install."),

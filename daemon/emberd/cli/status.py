@@ -15,6 +15,8 @@ from emberd.core.words import duration
 from emberd.host import ThisHost
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from emberd.core.lock import LockVerdict
     from emberd.core.status import (
         ContextStatus,
@@ -30,17 +32,32 @@ _COLOURS = {"READY": "green", "FAILED": "red", "BACKOFF": "yellow", "STOPPED": "
 
 
 @click.command("status")
+@click.option("--watch", "is_watched", is_flag=True, help="Go on until Ctrl-C, with the last hour as small charts.")
 @as_json
 @click.pass_obj
-def command(config: str | None, is_json: bool) -> None:  # noqa: FBT001  # click's flag
-    """Show the engine's state; exit code 3 if emberd is not running."""
+def command(config: str | None, *, is_json: bool, is_watched: bool) -> None:
+    """Show the engine's state; exit code 3 if emberd is not running.
+
+    With --watch it is shown anew every two seconds, also after emberd was away; with --json as a line each time.
+    """
+    if is_watched:
+        from emberd.cli.watch import watch  # noqa: PLC0415  # only for this
+
+        watch(config, status_table, is_json=is_json)
+        return
     show(ask_daemon(config, "status"), is_json, lambda plain: print_status(from_plain(Status, plain)))
 
 
 def print_status(status: Status) -> None:
     """Print a status for a person."""
     from rich.console import Console  # noqa: PLC0415  # heavy, and not needed for --json
-    from rich.table import Table  # noqa: PLC0415
+
+    Console(highlight=False).print(status_table(status))
+
+
+def status_table(status: Status) -> Table:
+    """Return a status for a person."""
+    from rich.table import Table  # noqa: PLC0415  # heavy, and not needed for --json
     from rich.text import Text  # noqa: PLC0415
 
     table = Table.grid(padding=(0, 2))
@@ -48,7 +65,7 @@ def print_status(status: Status) -> None:
     table.add_column(overflow="fold")
     for name, value, style in (_standby_rows if status.state == "STANDBY" else _rows)(status):
         table.add_row(name, Text(value, style=style))
-    Console(highlight=False).print(table)
+    return table
 
 
 def _rows(status: Status) -> list[tuple[str, str, str]]:

@@ -56,6 +56,9 @@ _OTHER_GENERATIONS = (
     "/request",
     "/sdapi/v1/interrogate",
 )
+_OTHER_USES = ("/embeddings", "/embedding", "/rerank", "/reranking", "/api/embed")
+"""Uses of a model that leave the prompt cache alone: llama.cpp's server makes either text or these, KoboldCPP has
+another model for them."""
 _OTHER_CHANGES = re.compile(r"/api/admin/(load|clear)_state$|^/slots/\d+$")
 """Requests that restore or drop a state of the cache: KoboldCPP 1.104, llama.cpp's server (or only save it)."""
 _LOOKS_AFTER_ENGINE = (
@@ -191,6 +194,11 @@ def changes_cache(method: str, path: str) -> bool:
         return True  # a GET there can generate
     is_generation = dialect_of(path) is not None or path.endswith(_OTHER_GENERATIONS)
     return method == "POST" and (is_generation or _OTHER_CHANGES.search(path) is not None)
+
+
+def uses_model(method: str, path: str) -> bool:
+    """Return True if a request is a user's work with a model: it makes text, vectors or an order of documents."""
+    return changes_cache(method, path) or (method == "POST" and path.rstrip("/").endswith(_OTHER_USES))
 
 
 def needs_engine(method: str, path: str, *, is_user_back: bool) -> bool:

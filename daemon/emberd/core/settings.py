@@ -51,7 +51,8 @@ class ModelSettings:
 
     path: str = setting(
         "",
-        "The GGUF file. The first part of a split model. ~ is your home. Empty: the one named in engine.kcpps.",
+        "The GGUF file. The first part of a split model. ~ is your home; a relative path belongs to the folder of "
+        "the settings. Empty: the one named in engine.kcpps.",
     )
 
 

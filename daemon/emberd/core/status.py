@@ -349,6 +349,7 @@ class SwapStatus:
         other_bytes: by everybody else.
         unknown_bytes: by unknown programs.
         share_of_endurance: of the SSD's rated endurance; 1 is all of it.
+        endurance_bytes: the SSD's rated endurance, by the settings.
     """
 
     written_today_bytes: int = 0
@@ -357,6 +358,7 @@ class SwapStatus:
     other_bytes: int = 0
     unknown_bytes: int = 0
     share_of_endurance: float = 0.0
+    endurance_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ class StreamedReply:
             return None
         try:
             content = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
             self.obstacle = self.obstacle or "an event that is not understood"
@@ -197,6 +197,8 @@ class StreamedReply:
 
     def _of_chat(self, content: dict[str, Any]) -> bytes:
         """Return an event of llama.cpp's own as a chat's; the last one says why, and what it took."""
+        if "content" not in content:
+            return _event(content)  # an error
         text = said(Dialect.LLAMA, content).text
         made = self._chunk({"content": text}) if text else b""
         if content.get("stop") is not True:

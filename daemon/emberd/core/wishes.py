@@ -38,6 +38,7 @@ class OwnerWishes:
         unloads_by: the option that unloads an idle model, empty for none.
         files: other files that are loaded: projectors, drafts, adapters, speech, images, embeddings.
         reply_tokens: greatest reply where a request names none.
+        serves: what it serves in place of text: embeddings or rerank; empty for text.
         is_renamed: the model is served under another name than its file's.
         can_switch: the engine may be told to serve another model.
         switch_folder: where what it can be switched to lies, empty for nowhere.
@@ -62,6 +63,7 @@ class OwnerWishes:
     unloads_by: str = ""
     files: tuple[NamedFile, ...] = ()
     reply_tokens: int | None = None
+    serves: str = ""
     is_renamed: bool = False
     can_switch: bool = False
     switch_folder: str = ""

@@ -51,6 +51,12 @@ _HTTP_OK = 200
 _PRIVATE = re.compile(r"Namespace\(|Body Err:|^(?:Input|Output):|password='")
 """`Namespace(` shows passwords and `Body Err:` whole request bodies, both even with --quiet. Either can follow
 the counts of a generation, whose line ends only with the next one (1.104, 1.115)."""
+_REPLY = "Output:"
+_OWN_WORDS = re.compile(
+    r"\[\d\d:\d\d:\d\d\] CtxLimit|Processing Prompt|Generating|Admin: |Reloading new |Terminating old "
+    r"|Restarting Kobold|Attempting to recover|\[Unload Timeout\]|llama_|load_|System: |Loading |Initializing "
+)
+"""What ends a reply in the log. A model that was switched in place prints them: --quiet is lost (1.104, 1.115)."""
 _WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bind")
 """1.104 then spins on the unbound socket for ever; 1.76 exits with 1, later builds with 0."""
 _PROTECTED_MODEL = "koboldcpp/protected-model"
@@ -80,8 +86,8 @@ _LIGHT_POSTS = (
 """POSTs that do not wait for the model (1.76 to 1.104, `do_POST`; `/api/show` 1.115)."""
 _UNITS_OF_A_GENERATION = 1_000_000
 """Makes the count of finished generations exceed any length of a running reply."""
-_DEFAULT_LENGTH_TOKENS = 1024
-"""Above 896, 1.104's (`--defaultgenamt`), and what older versions take."""
+_OLD_DEFAULT_LENGTH_TOKENS, _DEFAULT_LENGTH_TOKENS = 1024, 2048
+"""Above 896, 1.104's (`--defaultgenamt`), and what older versions take; and 1.115's."""
 
 
 class KoboldCpp:
@@ -116,6 +122,7 @@ class KoboldCpp:
         self._build: Build | None = None
         self.password = ""
         self.switch: Switch | None = None
+        self._is_in_reply = False
         self.most_at_work = 1
         """It works on one unless told. Six more may wait in its queue, further ones get 503 (1.104)."""
 
@@ -306,9 +313,10 @@ class KoboldCpp:
         told = (await self._http.get(port, "/api/extra/true_max_context_length", timeout_s)).get("value")
         if not isinstance(told, int):
             return None
-        version = (await self._http.get(port, "/api/extra/version", timeout_s)).get("version")
-        keeps_a_fifth = read_version(version) >= CONTINUES_TURNS
-        text, default = prompt_text(turn), max(_DEFAULT_LENGTH_TOKENS, self.wishes().reply_tokens or 0)
+        version = read_version((await self._http.get(port, "/api/extra/version", timeout_s)).get("version"))
+        keeps_a_fifth = version >= CONTINUES_TURNS
+        usual = _DEFAULT_LENGTH_TOKENS if version[:2] > CONTINUES_TURNS else _OLD_DEFAULT_LENGTH_TOKENS
+        text, default = prompt_text(turn), max(usual, self.wishes().reply_tokens or 0)
         if fits(turn, len(text.encode("utf-8", "surrogatepass")), told, default, keeps_a_fifth=keeps_a_fifth):
             return True
         counted = await self.count_tokens(port, text, timeout_s)
@@ -354,8 +362,12 @@ class KoboldCpp:
         return llama_log.read_progress(line)
 
     def is_private(self, line: str) -> bool:
-        """Recognise the lines that hold passwords, prompts or replies."""
-        return _PRIVATE.search(line) is not None
+        """Recognise the lines that hold passwords, prompts or replies; a reply can have several."""
+        is_begun = _PRIVATE.search(line) is not None
+        self._is_in_reply = line.startswith(_REPLY) or (
+            self._is_in_reply and not is_begun and _OWN_WORDS.match(line) is None
+        )
+        return is_begun or self._is_in_reply
 
     def is_fatal(self, line: str) -> bool:
         """Recognise that the port was taken."""

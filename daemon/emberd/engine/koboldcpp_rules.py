@@ -105,14 +105,13 @@ _PORT = Rule(
     Act.REPLACE, Act.REPLACE, "emberd chooses the engine's port; clients use endpoint.port.", "port_ignored"
 )
 _MODEL = Rule(Act.REFUSE, Act.DROP, "emberd names the model.", remedy="Set model.path instead.")
-_IDLE = Rule(Act.WARN, Act.WARN, "KoboldCPP will unload the model that emberd keeps warm.", "idle_unloading")
-
-_SWITCH = Rule(
-    Act.WARN,
-    Act.WARN,
-    "With it a client can have KoboldCPP load another model, by a name in its request.",
-    "model_switching",
+_ROUTER = Rule(
+    Act.REFUSE,
+    Act.REFUSE,
+    "KoboldCPP's router listens on all interfaces, at port 5001, past emberd's endpoint and its key (1.115).",
+    remedy="Remove it; --admin with --admindir switches models through emberd's endpoint.",
 )
+_IDLE = Rule(Act.WARN, Act.WARN, "KoboldCPP will unload the model that emberd keeps warm.", "idle_unloading")
 
 RULES: Mapping[str, Rule] = {
     # What emberd decides.
@@ -167,8 +166,8 @@ RULES: Mapping[str, Rule] = {
     ),
     # What undoes emberd's work, or surprises.
     "adminunloadtimeout": _IDLE,
-    "autoswapmode": _IDLE,
-    "routermode": _SWITCH,
+    "autoswapmode": _ROUTER,
+    "routermode": _ROUTER,
     "baseconfig": Rule(
         Act.REFUSE,
         Act.REPLACE,

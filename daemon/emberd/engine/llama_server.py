@@ -23,7 +23,7 @@ from emberd.core.wishes import OwnerWishes
 from emberd.engine import llama_log
 from emberd.engine.embedded import PROMPT_CACHE_MIB
 from emberd.engine.http import NOTHING_LISTENS, Answer
-from emberd.engine.process import STOP_SIGNALS
+from emberd.engine.process import HARMFUL, STOP_SIGNALS
 from emberd.engine.program import check_executable, check_ran, find_program
 from emberd.engine.wishes import (
     API_KEY,
@@ -67,7 +67,9 @@ _OWNED_VARIABLES = {
 }
 """Those that no argument of emberd's overrides."""
 _MODES_WITHOUT_SERVER = frozenset({"-h", "--help", "--usage", "--version", "--completion-bash", "--list-devices"})
-_VERBOSE = frozenset({"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"})
+_VERBOSE = frozenset(
+    {"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity", "--log-prompts-dir"}
+)
 _HELP_COLUMN = 40
 _USUAL_SLOTS = 4
 """Unless told (tools/server/server.cpp, since 2025)."""
@@ -391,7 +393,7 @@ class ExternalServer(LlamaServer):
         wishes = self.wishes()
         check_files(wishes.files, "engine.extra_args or LLAMA_ARG_*")
         self._password = _a_key(wishes)
-        notices = notices_of(wishes)
+        notices = notices_of(wishes) + inherited(os.environ)
         if engine.kcpps:
             notices += (Notice("kcpps_ignored", "engine.kcpps is for KoboldCPP; llama-server does not read it"),)
         # Everybody on this computer can read a command line.
@@ -518,3 +520,15 @@ def notices_of(wishes: OwnerWishes) -> tuple[Notice, ...]:
         said = "the model is not to be mapped: its weights become ordinary memory that is swapped when they idle"
         notices.append(Notice("mmap_off", said))
     return tuple(notices)
+
+
+def inherited(environment: Mapping[str, str]) -> tuple[Notice, ...]:
+    """Return a notice of llama.cpp's variables in emberd's environment, without their values."""
+    names = sorted(name for name in environment if name.startswith("LLAMA_") and environment[name])
+    kept = ", ".join(name for name in names if not HARMFUL.match(name))
+    left_out = ", ".join(name for name in names if HARMFUL.match(name))
+    said = [f"the engine takes options from the environment: {kept}"] if kept else []
+    said += [f"kept from it, as emberd could not do its work or prompts would be printed: {left_out}"] * bool(
+        left_out
+    )
+    return (Notice("inherited_options", "; ".join(said)),) if said else ()

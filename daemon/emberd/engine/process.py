@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -185,10 +186,15 @@ def is_alive(pid: int) -> bool:
     return status != psutil.STATUS_ZOMBIE
 
 
+HARMFUL = re.compile(r"(LLAMA_ARG_LOG|LLAMA_LOG)_|LLAMA_TRACE$|LLAMA_ARG_(MODEL_URL|HF_REPO|HF_FILE|DOCKER_REPO)$")
+"""llama.cpp's variables that print prompts or change the lines that emberd reads, and those that name another model
+(common/arg.cpp, build 11434; before, the first were LLAMA_LOG_*)."""
+
+
 def inherited_environment() -> dict[str, str]:
-    """Return what an engine's program gets of emberd's environment: all but what is emberd's alone."""
+    """Return what an engine's program gets of emberd's environment: all but what is emberd's alone, or harms."""
     own = {*notify_socket.VARIABLES, api_key.ENVIRONMENT}
-    return {name: value for name, value in os.environ.items() if name not in own}
+    return {name: value for name, value in os.environ.items() if name not in own and not HARMFUL.match(name)}
 
 
 def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:

@@ -69,6 +69,8 @@ class _Names:
     switch_folder: tuple[str, ...] = ()
     switch_models: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    rerank: tuple[str, ...] = ()
     api_key: tuple[str, ...] = ()
     api_key_file: tuple[str, ...] = ()
 
@@ -109,6 +111,8 @@ _LLAMA_SERVER = _Names(
     fit=("--fit", "-fit"),
     fit_context=("--fit-ctx", "-fitc"),
     prompt_cache=(PROMPT_CACHE, "-cram"),
+    embeddings=("--embeddings", "--embedding"),
+    rerank=("--reranking", "--rerank"),
     api_key=(API_KEY,),
     api_key_file=("--api-key-file",),
 )
@@ -128,6 +132,8 @@ _VARIABLES = {
     "LLAMA_ARG_FIT_CTX": "--fit-ctx",
     "LLAMA_ARG_SWA_FULL": "--swa-full",
     "LLAMA_ARG_CACHE_RAM": PROMPT_CACHE,
+    "LLAMA_ARG_EMBEDDINGS": "--embeddings",
+    "LLAMA_ARG_RERANKING": "--reranking",
     API_KEY_VARIABLE: API_KEY,
     "LLAMA_ARG_API_KEY_FILE": "--api-key-file",
 }
@@ -249,6 +255,7 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         unloads_by=next((name for name in names.unload if is_asked(name)), ""),
         files=tuple(_files(said)),
         reply_tokens=count(*names.reply),
+        serves="rerank" if is_asked(*names.rerank) else "embeddings" if is_asked(*names.embeddings) else "",
         is_renamed=bool(is_asked(*names.rename)),
         can_switch=any(is_asked(name) for name in names.switch),
         switch_folder=value(*names.switch_folder),

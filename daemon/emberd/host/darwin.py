@@ -15,6 +15,7 @@ from emberd.core.engine_files import MappedFile, may_be_weights
 from emberd.core.lock_limits import LockLimits, WireRefusals
 from emberd.core.memory import EngineMemory, GpuLimits, Power, PowerSource, Pressure, SystemMemory
 from emberd.core.residency import Paging
+from emberd.host import darwin_sockets
 from emberd.host.activation import from_launchd
 from emberd.host.darwin_calls import DarwinCalls
 from emberd.host.darwin_health import read_health
@@ -161,10 +162,9 @@ class DarwinHost(PosixHost):
         # A kqueue is itself readable when an event is pending (kqueue(2)), so the loop can wait for it.
         return ReadableWatch(queue.fileno(), close, lambda: queue.control(None, 16, 0))
 
-    @staticmethod
-    def is_held(local: tuple[str, int], remote: tuple[str, int]) -> bool | None:  # noqa: ARG004  # as on Linux
-        """Return None: it is unknown here whether a process still holds the socket at `local`."""
-        return None
+    def is_held(self, local: tuple[str, int], remote: tuple[str, int]) -> bool | None:
+        """Ask the kernel's list of connections: see `darwin_sockets.is_held`."""
+        return darwin_sockets.is_held(local, remote, self._calls.value)
 
     def start_token(self, pid: int) -> str | None:
         """Return the start time that the kernel noted at fork (`p_starttime`); it is not moved by clock changes."""

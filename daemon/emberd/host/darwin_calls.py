@@ -314,17 +314,18 @@ class DarwinCalls:
 
     def number(self, name: str) -> int | None:
         """Return an unsigned number by sysctlbyname(3), 4 or 8 bytes wide; None if there is none of that name."""
-        value = self._sysctl(name, max(_NUMBER_BYTES))
+        value = self.value(name, max(_NUMBER_BYTES))
         return int.from_bytes(value, "little") if value is not None and len(value) in _NUMBER_BYTES else None
 
     def swap_usage(self) -> XswUsage | None:
         """Return vm.swapusage (xnu, bsd/kern/kern_sysctl.c), None if it cannot be told."""
-        value = self._sysctl("vm.swapusage", ctypes.sizeof(XswUsage))
+        value = self.value("vm.swapusage", ctypes.sizeof(XswUsage))
         if value is None or len(value) != ctypes.sizeof(XswUsage):
             return None
         return XswUsage.from_buffer_copy(value)
 
-    def _sysctl(self, name: str, most_bytes: int) -> bytes | None:
+    def value(self, name: str, most_bytes: int) -> bytes | None:
+        """Return what sysctlbyname(3) has of that name; None if there is nothing, or more than `most_bytes`."""
         if self._sysctlbyname is None:
             return None
         value = ctypes.create_string_buffer(most_bytes)

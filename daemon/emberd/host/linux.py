@@ -127,7 +127,9 @@ class LinuxHost(PosixHost):
         except OSError:
             return None
 
-    is_held = staticmethod(linux_sockets.is_held)
+    def is_held(self, local: tuple[str, int], remote: tuple[str, int]) -> bool | None:
+        """Ask the kernel's table of sockets: see `linux_sockets.is_held`."""
+        return linux_sockets.is_held(local, remote)
 
     def start_token(self, pid: int) -> str | None:
         """Return boot id and start time in ticks: unlike a wall-clock time, it survives clock changes."""

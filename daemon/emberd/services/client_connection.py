@@ -60,6 +60,7 @@ _REASONS = (
 )
 """What h11 complains of, without the client's bytes that it may quote: the log must not have them."""
 _log = logger("endpoint")
+_host = ThisHost()
 
 
 def is_news(record: logging.LogRecord) -> bool:
@@ -300,7 +301,7 @@ class ClientConnection(H11Protocol):
         try:
             ask_often(ends, _KEEP_ALIVE_S)
             is_gone = ends.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-            is_gone = is_gone or ThisHost.is_held(ends.getpeername()[:2], ends.getsockname()[:2]) is False
+            is_gone = is_gone or _host.is_held(ends.getpeername()[:2], ends.getsockname()[:2]) is False
         except OSError:
             is_gone = True
         if is_gone:

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from emberd.host.instance import Instance
     from emberd.services.control import Verb
     from emberd.services.door import Door
+    from emberd.services.page import Page
 
-NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool")
+NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool", "history", "metrics")
 """Verbs that an emberd without an engine refuses."""
 _OWN_FILES = 64
 """Open files besides connections: about 20 when idle."""
@@ -58,6 +59,7 @@ class Daemon:
         self._began_s = time.monotonic()
         self._control: ControlServer | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._page: Page | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -107,16 +109,20 @@ class Daemon:
         verbs: Mapping[str, Verb],
     ) -> None:
         """Serve clients until the endpoint is stopped: see `make_app` and `Page`."""
-        pages: list[ASGIApp] = []
 
         async def page(scope: Scope, receive: Receive, send: Send) -> None:
-            if not pages:
+            if self._page is None:
                 from emberd.services.page import Page  # noqa: PLC0415  # most daemons are never looked at
 
-                pages.append(Page(verbs, door))
-            await pages[0](scope, receive, send)
+                self._page = Page(verbs, door, self.log)
+            await self._page(scope, receive, send)
 
         await self.endpoint.serve(make_app(proxy, state, is_warm, login, page), self.instance.listeners)
+
+    def close_views(self) -> None:
+        """End the live views: the end of this process waits for nobody who only looks."""
+        if self._page is not None:
+            self._page.events.close()
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
         """Run this work in a task until it or this process ends."""

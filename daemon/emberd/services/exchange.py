@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from emberd.core.errors import NotReady
-from emberd.core.generation import Rest, changes_cache, recognise
+from emberd.core.generation import Rest, changes_cache, recognise, uses_model
 from emberd.core.minute import FirstToken
 from emberd.core.status import RequestStatus
 from emberd.core.streamed import StreamedReply
@@ -103,12 +103,12 @@ class Exchange:
         """
         patience = Patience(self._hold_timeout_s)
         is_work = self._gate.engine.is_work(scope["method"], scope["path"])
-        uses_model = is_work or changes_cache(scope["method"], scope["path"])
+        waits = is_work or uses_model(scope["method"], scope["path"])
         sends, had_place = 0, False
         try:
             while sends < _MOST_SENDS and (body.can_be_sent_again or self._stream is not None):
                 async with self._places.taken(
-                    patience, is_work=is_work, goes_first=had_place, uses_model=uses_model, wakes=wakes
+                    patience, is_work=is_work, goes_first=had_place, uses_model=waits, wakes=wakes
                 ) as port:
                     self._port, had_place = port, True
                     seen = len(self._stream.text) if self._stream else 0
@@ -209,6 +209,8 @@ class Exchange:
                 self._turns.end(engine_key, self._ended(in_log).turn, in_log, self._first)
             elif replaces:
                 self._turns.end_unheard()
+            elif self._status == _HTTP_OK and uses_model(scope["method"], scope["path"]):
+                self._turns.note_use()
 
     async def _reply(
         self, head: ReplyHead, connection: EngineConnection, client: Client, flowed: Callable[[int], None]

@@ -37,7 +37,7 @@ _PAGE_LIMIT = 4096
 if there were one each five minutes."""
 _MOST_PENDING = 24 * 60
 """So many minutes and first tokens wait in memory for a disk that takes nothing."""
-_COLD_KEPT = 9
+COLD_KEPT = 9
 """The last first tokens of a cold model tell how slow it is; as many as core/forecast.py keeps."""
 _CACHE_KIB = 64
 Account = TypeVar("Account", SwapWrites, WarmthCost)
@@ -183,8 +183,8 @@ class History:
     def cold_first_tokens(self) -> list[FirstToken]:
         """Return the last first tokens that met a cold model, however long ago."""
         with self._lock:
-            found = self._read(lambda connection: series.read_cold(connection, _COLD_KEPT))
-            return [*found, *(token for token in self._tokens if token.temperature == "cold")][-_COLD_KEPT:]
+            found = self._read(lambda connection: series.read_cold(connection, COLD_KEPT))
+            return [*found, *(token for token in self._tokens if token.temperature == "cold")][-COLD_KEPT:]
 
     def days(self, since: date, kind: type[Account]) -> Mapping[date, Account]:
         """Return the accounts of a kind from a day on, also those that wait in memory."""

@@ -209,7 +209,7 @@ class KeepWarm:
         self._pauses.note_use(self._use.arrived_s, self._gate.woken_s)
 
     def _cool_end_s(self) -> float | None:
-        return self._pauses.cool_end_s(self._settings(), self._turns.ended_s, self._gate.woken_s)
+        return self._pauses.cool_end_s(self._settings(), self._turns.used_s, self._gate.woken_s)
 
     def _consider(self, seen: Observation, power: Power, found: Found | None = None) -> Snapshot:
         """Return the snapshot to decide on; nothing is awaited here, so that all of it is of one moment."""
@@ -230,7 +230,7 @@ class KeepWarm:
             paused_until_s=self._pauses.paused_until_s,
             cool_until_s=self._cool_end_s(),
             hold=self._watch.guard.hold,
-            last_use_s=self._turns.ended_s,
+            last_use_s=self._turns.used_s,
             last_pass_s=self._use.last_pass_s,
             interval_s=self._interval_s,
             loss_wait_s=self._loss_wait_s,

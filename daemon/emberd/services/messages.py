@@ -212,7 +212,9 @@ def engine_request(scope: Scope, body: Body, port: int, rest: Rest | None = None
         target = rest.path.encode()
     elif scope["query_string"]:
         target += b"?" + scope["query_string"]
-    headers = end_to_end(scope["headers"])
+    # One connection for one request. Without this word KoboldCPP leaves a connection open whose thread had a
+    # WebSocket before, and an error reply of it has no length (1.104 to 1.115.1): it would never end.
+    headers = [*end_to_end(scope["headers"]), (b"connection", b"close")]
     names = {name for name, _ in scope["headers"]}
     if b"host" not in names:  # HTTP/1.0
         headers.insert(0, (b"host", f"127.0.0.1:{port}".encode()))

@@ -6,11 +6,13 @@ import asyncio
 import hashlib
 import inspect
 import json
+import math
 import platform
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse, Response
 
 from emberd.core import access
@@ -20,12 +22,14 @@ from emberd.core.report import make_report
 from emberd.core.sentence import Finding, say
 from emberd.core.status import Status, from_plain, to_plain
 from emberd.services import logs
+from emberd.services.events import MOST_VIEWERS, Events, LiveResponse
 from emberd.services.messages import Body, ClientGone, ClientSilent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from starlette.types import Receive, Scope, Send
+    from structlog.typing import FilteringBoundLogger
 
     from emberd.services.control import Verb
     from emberd.services.door import Door
@@ -53,6 +57,8 @@ _ACTIONS = {"warm": False, "pause": True, "cool": True, "resume": False, "restar
 """Verbs that the page has buttons for, and whether they take a time in seconds."""
 _LONGEST_S = 7 * 86_400.0
 _BODY_BYTES = 1024
+_LATEST_S = 253_402_300_800.0
+"""The year 10000: further than dates go."""
 _NO_ENGINE = "there is no engine"
 _DOCTOR_FRESH_S = 30.0
 """An examination asks the engine's program and looks at all processes; people reload pages."""
@@ -64,9 +70,11 @@ class Page:
     Args:
         verbs: what the daemon can be asked; the same as on the control socket.
         door: lets in who may use the endpoint.
+        log: for a live view that fails.
     """
 
-    def __init__(self, verbs: Mapping[str, Verb], door: Door) -> None:
+    def __init__(self, verbs: Mapping[str, Verb], door: Door, log: FilteringBoundLogger) -> None:
+        self.events = Events(self.view, log)
         self._verbs = verbs
         self._door = door
         self._examined: tuple[float, dict[str, Any]] | None = None
@@ -99,6 +107,8 @@ class Page:
         show = views.get(name)
         if method in {"GET", "HEAD"} and show is not None:
             return JSONResponse(await show())
+        if method == "GET" and name in {"events", "history", "metrics"}:
+            return await self._tell(name, scope)
         if method == "POST" and name.removeprefix("do/") in _ACTIONS:
             return await self._act(name.removeprefix("do/"), receive)
         return _refused(404, "not_found", "emberd has no such page")
@@ -117,6 +127,25 @@ class Page:
             "status": plain,
             "events": [{"at": at, "level": level, "text": text} for at, level, text in events if text],
         }
+
+    async def _tell(self, name: str, scope: Scope) -> Response:
+        """Return what programs also ask for: the live view, the past, or metrics."""
+        if name == "events" and self.events.is_full:
+            return _refused(503, "too_many_viewers", f"{MOST_VIEWERS} viewers are there already")
+        if name == "events":
+            return LiveResponse(self.events)
+        try:
+            if name == "history":
+                past = await self._ask("history", **_history_times(QueryParams(scope["query_string"])))
+                return await asyncio.to_thread(JSONResponse, past)  # a week is 100 KB
+            accept = b",".join(value for header, value in scope["headers"] if header == b"accept")
+            told = await self._ask("metrics", accept=accept.decode("latin-1"))
+            return Response(told["text"], headers={"content-type": told["content_type"]})
+        except ValueError:
+            words = "since and until are seconds since the epoch, step is seconds; each may be left out"
+            return _refused(400, "no_time", words)
+        except EmberdError as error:
+            return _refused(503, "no_engine", error.message, error.remedy)
 
     async def _doctor(self) -> dict[str, Any]:
         async with self._examining:
@@ -152,6 +181,13 @@ class Page:
             return JSONResponse(await self._ask(verb, **arguments))
         except EmberdError as error:
             return _refused(409, "refused", error.message, error.remedy)
+
+
+def _history_times(asked: QueryParams) -> dict[str, float]:
+    times = {f"{name}_s": float(asked[name]) for name in ("since", "until", "step") if name in asked}
+    if not all(math.isfinite(value) and abs(value) < _LATEST_S for value in times.values()):
+        raise ValueError
+    return times
 
 
 def _seconds(value: Any) -> float:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from emberd.services.gate import Gate
 
 _ASK_S = 5.0
-_HTTP_OK = 200
+_LASTING = frozenset({200, 404})
+"""Answers that the next engine of this kind gives again; a 404 is of a server that does not know the path."""
 _MOST_BYTES = 256 * 1024
 """A longer answer is not kept: the longest has a chat template."""
 MARK = b"emberd-answer"
@@ -79,9 +80,9 @@ class Recall:
         found = self._answers().get(path.rstrip("/"))
         if found is None:
             return None
-        kind, text = found
+        status, kind, text = found
         headers = [(MARK, b"remembered; state=" + gate.state.value.encode()), (b"cache-control", b"no-store")]
-        return _said(_HTTP_OK, kind, text.encode(), headers)
+        return _said(status, kind, text.encode(), headers)
 
     async def _ask(self) -> None:
         port, questions = self._gate.port, self._gate.engine.questions
@@ -90,8 +91,8 @@ class Recall:
             if port is None:
                 return
             told = await self._http.get(port, path, _ASK_S, self._password())
-            if told.status == _HTTP_OK and told.content is not None and len(told.raw) <= _MOST_BYTES:
-                answers[path] = (told.kind, told.raw.decode(errors="replace"))
+            if told.status in _LASTING and len(told.raw) <= _MOST_BYTES:
+                answers[path] = (told.status, told.kind, told.raw.decode(errors="replace"))
             port = self._gate.port
         self._keep({"identity": _digest(self._identity()), "answers": answers})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emberd.core.forecast import Temperature
 from emberd.core.minute import MINUTE_S, PRESSURES, Minute, lost_bytes, worth_keeping
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.memory import Observation
+    from emberd.core.swap_account import SwapWrites
+    from emberd.core.tally import Tally
     from emberd.services.accounts import Accounts, Spending
     from emberd.services.forecaster import Forecaster
     from emberd.services.gate import Gate
@@ -53,7 +55,7 @@ class Recorder:
         self._is_warm = is_warm
         self._seen_s = self._saved_s = time.monotonic()
         self._observation: Observation | None = None
-        self._counted = self._counts()
+        self._counted = self.counts()
 
     @property
     def _accounts(self) -> Accounts:
@@ -84,7 +86,7 @@ class Recorder:
         self._seen_s = now_s
         before, self._observation = self._observation, seen
         worst, forecast = self._swap.observer.take_worst(), self._forecaster.status()
-        counted, self._counted = self._counted, self._counts()
+        counted, self._counted = self._counted, self.counts()
         ready_s = observed_s if self._gate.port is not None else 0
         is_hot = forecast.temperature == Temperature.HOT.value
         is_cold = forecast.temperature == Temperature.COLD.value
@@ -115,6 +117,26 @@ class Recorder:
         await self._accounts.keep_rows([minute], worth_keeping(self._turns.take_first_tokens()))
         return minute
 
+    @property
+    def tally(self) -> Tally:
+        """What was counted where it happened."""
+        return self._gate.tally
+
+    @property
+    def swapped(self) -> SwapWrites:
+        """Written to swap since emberd's start."""
+        return self._swap.total
+
+    async def past(
+        self, since_s: float | None = None, until_s: float | None = None, step_s: float | None = None
+    ) -> dict[str, Any]:
+        """Return what `tell_past` tells of a time, of the last day if no other is named."""
+        from emberd.services.past import DEFAULT_SPAN_S, tell_past  # noqa: PLC0415  # asked for once in a while
+
+        end_s = time.time() + 1 if until_s is None else until_s
+        begin_s = end_s - DEFAULT_SPAN_S if since_s is None else since_s
+        return await self._accounts.ask(lambda history: tell_past(history, begin_s, end_s, step_s))
+
     async def save(self) -> None:
         """Write what is in memory. If the disk takes nothing, it stays there for the next time."""
         self._saved_s = time.monotonic()
@@ -130,8 +152,8 @@ class Recorder:
             self._log.exception("recorder_bug")
         await self._accounts.close()
 
-    def _counts(self) -> dict[str, int]:
-        """Return the counts so far, by their columns."""
+    def counts(self) -> dict[str, int]:
+        """Return the counts since emberd's start, by their columns."""
         tally, cost = self._gate.tally, self._spending.total
         return {
             "state_changes": tally.state_changes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import time
 from dataclasses import replace
@@ -101,8 +100,9 @@ class Replays:
         return refused
 
     async def tiny(self) -> dict[str, Any] | None:
-        """Send a generation with a prompt of emberd's own; return None if it was given up or failed."""
-        return None if await self._send(tiny(self._gate.engine.name)) is None else {}
+        """Use the model with words of emberd's own; return None if it was given up or failed."""
+        engine = self._gate.engine
+        return None if await self._send(tiny(engine.name, engine.wishes().serves)) is None else {}
 
     async def replay(self, *, is_thorough: bool) -> dict[str, Any] | None:
         """Replay the conversations that fit into the cache together; end at the first miss.
@@ -174,8 +174,7 @@ class Replays:
         finally:
             for task in (sending, coming):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(sending, coming, return_exceptions=True)
+            await asyncio.gather(sending, coming, return_exceptions=True)
         took_s, told = time.monotonic() - began_s, self._told(sending)
         counts = UNTOLD if told is None else engine.counts_in_reply(told)
         counts = self._gate.counts_in_log() if counts == UNTOLD else counts

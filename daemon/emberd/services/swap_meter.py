@@ -19,6 +19,8 @@ class SwapMeter:
     def __init__(self, observer: Observer, accounts: Accounts) -> None:
         self.observer = observer
         self._accounts = accounts
+        self.total = SwapWrites()
+        """Since emberd's start."""
         self._last: tuple[SwapReading, EngineSample] | None = None
 
     async def tick(self) -> SwapWrites:
@@ -32,6 +34,7 @@ class SwapMeter:
         is_same = engine.key is not None and (engine.key, engine.requests) == (last[1].key, last[1].requests)
         was_idle = is_same and engine.is_idle and last[1].is_idle
         writes = attribute(last[0], reading, is_idle=was_idle)
+        self.total += writes
         await self._accounts.add(writes)
         return writes
 
@@ -47,4 +50,5 @@ class SwapMeter:
             other_bytes=today.other_idle + today.other_busy,
             unknown_bytes=today.unknown_idle + today.unknown_busy,
             share_of_endurance=share_of_endurance(today.total, endurance_tb),
+            endurance_bytes=round(endurance_tb * 1e12) or None,
         )

@@ -73,7 +73,8 @@ class Tunnels:
         except NotReady as not_ready:
             await client.refuse(not_ready)
         except (EngineRefused, EngineBrokeOff):
-            await client.answer(502, "engine_died", "the engine ended before it answered")
+            if not client.has_begun:
+                await client.answer(502, "engine_died", "the engine ended before it answered")
         finally:
             self._open -= 1
 
@@ -83,7 +84,7 @@ class Tunnels:
         try:
             with self._gate.admitted() as flowed:
                 request = engine_request(scope, body, port)
-                request.headers.extend(_UPGRADE)
+                request.headers[:] = [each for each in request.headers if each[0] != b"connection"] + _UPGRADE
                 head = await connection.ask(request)
                 if head.status != _SWITCHING:
                     start = {"type": "http.response.start", "status": head.status}

@@ -124,6 +124,8 @@ class Turns:
         """Returns what is foretold of the next first token."""
         self.ended_s: float | None = None
         """When a user's generation ended last, on the monotonic clock."""
+        self.used_s: float | None = None
+        """When any use of the model by a user ended last."""
 
     def __repr__(self) -> str:
         return "<Turns>"
@@ -193,7 +195,7 @@ class Turns:
             self.end_unheard()
             return
         self._running -= 1
-        self.ended_s = time.monotonic()
+        self.ended_s = self.used_s = time.monotonic()
         shows_worth = self._first is not None and self._first.was_idle
         if self._room().conversations > 1 or self._conversations_of != engine_key or shows_worth:
             self._take_apart()  # the turn before may be of another conversation
@@ -219,10 +221,14 @@ class Turns:
         else:
             self._cache_of, self._is_known = self._before
 
+    def note_use(self) -> None:
+        """A request has used the model, and left the prompt cache as it was."""
+        self.used_s = time.monotonic()
+
     def spoke(self, seconds: float, first: FirstToken) -> None:
         """A streamed reply began this long after its request."""
         first.at_s, first.took_s = round(time.time(), 3), round(seconds, 3)
-        self._tally.first_tokens += 1
+        self._tally.note_first_token(seconds)
         self._first_tokens.append(first)
         self.last_first_token = first
 

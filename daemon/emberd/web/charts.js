@@ -16,7 +16,7 @@ const CHARTS = [
     title: "First tokens",
     help: "seconds until a reply began",
     key: [["accent", "measured"], ["other", "forecast"]],
-    data: (past) => [past.tokens.at, past.tokens.took_s, past.tokens.forecast_s],
+    data: (past) => [past.tokens.at_s, past.tokens.took_s, past.tokens.forecast_s],
     series: [
       { dots: "accent", filled: true, label: "Measured", say: words.seconds },
       { dots: "dim", label: "Forecast", say: words.seconds },
@@ -28,7 +28,7 @@ const CHARTS = [
     title: "Memory of the engine",
     help: "what of it is where",
     key: [["locked", "locked"], ["resident", "in memory"], ["swapped", "in swap"]],
-    data: (past) => [past.at, past.locked, past.resident, past.swapped],
+    data: (past) => [past.at_s, past.locked_bytes, unlocked(past), past.swapped_bytes],
     stack: true,
     series: [
       { area: "locked", label: "Locked", say: words.bytes },
@@ -41,7 +41,7 @@ const CHARTS = [
     title: "Memory pressure",
     help: "available to programs; shaded while memory is short",
     key: [["other", "available"], ["reading", "warn"], ["swapped", "critical"]],
-    data: (past) => [past.at, past.available, past.pressure],
+    data: (past) => [past.at_s, past.available_bytes, past.pressure],
     series: [
       { line: "other", label: "Available", say: words.bytes },
       { band: ["reading", "swapped"], label: "Pressure", say: (value) => PRESSURE[value] },
@@ -52,7 +52,7 @@ const CHARTS = [
     title: "Written to swap",
     help: "by the engine and by others",
     key: [["swapped", "by the engine"], ["other", "by others"]],
-    data: (past) => [past.at, past.swap_engine, past.swap_others],
+    data: (past) => [past.at_s, past.swap_engine_bytes, others(past)],
     stack: true,
     series: [
       { bars: "swapped", label: "By the engine", say: words.bytes },
@@ -65,7 +65,7 @@ const CHARTS = [
     title: "Passes and losses",
     help: "how often emberd warmed, and how much had been taken",
     key: [["other", "passes"], ["swapped", "bytes lost"]],
-    data: (past) => [past.at, past.passes, past.lost],
+    data: (past) => [past.at_s, past.passes, past.lost_bytes.map((value) => value || null)],
     series: [
       { bars: "other", label: "Passes", say: String },
       { dots: "swapped", filled: true, scale: "lost", label: "Lost", say: words.bytes },
@@ -73,6 +73,10 @@ const CHARTS = [
     axis: String,
   },
 ];
+
+const unlocked = (past) => past.resident_bytes.map((all, row) => all && Math.max(all - (past.locked_bytes[row] ?? 0), 0));
+const others = (past) =>
+  past.swap_other_bytes.map((value, row) => (value == null ? null : value + (past.swap_unknown_bytes[row] ?? 0)));
 
 let shown = [];
 let past = null;
@@ -92,7 +96,7 @@ function at(date, days, hour) {
 }
 
 export function drawCharts(history, [from, to], { keepsZoom = false } = {}) {
-  past = history;
+  past = withGaps(history);
   if (!keepsZoom || zoom[0] >= zoom[1]) zoom = [from, to];
   span = [from, to];
   if (!shown.length) build();
@@ -128,6 +132,17 @@ function build() {
       update(chart);
     }
   };
+}
+
+// A step of nothing after each row that is not followed by the next one: emberd was away, and no line is drawn.
+function withGaps(history) {
+  const ends = history.at_s.map((time, row) => (history.at_s[row + 1] ?? time) - time > 1.5 * history.step_s);
+  const columns = Object.entries(history).filter(([name, values]) => Array.isArray(values) && name !== "days");
+  const spread = ([name, values]) => [
+    name,
+    values.flatMap((value, row) => (ends[row] ? [value, name === "at_s" ? value + history.step_s : null] : [value])),
+  ];
+  return { ...history, ...Object.fromEntries(columns.map(spread)) };
 }
 
 function swatch(name, text) {

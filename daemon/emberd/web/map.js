@@ -9,11 +9,15 @@ let timer = 0;
 let asked = 0;
 let isBusy = false;
 let lockedShare = 0;
+let lockedOf = new Map();
 
 export function watchMap(status, isWarming) {
   const lock = status.lock;
-  const isLocked = status.warmth?.is_locked_outside || lock?.state === "HELD";
-  lockedShare = isLocked ? 1 : lock?.state === "PARTIAL" ? (lock.locked_bytes ?? 0) / (lock.needed_bytes || 1) : 0;
+  const isWhole = status.warmth?.is_locked_outside || lock?.state === "HELD";
+  lockedShare = isWhole ? 1 : lock?.state === "PARTIAL" ? (lock.locked_bytes ?? 0) / (lock.needed_bytes || 1) : 0;
+  lockedOf = new Map((status.files ?? []).map((file) => [file.path.split("/").pop(), file.locked_bytes / file.size_bytes]));
+  const copied = (status.files ?? []).filter((file) => file.held === "copied").map((file) => file.path.split("/").pop());
+  tell(find("copied-files"), copied.length ? `Copied into the engine's own memory, so not shown: ${copied.join(", ")}.` : "");
   const was = isBusy;
   isBusy = isWarming || Boolean(status.warmth?.progress) || status.state === "LOADING";
   if (!timer || (isBusy && !was)) look();
@@ -57,6 +61,7 @@ const nameOf = (layer) => layer.name.replace(/^blk\.(\d+)$/, "layer $1").replace
 
 function newStrip(file) {
   const strip = { root: make("div.map"), row: make("div.strip"), out: make("output"), layers: file.layers, cells: [] };
+  Object.assign(strip, { name: file.name, role: file.role });
   strip.title = make("span", file.role === "model" ? "The model, layer by layer" : `${file.role.replaceAll("_", " ")}: ${file.name}`);
   strip.row.setAttribute("aria-label", strip.title.textContent);
   strip.cells = file.layers.map(() => make("div.cell", make("i")));
@@ -92,7 +97,7 @@ function fill(strip, layers) {
     const cell = strip.cells[number];
     const before = strip.layers[number].share;
     const isReading = isBusy && layer.share < 1 && before != null && layer.share > before;
-    const locked = layer.is_locked ?? lockedShare >= 0.99;
+    const locked = isLocked(strip);
     cell.className = "cell";
     cell.classList.toggle("at", number === strip.at);
     cell.classList.toggle("unknown", layer.share == null);
@@ -107,6 +112,9 @@ function fill(strip, layers) {
   if (strip.table.open) strip.table.refresh();
 }
 
+// The model's lock is that of the verdict; of another file the system tells how much is locked.
+const isLocked = (strip) => (strip.role === "model" ? lockedShare : (lockedOf.get(strip.name) ?? 0)) >= 0.99;
+
 function say(strip) {
   const layer = strip.layers[strip.at ?? -1];
   if (layer) {
@@ -119,7 +127,7 @@ function say(strip) {
   const here = known.reduce((sum, each) => sum + each.total_bytes * each.share, 0);
   const gone = known.filter((each) => each.share < 0.5).length;
   const text = `${words.share(total ? here / total : null)} of ${words.bytes(total)} in memory` +
-    (lockedShare >= 0.99 ? ", locked" : "") + (gone ? `; ${gone} of ${known.length} layers missing` : "");
+    (isLocked(strip) ? ", locked" : "") + (gone ? `; ${gone} of ${known.length} layers missing` : "");
   tell(strip.out, text);
   return text;
 }

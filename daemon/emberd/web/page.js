@@ -7,6 +7,7 @@ import { figures, find, make, table, tell, words } from "./words.js";
 
 const HISTORY_MS = 60_000;
 const DOCTOR_MS = 120_000;
+const DAYS_MS = 600_000;
 let isWarming = false;
 let status = null;
 
@@ -186,9 +187,40 @@ async function history(keepsZoom = false) {
   }
 }
 
+// What each day has brought and cost. The estimates are named as such.
+async function days() {
+  const until = Math.ceil(Date.now() / 1000);
+  const past = await ask(`history?since=${until - 7 * 86_400}&until=${until}&step=3600`).catch(() => null);
+  if (!past?.days.length) return;
+  const swap = new Map();
+  past.at_s.forEach((at, row) => {
+    const day = new Date(at * 1000).toLocaleDateString("sv");
+    const written = ["engine", "other", "unknown"].map((who) => past[`swap_${who}_bytes`][row] ?? 0);
+    swap.set(day, (swap.get(day) ?? 0) + written.reduce((sum, value) => sum + value));
+  });
+  const rating = status?.swap?.endurance_bytes;
+  const row = (day) => {
+    const written = swap.get(day.day) ?? 0;
+    return [
+      new Date(`${day.day}T12:00`).toLocaleDateString([], { weekday: "short", day: "numeric", month: "short" }),
+      words.share(day.warm_share),
+      day.first_tokens ? `${day.first_tokens}, ${words.seconds(day.median_s)}` : "–",
+      day.spared_s == null ? "–" : `${words.duration(day.spared_s)}, ${words.bytes(day.spared_bytes)}`,
+      words.bytes(written) + (rating ? `, ${((written / rating) * 100).toPrecision(2)} %` : ""),
+    ];
+  };
+  const head = ["Day", "Warm", "Late first tokens, median", "Spared (estimate)", "Swap, of the SSD's rating"];
+  const scroll = make("div.scroll", table(head, past.days.map(row).reverse(), [1, 2, 3, 4]));
+  scroll.tabIndex = 0;
+  scroll.setAttribute("role", "region");
+  scroll.setAttribute("aria-labelledby", "days-title");
+  find("days").replaceChildren(scroll);
+}
+
 find("range").addEventListener("change", () => history());
 setInterval(() => document.hidden || history(true), HISTORY_MS);
+setInterval(() => document.hidden || days(), DAYS_MS);
 setInterval(() => document.hidden || doctor(), DOCTOR_MS);
-history();
+history().then(days);
 doctor();
 follow(show, () => history(true));

@@ -1,0 +1,87 @@
+"""Looks at emberd's page as a person does: in a shape and colours, by keys, and with an eye on its console."""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING, Any
+
+from browser import WAIT_S, Browser
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_KEY_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32}
+
+
+class Viewer(Browser):
+    """A browser that opens each page in a tab of its own, without cookies and cache of those before."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "--force-color-profile=srgb", "--hide-scrollbars")
+        self.events: list[dict[str, Any]] = []
+        """What the page has done since `view`: the protocol's events."""
+
+    def view(self, url: str, *, width: int = 1280, height: int = 900, is_dark: bool = False) -> None:
+        """Open a page; it need not have loaded yet."""
+        self._session = ""
+        context = self.do("Target.createBrowserContext")["browserContextId"]
+        target = self.do("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
+        self._session = self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.events.clear()
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.do(f"{domain}.enable")
+        self.shape(width, height, is_dark=is_dark)
+        self.do("Page.navigate", url=url)
+
+    def shape(self, width: int, height: int, *, is_dark: bool = False) -> None:
+        """Give the page a size, in pixels of CSS, and colours."""
+        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+        self.do("Emulation.setEmulatedMedia", features=[scheme])
+
+    def wait_for(self, condition: str) -> None:
+        """Return as soon as an expression is true; it is asked with each frame, also across a reload."""
+        look = f"""new Promise((resolve, reject) => {{
+            const ends = performance.now() + {WAIT_S * 1000};
+            const look = () => {{
+                let value = false;
+                try {{ value = Boolean({condition}); }} catch {{ }}
+                if (value) resolve();
+                else if (performance.now() > ends) reject(new Error("it did not come"));
+                else setTimeout(look, 16);
+            }};
+            look();
+        }})"""
+        told = self.do("Runtime.evaluate", expression=look, awaitPromise=True)
+        if "exceptionDetails" in told:
+            raise AssertionError(f"{condition} did not come; the page says: {self.run('document.body.innerText')}")
+
+    def press(self, key: str) -> None:
+        """Press and release a key, named as in KeyboardEvent.key."""
+        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+        facts = {"key": key, "windowsVirtualKeyCode": _KEY_CODES.get(key, 0)}
+        self.do("Input.dispatchKeyEvent", type="keyDown", text=text, **facts)
+        self.do("Input.dispatchKeyEvent", type="keyUp", **facts)
+
+    def picture(self, path: Path) -> None:
+        """Write a screenshot of the whole page as PNG."""
+        data = self.do("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def seen(self, method: str) -> list[dict[str, Any]]:
+        """Return the parameters of the events of that name so far."""
+        self.run("0")  # reads what has come
+        return [each["params"] for each in self.events if each["method"] == method]
+
+    def complaints(self) -> list[str]:
+        """Return what the page has complained of on its console: errors, warnings and violations of its policy."""
+        thrown = [str(each["exceptionDetails"]) for each in self.seen("Runtime.exceptionThrown")]
+        called = [str(each["args"]) for each in self.seen("Runtime.consoleAPICalled") if each["type"] != "log"]
+        entries = [each["entry"] for each in self.seen("Log.entryAdded")]
+        return thrown + called + [f"{each['text']} {each.get('url', '')}" for each in entries]
+
+    def _next(self) -> dict[str, Any]:
+        message = super()._next()
+        if "method" in message and message.get("sessionId") == self._session:
+            self.events.append(message)
+        return message
