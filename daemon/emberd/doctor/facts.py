@@ -119,6 +119,7 @@ class DaemonHealth:
     switched_to: str = ""  # what the engine serves instead of the settings' model
     copied: tuple[str, ...] = ()  # files that the engine holds in memory of its own
     replaced: tuple[str, ...] = ()  # files that it maps and that are no longer there
+    kv_cache_bytes: int | None = None  # of the engine that runs
     lock: LockState | None = None
     lock_message: str = ""  # the limit in the way
     lock_remedy: str = ""

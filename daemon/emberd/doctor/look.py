@@ -53,6 +53,7 @@ def read_status(status: Mapping[str, Any] | None) -> DaemonHealth:
         switched_to=_switched_to(status.get("serving") or {}),
         copied=_held(status, "copied"),
         replaced=_held(status, "replaced"),
+        kv_cache_bytes=(status.get("context") or {}).get("kv_cache_bytes"),
         lock=LockState(lock["state"]) if lock else None,
         lock_message=lock.get("message") or "",
         lock_remedy=lock.get("remedy") or "",
