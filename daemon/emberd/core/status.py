@@ -108,6 +108,23 @@ class ResidencyStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextStatus:
+    """The context of the engine that runs.
+
+    Attributes:
+        tokens: length of the context, of each conversation.
+        conversations: that the cache holds at once.
+        kv_cache_bytes: size of the KV cache.
+        is_measured: the engine told this size; otherwise it is estimated for the context that it told.
+    """
+
+    tokens: int | None = None
+    conversations: int = 1
+    kv_cache_bytes: int | None = None
+    is_measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class FileStatus:
     """One of the engine's files.
 
@@ -389,6 +406,7 @@ class Status:
         loading: the step of loading.
         engine: its process.
         lock: the verdict about its own lock.
+        context: its context and KV cache.
         metal_heartbeat: the verdict about Metal's heartbeat, None where the engine says nothing of Metal.
         notices: what its owner should know of the settings.
         output_file: where the engine's output is.
@@ -430,6 +448,7 @@ class Status:
     loading: LoadProgress | None = None
     engine: EngineStatus | None = None
     lock: LockVerdict | None = None
+    context: ContextStatus | None = None
     metal_heartbeat: KeepAliveVerdict | None = None
     notices: tuple[Notice, ...] = ()
     output_file: str | None = None
