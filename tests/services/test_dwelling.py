@@ -56,6 +56,7 @@ class ReadyEngine:
 
     port: int | None = 1
     is_adopted = False
+    is_empty = False
     lock_state = LockState.ABSENT
     will_lock = False
     engine_key = "1:a"
