@@ -55,7 +55,9 @@ def get(daemon: Daemon, path: str) -> httpx.Response:
 
 
 def test_a_held_lock_is_given_back_and_the_next_request_is_held_while_the_model_loads(make_daemon: MakeDaemon):
-    daemon = locked_daemon(make_daemon)
+    daemon = locked_daemon(
+        make_daemon, {"warmth.max_interval_s": 900.0}
+    )  # no look starts it in the request's place
     before = wait_held(daemon)
     needed = before["lock"]["needed_bytes"]
     _ = daemon.complete("ba ke", 2)
