@@ -51,6 +51,10 @@ class Engine(Protocol):
         """Return what the owner asks of the engine besides emberd's settings."""
         ...
 
+    async def ask_build(self) -> None:
+        """Ask the program for what it does unless told, which `wishes` then tells. Never raises."""
+        ...
+
     @property
     def room(self) -> CacheRoom:
         """How much its KV cache holds."""
@@ -256,6 +260,14 @@ class Host(Protocol):
 
         Raises:
             OSError: the file is missing or cannot be watched.
+        """
+        ...
+
+    def reserve_room(self, descriptor: int, size_bytes: int) -> None:
+        """Reserve room on the disk until a file has this size; what it has now does not change.
+
+        Raises:
+            OSError: the disk is full (ENOSPC, EDQUOT), or its file system cannot reserve.
         """
         ...
 
