@@ -54,6 +54,7 @@ def look_at(browser: Viewer, daemon: Daemon, name: str = "", **shape: int | bool
     browser.wait_for(IS_LIVE)
     browser.wait_for("document.querySelector('.cell') && document.querySelector('#figures dd')")
     browser.wait_for("!document.getElementById('doctor').textContent.includes('Examining')")
+    browser.wait_for("performance.getEntriesByName('charts').length")
     if SHOTS and name:
         browser.picture(Path(SHOTS) / f"{name}.png")
 
@@ -150,3 +151,21 @@ def test_it_can_be_used_by_keyboard_alone(browser: Viewer, daemon: Daemon):
         browser.press(key)
         assert browser.run(f"{active}.getAttribute('aria-valuetext')").startswith(f"{layer}: 100 %")
     tab_to(f"{active}.className === 'plot'")
+
+
+def test_a_browser_without_a_session_logs_in_and_then_sees_the_page(browser: Viewer, make_daemon: MakeDaemon):
+    daemon = make_daemon({"warmth.mode": "auto", "endpoint.api_key": "sesame"})
+    daemon.write_settings()
+    daemon.config.chmod(0o600)
+    daemon.start()
+    daemon.wait_ready()
+    browser.view(f"{daemon.url}/emberd/")
+    browser.wait_for("location.pathname === '/emberd/login' && document.querySelector('input[name=key]')")
+    assert "sesame" not in browser.run("document.documentElement.outerHTML")
+    browser.run(
+        "document.querySelector('input[name=key]').value = 'sesame'; document.querySelector('form').submit()"
+    )
+    browser.wait_for("location.pathname === '/emberd/'")
+    browser.wait_for(f"{IS_LIVE} && {SENTENCE}.startsWith('Warm.')")
+    browser.run("document.querySelector('[data-do=pause]').click()")
+    daemon.wait_for(lambda status: status["warmth"]["paused_for_s"], "the pause")

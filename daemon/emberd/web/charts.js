@@ -14,7 +14,8 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 const CHARTS = [
   {
     title: "First tokens",
-    help: "seconds until a reply began",
+    help: "time until a reply began, on a scale by powers of ten",
+    isLog: true, // a cold one takes a hundred times as long as a warm one
     key: [["accent", "measured"], ["other", "forecast"]],
     data: (past) => [past.tokens.at_s, past.tokens.took_s, past.tokens.forecast_s],
     series: [
@@ -214,12 +215,12 @@ function options(chart) {
     },
     scales: {
       x: { time: true, auto: false, range: () => zoom },
-      y: { range: (_, low, high) => [0, high > 0 ? high * 1.08 : 1] },
+      y: kind.isLog ? { distr: 3, range: decades } : { range: (_, low, high) => [0, high > 0 ? high * 1.08 : 1] },
       lost: { range: (_, low, high) => [0, high > 0 ? high * 1.08 : 1] },
     },
     axes: [
       { ...line, size: rem(1.6), space: rem(4.5), grid: { show: false }, values: times },
-      { ...line, size: rem(4), space: rem(2.2), values: (_, splits) => splits.map((value) => kind.axis(value)) },
+      { ...line, ...(kind.isLog ? onDecades(line) : {}), size: rem(4), space: rem(2.2), values: (_, splits) => splits.map((value) => (value == null ? "" : kind.axis(value))) },
     ],
     series: [{}, ...drawn.map(series)],
     hooks: {
@@ -228,6 +229,17 @@ function options(chart) {
       setSelect: [(u) => u.select.width > 4 && zoomTo(u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x"))],
     },
   };
+}
+
+// Labels and lines at whole powers of ten only.
+function onDecades(line) {
+  const filter = (_, splits) => splits.map((value) => (Math.abs(Math.log10(value) % 1) < 1e-9 ? value : null));
+  return { filter, grid: { ...line.grid, filter } };
+}
+
+// Whole powers of ten around the values.
+function decades(_, low, high) {
+  return [10 ** Math.floor(Math.log10(low > 0 ? low : 0.1)), 10 ** Math.ceil(Math.log10(high > 0 ? high * 1.001 : 1))];
 }
 
 function series(one) {
