@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAVIGATION = {
     "Begin": ("install", "service", "folk-recipe", "troubleshooting"),
     "Use": ("settings", "warmth", "locking", "memory", "page", "endpoint", "several", "engines", "metrics"),
-    "When something is wrong": ("doctor", "logs", "lifecycle", "exit-codes"),
+    "When something is wrong": ("doctor", "logs", "survives", "lifecycle", "exit-codes"),
     "More": ("privacy", "../launchd/README", "architecture", "../CONTRIBUTING", "../CHANGELOG"),
 }
 """Headings of the table of contents, and their pages in order. A page that is missing here is a warning."""

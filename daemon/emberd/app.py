@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from emberd import __version__
 from emberd.core import lifecycle
 from emberd.core.access import ONE_FAMILY_REMEDY
-from emberd.core.errors import EmberdError, EngineFailed
+from emberd.core.errors import EmberdError, EngineFailed, StateUnusable
 from emberd.core.lifecycle import State
 from emberd.core.managed import find_manager
 from emberd.core.start_limit import LIMIT, WINDOW_S, Why
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from emberd.services.control import Verb
     from emberd.services.daemon import Daemon
     from emberd.services.residency_map import ResidencyMap
+    from emberd.services.upkeep import Duty, Upkeep
 
 _LAST_ANSWERS_S = 2.0
 """After the engine is gone, only refusals are still on their way out."""
@@ -243,7 +244,8 @@ class _Serving:
             self._supervisor.post(lifecycle.Start())
         await self._supervisor.gate.wait_for(State.LOADING, State.READY, State.FAILED)
         cause = self._supervisor.launch_error
-        if cause is not None and self._supervisor.state is State.FAILED:
+        # A full disk has room again some time; what is left is for a person, whom the exit code tells.
+        if cause is not None and self._supervisor.state is State.FAILED and not isinstance(cause, StateUnusable):
             raise cause
         await asyncio.Event().wait()  # it has started: from here on the supervisor's states tell all
 
@@ -273,6 +275,7 @@ class _Serving:
             await gate.wait_for(State.READY)
             self._tell_ready()
 
+        yield self._upkeep().run()
         yield self._services.recorder.run()
         yield self._services.keepwarm.run()
         yield self._services.sleep.run()
@@ -281,6 +284,17 @@ class _Serving:
         yield tell_of_use()
         yield notifier.follow(self._line, gate.wait_for_change)
         yield notifier.feed_watchdog(self._supervisor.prove_alive)
+
+    def _upkeep(self) -> Upkeep:
+        from emberd.services.upkeep import Upkeep  # noqa: PLC0415
+
+        duties: dict[str, Duty] = {
+            "the state directory": lambda: prepare(self._paths),
+            "the lock": lambda: self._daemon.instance.keep_lock(self._paths.lock),
+            "the control socket": self._daemon.keep_control,
+            "the state file": self._supervisor.keep_record,
+        }
+        return Upkeep(duties, self._log)
 
     def _line(self) -> str:
         """Return the engine's state and the first line of the reason, without the engine's output."""

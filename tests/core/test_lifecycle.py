@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberd.core import lifecycle
+from emberd.core.causes import FIRST_RETRY_S, LONGEST_RETRY_S, Cause, Kind, retry_after_s
 from emberd.core.lifecycle import AT_REST, Effect, Event, Lifecycle, State, backoff_s, step
 from emberd.core.settings import LifecycleSettings
 
@@ -81,6 +82,39 @@ def test_failed_is_left_only_by_a_person():
     for wish in (lifecycle.Start(), lifecycle.Restart("mended")):
         now, effects = after(failed, wish)
         assert (now.state, now.crashes, effects) == (State.STARTING, 0, (Effect.LAUNCH,))
+
+
+FULL = Cause(Kind.DISK, "the disk of /state has no room", "Make room; emberd tries again at once.")
+
+
+def test_failed_is_left_when_its_cause_has_gone_and_one_more_crash_leads_back():
+    last = SETTINGS.crash_limit - 1
+    failed, _ = after(dataclasses.replace(LOADING, crashes=last), lifecycle.Exited("exit code 1", FULL))
+    assert (failed.state, failed.cause, failed.deadline_s) == (State.FAILED, FULL, 10 + FIRST_RETRY_S)
+    again, effects = after(failed, lifecycle.CauseGone())
+    assert (again.state, again.cause, effects) == (State.STARTING, None, (Effect.LAUNCH,))
+    loading, _ = after(again, lifecycle.Launched())
+    failed, _ = after(loading, lifecycle.Exited("exit code 1", FULL))
+    assert (failed.state, failed.deadline_s) == (State.FAILED, 10 + 2 * FIRST_RETRY_S)
+
+
+def test_failed_is_tried_again_by_and_by_although_its_cause_seems_to_be_there():
+    failed, _ = after(STARTED, lifecycle.LaunchFailed("model not found", is_permanent=True, cause=FULL))
+    assert step(failed, lifecycle.DeadlinePassed(), 10.0, SETTINGS)[0] == failed
+    again, effects = step(failed, lifecycle.DeadlinePassed(), 10 + FIRST_RETRY_S, SETTINGS)
+    assert (again.state, again.retries, effects) == (State.STARTING, 1, (Effect.LAUNCH,))
+
+
+def test_the_waits_between_tries_out_of_failed_double_to_their_limit_and_a_stable_spell_forgets_them():
+    assert [retry_after_s(retries) for retries in (0, 1, 2, 50)] == [15.0, 30.0, 60.0, LONGEST_RETRY_S]
+    ready = dataclasses.replace(READY, retries=7)
+    assert step(ready, lifecycle.DeadlinePassed(), 60.0, SETTINGS)[0].retries == 0
+
+
+def test_backoff_ends_early_when_its_cause_has_gone():
+    waiting, _ = after(dataclasses.replace(LOADING, crashes=1), lifecycle.Exited("exit code 1", FULL))
+    assert after(waiting, lifecycle.CauseGone())[0].state is State.STARTING
+    assert after(dataclasses.replace(waiting, cause=None), lifecycle.CauseGone())[0].state is State.BACKOFF
 
 
 def test_a_refused_argument_is_not_tried_again():

@@ -83,16 +83,30 @@ def test_a_rotation_that_is_refused_does_not_let_the_file_grow(tmp_path: Path):
     assert path.read_text().endswith("line 049\n")
 
 
-def test_a_folder_that_cannot_be_made_loses_lines_and_raises_nothing(tmp_path: Path):
+def test_lines_for_a_folder_that_cannot_be_made_wait_in_memory(tmp_path: Path):
     (tmp_path / "file").touch()
     file = RotatingFile(tmp_path / "file" / "emberd.log", 100, 1)
     assert not file.append("one")
-    assert (file.lost, file.error) == (1, "File exists")
+    assert (file.lost, file.error) == (0, "File exists")
     (tmp_path / "file").unlink()
     assert file.append("two")
+    assert (tmp_path / "file" / "emberd.log").read_text() == "one\ntwo\n"
 
 
-def test_a_full_disk_loses_lines_and_the_next_one_is_whole(tmp_path: Path):
+def test_so_many_lines_wait_and_no_more_and_what_was_lost_is_counted(tmp_path: Path):
+    (tmp_path / "file").touch()
+    file = RotatingFile(tmp_path / "file" / "emberd.log", 1 << 20, 1)
+    for number in range(600):
+        file.append(f"line {number}")
+    assert file.lost == 100
+    file.append("x" * 200_000)
+    (tmp_path / "file").unlink()
+    file.append("after")
+    assert (tmp_path / "file" / "emberd.log").read_text() == "after\n"
+    assert file.lost == 601
+
+
+def test_lines_wait_while_the_disk_is_full_and_are_whole_afterwards(tmp_path: Path):
     """RLIMIT_FSIZE in a process of its own: a partial write, then EFBIG; then there is room again."""
     path = tmp_path / "emberd.log"
     code = f"""
@@ -108,8 +122,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 print(wrote, file.lost, bool(file.error), file.append("after"))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert ran.stdout.strip() == "[True, True, False, False, False] 3 True True"
-    assert path.read_text() == "line 0 of ten\nline 1 of ten\nli\nafter\n"
+    assert ran.stdout.strip() == "[True, True, False, False, False] 0 True True"
+    assert path.read_text() == (
+        "line 0 of ten\nline 1 of ten\nli\nline 2 of ten\nline 3 of ten\nline 4 of ten\nafter\n"
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux'")

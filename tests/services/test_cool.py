@@ -160,7 +160,10 @@ def test_a_page_that_polls_does_not_start_it(make_daemon: MakeDaemon):
     wait_held(daemon)
     assert get(daemon, "/api/v1/model").status_code == 200
     daemon.verb("cool", "10m")
-    assert get(daemon, "/api/v1/model").status_code == 503
+    said = get(daemon, "/api/v1/model")
+    assert (said.status_code, said.headers["emberd-answer"]) == (200, "remembered; state=COOL")
+    assert get(daemon, "/api/extra/preloadstory").status_code == 503
+    assert get(daemon, "/health").status_code == 503
     assert daemon.status()["state"] == "COOL"
 
 

@@ -117,9 +117,9 @@ def _model_rows(status: Status) -> list[tuple[str, str, str]]:
     rows = [("model", named, "")]
     if serving is not None and not serving.is_of_settings:
         now = Path(serving.model).name if serving.model else serving.name or "none, it was unloaded"
-        how = f"switched by {serving.switched_by}" if serving.switched_by else "switched, emberd does not know how"
+        how = f"switched by {serving.switched_by}; " if serving.switched_by else ""
         then = "keeps it" if serving.survives_restart else "ends that"
-        rows = [("model", f"{now} ({how}; a restart of the engine {then})", "yellow")]
+        rows = [("model", f"{now} ({how}a restart of the engine {then})", "yellow")]
         rows.append(("", f"the settings: {named}", "dim"))
     elif serving is not None and serving.model:
         rows = [("model", Path(serving.model).name, "")]

@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from emberd.core.causes import retry_after_s
+
 if TYPE_CHECKING:
+    from emberd.core.causes import Cause
     from emberd.core.settings import LifecycleSettings
 
 
@@ -34,7 +37,7 @@ class State(Enum):
     COOL = "COOL"
     """It was stopped to give its memory to other work; whoever needs it starts it again."""
     FAILED = "FAILED"
-    """It crashed too often, or cannot start at all; a person must act."""
+    """It crashed too often, or cannot start at all. A cause that can pass is waited for; else a person must act."""
 
 
 HAS_PROCESS = frozenset({State.LOADING, State.READY, State.DRAINING, State.STOPPING})
@@ -87,7 +90,8 @@ class LaunchFailed:
 
     reason: str
     is_permanent: bool
-    """True when trying again cannot help (a refused argument, a missing model)."""
+    """True when trying again at once cannot help (a refused argument, a missing model)."""
+    cause: Cause | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ class Exited:
     """The engine's main process ended."""
 
     reason: str
+    cause: Cause | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,11 @@ class Drained:
 @dataclass(frozen=True, slots=True)
 class Gone:
     """The whole process tree has ended, and its locked memory was given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class CauseGone:
+    """What kept the engine from running has gone, as far as can be seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +156,7 @@ Event = (
     | Stuck
     | Drained
     | Gone
+    | CauseGone
     | DeadlinePassed
 )
 
@@ -177,6 +188,8 @@ class Lifecycle:
         deadline_s: when DeadlinePassed is due, None if nothing is.
         reason: one sentence for a person on why it is in this state, or empty.
         is_stuck: the stop under way is due to a hang, and counts as a crash.
+        cause: what keeps the engine from running and can pass, None if nothing is known to.
+        retries: tries out of FAILED that emberd made by itself, forgotten with the crashes.
         is_cool: the stop under way, or the rest after it, gives the memory to other work.
     """
 
@@ -187,6 +200,8 @@ class Lifecycle:
     deadline_s: float | None = None
     reason: str = ""
     is_stuck: bool = False
+    cause: Cause | None = None
+    retries: int = 0
     is_cool: bool = False
 
 
@@ -244,7 +259,7 @@ def step(  # noqa: C901, PLR0911, PLR0912  # the one door: a branch an arrow
             loading = _enter(now, State.LOADING, now_s, event.reason)
             return replace(loading, deadline_s=now_s + settings.load_timeout_s), (Effect.WATCH,)
         case Exited() if now.state in {State.LOADING, State.READY}:
-            return _crashed(now, event.reason, now_s, settings, random_unit)
+            return _crashed(now, event.reason, now_s, settings, random_unit, event.cause)
         case Exited() if now.state is State.DRAINING:
             return _after_stop(now, now_s, Effect.SWEEP)
         case Stuck() if now.state in {State.LOADING, State.READY}:
@@ -255,6 +270,8 @@ def step(  # noqa: C901, PLR0911, PLR0912  # the one door: a branch an arrow
             if now.is_stuck and now.is_wanted:
                 return _crashed(now, now.reason, now_s, settings, random_unit)
             return _after_stop(now, now_s)
+        case CauseGone() if now.cause is not None and now.state in {State.BACKOFF, State.FAILED}:
+            return _try_again(now, now_s, settings)
         case DeadlinePassed() if now.deadline_s is not None and now_s >= now.deadline_s:
             return _deadline(now, now_s, settings)
         case _:
@@ -262,7 +279,16 @@ def step(  # noqa: C901, PLR0911, PLR0912  # the one door: a branch an arrow
 
 
 def _enter(now: Lifecycle, state: State, now_s: float, reason: str = "") -> Lifecycle:
-    return replace(now, state=state, since_s=now_s, deadline_s=None, reason=reason, is_stuck=False, is_cool=False)
+    return replace(
+        now,
+        state=state,
+        since_s=now_s,
+        deadline_s=None,
+        reason=reason,
+        is_stuck=False,
+        is_cool=False,
+        cause=None,
+    )
 
 
 def _asked(
@@ -273,9 +299,9 @@ def _asked(
     asked = replace(now, is_wanted=is_wanted)
     match now.state:
         case State.STOPPED | State.COOL | State.FAILED | State.BACKOFF if is_wanted:
-            return _enter(replace(asked, crashes=0), State.STARTING, now_s, reason), (Effect.LAUNCH,)
+            return _enter(replace(asked, crashes=0, retries=0), State.STARTING, now_s, reason), (Effect.LAUNCH,)
         case State.STOPPED | State.COOL | State.FAILED | State.BACKOFF:
-            return _enter(replace(asked, crashes=0), State.STOPPED, now_s), ()
+            return _enter(replace(asked, crashes=0, retries=0), State.STOPPED, now_s), ()
         case State.LOADING | State.READY if isinstance(event, Start):
             return asked, ()
         case State.LOADING:
@@ -303,20 +329,37 @@ def _launch_failed(
     if not now.is_wanted:
         return _enter(now, State.STOPPED, now_s), ()
     if event.is_permanent:
-        return _enter(now, State.FAILED, now_s, event.reason), ()
-    return _crashed(now, event.reason, now_s, settings, random_unit)
+        return _fail(now, event.reason, now_s, event.cause), ()
+    return _crashed(now, event.reason, now_s, settings, random_unit, event.cause)
 
 
 def _crashed(
-    now: Lifecycle, reason: str, now_s: float, settings: LifecycleSettings, random_unit: float
+    now: Lifecycle,
+    reason: str,
+    now_s: float,
+    settings: LifecycleSettings,
+    random_unit: float,
+    cause: Cause | None = None,
 ) -> tuple[Lifecycle, tuple[Effect, ...]]:
     crashed = replace(now, crashes=now.crashes + 1)
     if crashed.crashes >= settings.crash_limit:
-        return _enter(crashed, State.FAILED, now_s, reason), (Effect.SWEEP,)
+        return _fail(crashed, reason, now_s, cause), (Effect.SWEEP,)
     wait_s = backoff_s(crashed.crashes, settings, random_unit)
     if wait_s <= 0:
         return _enter(crashed, State.STARTING, now_s, reason), (Effect.LAUNCH,)
-    return replace(_enter(crashed, State.BACKOFF, now_s, reason), deadline_s=now_s + wait_s), (Effect.SWEEP,)
+    waiting = _enter(crashed, State.BACKOFF, now_s, reason)
+    return replace(waiting, deadline_s=now_s + wait_s, cause=cause), (Effect.SWEEP,)
+
+
+def _fail(now: Lifecycle, reason: str, now_s: float, cause: Cause | None) -> Lifecycle:
+    failed = replace(_enter(now, State.FAILED, now_s, reason), cause=cause)
+    return failed if cause is None else replace(failed, deadline_s=now_s + retry_after_s(now.retries))
+
+
+def _try_again(now: Lifecycle, now_s: float, settings: LifecycleSettings) -> tuple[Lifecycle, tuple[Effect, ...]]:
+    """Start once more; another crash leads back to FAILED, and to a longer wait."""
+    again = replace(now, retries=now.retries + 1, crashes=min(now.crashes, settings.crash_limit - 1))
+    return _enter(again, State.STARTING, now_s, now.reason), (Effect.LAUNCH,)
 
 
 def _stuck(now: Lifecycle, reason: str, now_s: float) -> tuple[Lifecycle, tuple[Effect, ...]]:
@@ -336,10 +379,12 @@ def _deadline(now: Lifecycle, now_s: float, settings: LifecycleSettings) -> tupl
         case State.LOADING:
             return _stuck(now, f"not ready {settings.load_timeout_s:g} s after its start", now_s)
         case State.READY:
-            return replace(now, crashes=0, deadline_s=None), ()
+            return replace(now, crashes=0, retries=0, deadline_s=None), ()
         case State.DRAINING:
             return _enter(now, State.STOPPING, now_s, now.reason), (Effect.TERMINATE,)
         case State.BACKOFF:
             return _enter(now, State.STARTING, now_s, now.reason), (Effect.LAUNCH,)
+        case State.FAILED:
+            return _try_again(now, now_s, settings)
         case _:
             return replace(now, deadline_s=None), ()

@@ -263,6 +263,14 @@ class Host(Protocol):
         """
         ...
 
+    def reserve_room(self, descriptor: int, size_bytes: int) -> None:
+        """Reserve room on the disk until a file has this size; what it has now does not change.
+
+        Raises:
+            OSError: the disk is full (ENOSPC, EDQUOT), or its file system cannot reserve.
+        """
+        ...
+
     def watch_stalls(self, longest_s: int) -> EventWatch | None:
         """Watch for programs that wait for memory; None if the system does not tell.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import questions
-from emberd.core.errors import ConfigError, EmberdError
+from emberd.core.errors import ConfigError, EmberdError, StateUnusable
 from emberd.core.generation import Dialect, continued
 from emberd.core.gguf import F16_BYTES
 from emberd.core.replay import fits
@@ -167,7 +167,8 @@ class KoboldCpp:
             await self._ask_build(*self._command())
 
     async def _ask_build(self, program: Path, command: tuple[str, ...]) -> Build:
-        make_private_folder(self._scratch)
+        with contextlib.suppress(StateUnusable):  # a full disk: it is rarely needed
+            make_private_folder(self._scratch)
         said = await self._asker.ask(command, ("--help",), program, self._environment())
         check_ran(program, said)
         self._build = read_help(said.out)
@@ -212,8 +213,8 @@ class KoboldCpp:
 
         Raises:
             EngineNotUsable: the program is missing or cannot run.
-            ModelError: the model, or another file, cannot be used.
-            ConfigError: an argument that this build refuses, or that would undo emberd's work.
+            ModelError: the model cannot be used.
+            ConfigError: an argument that this build refuses, or that would undo emberd's work; a missing file.
         """
         engine = self._settings.engine
         program, command = self._command()

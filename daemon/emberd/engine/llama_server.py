@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from emberd.engine.program import Asker
 
 _HTTP_OK = 200
+_SLEEP = "ing sleeping state"
+"""`server is entering sleeping state`, `... exiting ...` (tools/server/server-context.cpp, build 11434)."""
 _HTTP_LOADING = 503
 """llama-server answers 503 "Loading model" to everything until the model is there (tools/server/README.md)."""
 _OWNED = {
@@ -118,8 +120,11 @@ class LlamaServer:
         return Path(named).expanduser().absolute() if named else None
 
     async def served_name(self, port: int, timeout_s: float) -> str | None:
-        """Return the model's path in /props."""
-        served = (await self._http.get(port, "/props", timeout_s, self.password)).get("model_path")
+        """Return the model's path in /props, which a sleeping server answers without waking."""
+        props = await self._http.get(port, "/props", timeout_s, self.password)
+        served = props.get("model_path")
+        if props.get("is_sleeping") is True:
+            return ""
         return served if isinstance(served, str) else None
 
     def calls_it(self, model: Path, name: str) -> bool:
@@ -133,8 +138,8 @@ class LlamaServer:
         """Return None, for the same reason."""
 
     def loads_again(self, line: str) -> bool:
-        """Recognise the end of an idle server's sleep (--sleep-idle-seconds): it reads the model again."""
-        return llama_log.reads_model(line) is not None
+        """Recognise both ends of an idle server's sleep (--sleep-idle-seconds), in which it has no model."""
+        return _SLEEP in line
 
     def wishes(self) -> OwnerWishes:
         """Return what the embedded engine does, which takes no options from its owner."""

@@ -7,6 +7,7 @@ they are read. This is safe, because a writer in append mode never touches old b
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 64 * 1024
 _LONGEST_LINE_BYTES = 8 * 1024
 """Longer lines are cut, so that a person can read them."""
+_LEAST_ROOM_BYTES = 64 * 1024
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 TAIL_LINES = 50
 """llama.cpp names the cause of a failed load within its last 50 lines (docs/engines.md)."""
 
@@ -35,13 +38,23 @@ class OutputFollower:
         is_private: returns True if a line must neither stay on disk nor be passed on.
         rotate_bytes: size at which the file is rotated.
         kept_files: rotated files to keep (`path.1` is the newest).
+        reserve: reserves room on the disk, as Host.reserve_room does.
     """
 
-    def __init__(self, path: Path, is_private: Callable[[str], bool], rotate_bytes: int, kept_files: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        is_private: Callable[[str], bool],
+        rotate_bytes: int,
+        kept_files: int,
+        reserve: Callable[[int, int], None] = lambda _descriptor, _size_bytes: None,
+    ) -> None:
         self._path = path
         self._is_private = is_private
         self._rotate_bytes = rotate_bytes
         self._kept_files = kept_files
+        self._reserve = reserve
+        self._room_bytes = rotate_bytes
         self._offset = 0
         self._pending = b""
         self._is_cutting = False
@@ -51,6 +64,51 @@ class OutputFollower:
     def set_limits(self, is_private: Callable[[str], bool], rotate_bytes: int, kept_files: int) -> None:
         """Take over new settings; they count from the next line on."""
         self._is_private, self._rotate_bytes, self._kept_files = is_private, rotate_bytes, kept_files
+        self._room_bytes = rotate_bytes
+
+    def make_room(self) -> bool:
+        """Reserve the room that an engine's output needs, so that a full disk does not end the engine.
+
+        With less than that to be had the file is rotated earlier; with next to nothing its content is given up.
+
+        Returns:
+            False if an engine could not write: the file cannot be made, or the disk has no room at all.
+        """
+        try:
+            descriptor = open_for_engine(self._path)
+        except OSError:
+            return False
+        try:
+            if not self._find_room(descriptor):
+                self._empty()
+                return self._find_room(descriptor)
+        except OSError:
+            return False
+        else:
+            return True
+        finally:
+            os.close(descriptor)
+
+    def _find_room(self, descriptor: int) -> bool:
+        least = os.fstat(descriptor).st_size + _LEAST_ROOM_BYTES
+        for size_bytes in (max(self._rotate_bytes + _LEAST_ROOM_BYTES, least), least + (1 << 20), least):
+            try:
+                self._reserve(descriptor, size_bytes)
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    continue
+                # This file system cannot reserve (NFS, FAT).
+                free = os.fstatvfs(descriptor)
+                if free.f_bavail * free.f_frsize < _LEAST_ROOM_BYTES:
+                    return False
+            # What an engine prints until the file is rotated fits too.
+            self._room_bytes = min(size_bytes - _LEAST_ROOM_BYTES // 2, self._rotate_bytes)
+            return True
+        return False
+
+    def _empty(self) -> None:
+        os.truncate(self._path, 0)
+        self._offset, self._pending = 0, b""
 
     def skip_to_end(self) -> None:
         """Begin at the end of the file; lines of an earlier engine are scrubbed, not reported."""
@@ -76,7 +134,7 @@ class OutputFollower:
         finally:
             os.close(descriptor)
         self.tail.extend(lines)
-        if self._offset >= self._rotate_bytes and not self._pending:
+        if self._offset >= self._room_bytes and not self._pending:
             self._rotate()
         return lines
 
@@ -132,8 +190,8 @@ class OutputFollower:
             except OSError:
                 # On a full disk the file must not go on growing: its content is given up.
                 newest.unlink(missing_ok=True)
-        os.truncate(self._path, 0)
-        self._offset, self._pending = 0, b""
+        self._empty()
+        self.make_room()
 
     def _copy(self, target: Path) -> None:
         """Copy no further than was read: later bytes may hold private lines."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from emberd.core import causes
 from emberd.core.errors import EngineNotUsable
 from emberd.host import api_key, notify_socket
 
@@ -48,13 +49,16 @@ class ProcessTree:
         A worker that outlives its parent stays in the group, and one that left the group is still a descendant.
         """
         found: set[int] = set()
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             main = psutil.Process(self.pid)
             found |= {child.pid for child in main.children(recursive=True)}
-        for process in psutil.process_iter():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if os.getpgid(process.pid) == self.pid:
-                    found.add(process.pid)
+        try:
+            for process in psutil.process_iter():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    if os.getpgid(process.pid) == self.pid:
+                        found.add(process.pid)
+        except OSError:  # too many open files: the main process is known without a look
+            found.add(self.pid)
         return sorted(pid for pid in found if is_alive(pid))
 
     def has_group(self) -> bool:
@@ -71,7 +75,7 @@ class ProcessTree:
         """Return CPU time used by the tree so far, None if it cannot be read."""
         total: float | None = None
         for pid in self.members():
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, OSError):
                 times = psutil.Process(pid).cpu_times()
                 total = (total or 0.0) + times.user + times.system
         return total
@@ -183,6 +187,8 @@ def is_alive(pid: int) -> bool:
         status: str = psutil.Process(pid).status()
     except psutil.Error:
         return False
+    except OSError:  # too many open files
+        return psutil.pid_exists(pid)
     return status != psutil.STATUS_ZOMBIE
 
 
@@ -205,6 +211,7 @@ def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
 
     Raises:
         EngineNotUsable: the program cannot be started.
+        OSError: this computer, or this process, has no room for another program now.
     """
     program = plan.arguments[0]
     try:
@@ -221,6 +228,8 @@ def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
     except PermissionError as error:
         raise EngineNotUsable(f"not executable: {program}", f"Run: chmod +x {program}") from error
     except OSError as error:
+        if error.errno in causes.SHORTAGES:
+            raise
         raise EngineNotUsable(
             f"cannot start {program}: {error.strerror}",
             "Is it a program for this system and processor? Set engine.path in the settings.",

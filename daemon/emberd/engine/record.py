@@ -85,7 +85,7 @@ def save(path: Path, record: EngineRecord) -> None:
     Raises:
         StateUnusable: the disk is full or the folder not writable.
     """
-    write_atomically(path, json.dumps({"format": _FORMAT, **asdict(record)}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"format": _FORMAT, **asdict(record)}, indent=1) + "\n", may_write_over=True)
 
 
 def load(path: Path) -> EngineRecord | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import resource
 import select
+import struct
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,13 @@ _CHARGE = re.compile(r"^\s*-InternalBattery\S*.*?\b(\d{1,3})%", re.MULTILINE)
 _MODE = re.compile(r"^\s*(lowpowermode|powermode)\s+(\d+)\b", re.MULTILINE)
 """Computers with a High Power Mode print powermode instead: 0 automatic, 1 low, 2 high."""
 _LOW_POWER = 1
+_F_PREALLOCATE = 42
+_F_ALLOCATEALL = 4
+_F_PEOFPOSMODE = 3
+_FSTORE = struct.Struct("=Iiqqq")
+"""fcntl(2), struct fstore: flags, position mode, offset, length, and room for the answer (xnu, bsd/sys/fcntl.h)."""
+_BLOCK_BYTES = 512
+"""Unit of st_blocks (stat(2))."""
 _VM_PROT_EXECUTE = 4
 """xnu, osfmk/mach/vm_prot.h."""
 _FULL_PERCENT = 100
@@ -109,6 +118,17 @@ class DarwinHost(PosixHost):
             ConfigError: something else was given, or launchd refused.
         """
         return super().given_sockets() or from_launchd(self._calls.library)
+
+    def reserve_room(self, descriptor: int, size_bytes: int) -> None:
+        """Reserve what the file lacks behind its last block: F_PREALLOCATE counts from there (fcntl(2)).
+
+        Raises:
+            OSError: the disk is full, or its file system cannot reserve.
+        """
+        missing = size_bytes - os.fstat(descriptor).st_blocks * _BLOCK_BYTES
+        if missing > 0:
+            asked = _FSTORE.pack(_F_ALLOCATEALL, _F_PEOFPOSMODE, 0, missing, 0)
+            fcntl.fcntl(descriptor, _F_PREALLOCATE, asked)
 
     def watch_exit(self, pid: int) -> ReadableWatch:
         """Watch a process through EVFILT_PROC with NOTE_EXIT, which needs no parenthood (kqueue(2)).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,15 @@ if TYPE_CHECKING:
 
 PRIVATE_FILE_MODE = 0o600
 PRIVATE_FOLDER_MODE = 0o700
+_BLOCK_BYTES = 512
+"""Unit of st_blocks (stat(2))."""
 
 
-def write_atomically(path: Path, text: str, mode: int = PRIVATE_FILE_MODE) -> None:
+def write_atomically(path: Path, text: str, mode: int = PRIVATE_FILE_MODE, *, may_write_over: bool = False) -> None:
     """Replace `path` with `text`, of exactly this mode: temporary file, fsync, rename, fsync of the folder.
+
+    With `may_write_over`, a text that fits into the old file's blocks is written over the old one on a full disk: a
+    record that is out of date may cost more than one that a power cut could tear.
 
     Raises:
         StateUnusable: the folder is not writable or the disk is full; the old file is untouched.
@@ -40,9 +46,39 @@ def write_atomically(path: Path, text: str, mode: int = PRIVATE_FILE_MODE) -> No
         finally:
             os.close(folder)
     except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT} and may_write_over and _write_over(path, text.encode()):
+            return
         raise StateUnusable(
             f"cannot write {path}: {error.strerror}", "Free space or mend the folder's permissions."
         ) from error
+
+
+def _write_over(path: Path, content: bytes) -> bool:
+    """Write over a file that has enough blocks; return False if it has not."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY)
+    except OSError:
+        return False
+    try:
+        if len(content) > os.fstat(descriptor).st_blocks * _BLOCK_BYTES:
+            return False
+        is_whole = os.pwrite(descriptor, content, 0) == len(content)
+        os.ftruncate(descriptor, len(content))
+        os.fsync(descriptor)
+    except OSError:
+        return False
+    else:
+        return is_whole
+    finally:
+        os.close(descriptor)
+
+
+def has_text(path: Path, text: str) -> bool:
+    """Return True if a file holds exactly this text."""
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except (OSError, ValueError):
+        return False
 
 
 def remove_leftovers(path: Path) -> None:
@@ -62,7 +98,7 @@ def make_private_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER_MODE)
         if path.stat().st_uid != os.geteuid():
             raise StateUnusable(f"{path} belongs to another user", "Set state.directory to a folder of your own.")
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):  # not ours to change, or read-only
             path.chmod(PRIVATE_FOLDER_MODE)
     except OSError as error:
         raise StateUnusable(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 from typing import TYPE_CHECKING
@@ -48,6 +50,17 @@ class Instance:
         """Take the lock of the state directory, unless it is held. Raises like `hold_lock`."""
         if self._lock is None:
             self._lock = hold_lock(path)
+
+    def keep_lock(self, path: Path) -> None:
+        """Take the lock anew if its file has been removed with the state directory. Raises like `hold_lock`."""
+        try:
+            is_there = self._lock is not None and os.path.samestat(os.fstat(self._lock), path.stat())
+        except FileNotFoundError:
+            is_there = False
+        if not is_there:
+            old, self._lock = self._lock, hold_lock(path)
+            if old is not None:
+                os.close(old)
 
     def listen(self, host: str, port: int, *, is_brief: bool = False) -> None:
         """Listen there, unless a service manager's sockets are here; own ones follow the settings. Like `bind`.
@@ -120,23 +133,45 @@ def holder_of(path: Path) -> int | None:
 def hold_lock(path: Path) -> int:
     """Take the lock for the life of this process and return its descriptor; the kernel frees it at any end.
 
+    Where the file cannot be made or written (a full or read-only disk), the file as it is will do, or the folder:
+    flock(2) asks for no right to write.
+
     Raises:
         AlreadyRunning: another emberd has it.
-        StateUnusable: the file cannot be made.
+        StateUnusable: there is no such folder, or no permission.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE_MODE)
+        descriptor = _open_lock(path)
     except OSError as error:
         raise StateUnusable(f"cannot open {path}: {error.strerror}", "Mend its permissions.") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        holder = _name_in(descriptor)
         os.close(descriptor)
         raise AlreadyRunning(
             f"emberd is already running here (pid {holder}, state directory {path.parent})",
             "`emberd status` shows it; `emberd stop` ends it. A second one needs its own state.directory and port.",
         ) from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    # For people only. The old bytes are written over, so that a full disk has a block for the new ones.
+    name = f"{os.getpid()}\n".encode()
+    with contextlib.suppress(OSError):
+        os.pwrite(descriptor, name, 0)
+        os.ftruncate(descriptor, len(name))
     return descriptor
+
+
+def _name_in(descriptor: int) -> str:
+    try:
+        return os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+    except OSError:  # it is the folder
+        return "unknown"
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE_MODE)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+            raise
+        return os.open(path if path.exists() else path.parent, os.O_RDONLY | os.O_CLOEXEC)

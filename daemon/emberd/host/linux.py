@@ -30,6 +30,8 @@ _linux_os: Any = os
 _IN_MODIFY = 0x00000002
 """inotify(7): file was modified. <sys/inotify.h>"""
 _INOTIFY_BUFFER_BYTES = 4096
+_FALLOC_FL_KEEP_SIZE = 1
+"""<linux/falloc.h>; posix_fallocate(3) would change the size, and a writer in append mode would leave a gap."""
 _START_TIME_FIELD = 22
 """proc_pid_stat(5): starttime, clock ticks after boot; fields count from 1."""
 _CACHESTAT = 451
@@ -119,6 +121,19 @@ class LinuxHost(PosixHost):
         return ReadableWatch(
             descriptor, lambda: os.close(descriptor), lambda: os.read(descriptor, _INOTIFY_BUFFER_BYTES)
         )
+
+    def reserve_room(self, descriptor: int, size_bytes: int) -> None:
+        """Reserve blocks beyond the end of the file (fallocate(2)).
+
+        Raises:
+            OSError: the disk is full, or its file system cannot reserve.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        # The 64-bit call where off_t has 32 bits; both libraries know it by this name (feature_test_macros(7)).
+        reserve = getattr(libc, "fallocate64", None) or libc.fallocate
+        if reserve(descriptor, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size_bytes)) < 0:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
 
     def watch_stalls(self, longest_s: int) -> ReadableWatch | None:
         """Watch /proc/pressure/memory; None without PSI, or where this user may not ask (a container)."""

@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 import syslog
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.log_lines import (
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+_MOST_WAITING = 500
+_MOST_WAITING_BYTES = 128 * 1024
+"""What waits in memory for a disk that is full: some minutes of a usual log."""
 SOCKET = "/run/systemd/journal/socket"
 _linux_os: Any = os
 _linux_fcntl: Any = fcntl
@@ -39,8 +43,9 @@ _linux_fcntl: Any = fcntl
 class RotatingFile:
     """Appends lines to a file that is never larger than was said, and whose owner alone may read it.
 
-    A full disk, a folder that went away or lost its permissions: lines are lost and counted in `lost`, nothing is
-    raised, and the next line tries again. Others may move or remove the file at any time.
+    A full disk, a folder that went away or lost its permissions: the newest lines are kept in memory and written
+    with the first that can be, older ones are lost and counted in `lost`, and nothing is raised. Others may move or
+    remove the file at any time.
 
     Args:
         path: the file; its folder is made.
@@ -56,6 +61,7 @@ class RotatingFile:
         self._kept_files = kept_files
         self._descriptor = -1
         self._is_torn = False
+        self._waiting: deque[bytes] = deque()
         self.lost = 0
         self.error = ""
 
@@ -64,18 +70,28 @@ class RotatingFile:
         return self.append(json_line(event))
 
     def append(self, text: str) -> bool:
-        """Append one line; return True if it is in the file."""
-        data = (b"\n" if self._is_torn else b"") + text.encode("utf-8", "backslashreplace") + b"\n"
+        """Append one line; return True if it is in the file, and not only in memory."""
+        self._waiting.append(text.encode("utf-8", "backslashreplace") + b"\n")
         try:
-            self._make_ready(len(data))
-            self._is_torn = os.write(self._descriptor, data) < len(data)
-            if self._is_torn:  # the disk is full, or RLIMIT_FSIZE (write(2))
-                raise OSError(errno.ENOSPC, "No space left on device")  # noqa: TRY301
+            while self._waiting:
+                self._put(self._waiting[0])
+                self._waiting.popleft()
         except OSError as error:
-            self.lost += 1
             self.error = error.strerror or str(error)
+            while len(self._waiting) > _MOST_WAITING or sum(map(len, self._waiting)) > _MOST_WAITING_BYTES:
+                self._waiting.popleft()
+                self.lost += 1
             return False
         return True
+
+    def _put(self, content: bytes) -> None:
+        data = (b"\n" if self._is_torn else b"") + content
+        self._make_ready(len(data))
+        written = os.write(self._descriptor, data)
+        if written < len(data):  # the disk is full, or RLIMIT_FSIZE (write(2))
+            self._is_torn = self._is_torn or written > 0
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._is_torn = False
 
     def close(self) -> None:
         """Close the file; idempotent."""

@@ -27,13 +27,14 @@ class StartHistory:
 
     def __init__(self, path: Path | None = None, boot: str | None = None) -> None:
         self._path = path
+        self._is_lost = path is None
         self._boot = boot
         self._runs = _read(path, boot)
 
     @property
     def runs(self) -> tuple[Run, ...] | None:
         """Every run, the oldest first; None if nothing can be remembered."""
-        return None if self._path is None else self._runs
+        return None if self._is_lost else self._runs
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ class StartHistory:
     @property
     def was_ready(self) -> bool:
         """Whether this run's engine has been ready."""
-        return bool(self.runs) and self._runs[-1].end is End.READY
+        return bool(self._runs) and self._runs[-1].end is End.READY
 
     def wait_s(self) -> float | None:
         """Return how long to stand by, None to go on: see `judge`."""
@@ -83,9 +84,10 @@ class StartHistory:
             return
         content = {"format": _FORMAT, "boot": self._boot, "runs": [asdict(run) for run in self._runs]}
         try:
-            write_atomically(self._path, json.dumps(content))
+            write_atomically(self._path, json.dumps(content), may_write_over=True)
+            self._is_lost = False
         except StateUnusable:
-            self._path = None  # the run itself will say what is wrong there
+            self._is_lost = True  # the run itself will say what is wrong there; the next change is tried again
 
 
 def _read(path: Path | None, boot: str | None) -> tuple[Run, ...]:

@@ -41,6 +41,23 @@ class ControlServer:
         self._path = path
         self._verbs = verbs
         self._server: asyncio.Server | None = None
+        self._inode = 0
+
+    async def keep(self) -> None:
+        """Serve again if the socket has been removed, or could not be made before.
+
+        Raises:
+            OSError: it cannot be made now.
+        """
+        try:
+            is_there = self._path.stat().st_ino == self._inode
+        except FileNotFoundError:
+            is_there = False
+        if not is_there:
+            if self._server is not None:
+                self._server.close()
+                self._server = None
+            await self.start()
 
     async def start(self) -> None:
         """Begin to serve. The instance lock is held, so a socket left by a killed daemon is stale."""
@@ -49,16 +66,21 @@ class ControlServer:
         mask = os.umask(0o177)
         try:
             listener.bind(str(self._path))
+        except BaseException:
+            listener.close()
+            raise
         finally:
             os.umask(mask)
         self._path.chmod(PRIVATE_FILE_MODE)
+        self._inode = self._path.stat().st_ino
         self._server = await asyncio.start_unix_server(self._answer, sock=listener, limit=_LONGEST_LINE_BYTES)
 
     async def close(self) -> None:
         """Stop serving and remove the socket."""
         if self._server is not None:
             self._server.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

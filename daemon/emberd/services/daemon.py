@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -91,13 +92,21 @@ class Daemon:
     async def open_control(self, path: Path, answers: Mapping[str, Verb]) -> None:
         """Serve the verbs: `stop` and `replace`, and `answers`, which differ between serving and standing by.
 
-        Raises:
-            OSError: the socket cannot be made.
+        A socket that cannot be made now is left to `keep_control`.
         """
         verbs: dict[str, Verb] = {"stop": self._stop, "replace": self._replace, **answers}
-        control = ControlServer(path, verbs, logs.logger("control"))
-        await control.start()
-        self._control = control
+        self._control = ControlServer(path, verbs, logs.logger("control"))
+        with contextlib.suppress(OSError):
+            await self._control.start()
+
+    async def keep_control(self) -> None:
+        """Make the control socket anew if it is not there.
+
+        Raises:
+            OSError: it cannot be made now.
+        """
+        if self._control is not None:
+            await self._control.keep()
 
     async def serve(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from typing import TYPE_CHECKING
 
 from emberd.core.turn import UNTOLD
 from emberd.engine.llama_log import find_cause
-from emberd.engine.output import OutputFollower
+from emberd.engine.output import OutputFollower, open_for_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +52,8 @@ class EngineOutput:
         self._log = log
         self._note = note
         self._cannot_serve = cannot_serve
-        self._follower = OutputFollower(path, engine.is_private, *_limits(settings))
+        self._follower = OutputFollower(path, engine.is_private, *_limits(settings), host.reserve_room)
+        self._trouble = ""
         self._counts, self._old_words = UNTOLD, ""
         self.progress: LoadProgress | None = None
         """Loading progress, None before and after loading."""
@@ -64,8 +67,27 @@ class EngineOutput:
 
     def skip_to_end(self) -> None:
         """Begin at the end of the file; lines of an earlier engine are scrubbed, not reported."""
-        self._follower.skip_to_end()
+        with contextlib.suppress(OSError):  # what cannot be scrubbed now is scrubbed before it is read
+            self._follower.skip_to_end()
         self.progress = None
+
+    def open_for_engine(self) -> int:
+        """Return a descriptor for an engine to write to, and on which it cannot fail.
+
+        Without room for a file that is the null device: an engine that serves is worth more than its output.
+        """
+        return open_for_engine(self._path) if self.make_room() else os.open(os.devnull, os.O_WRONLY)
+
+    def make_room(self) -> bool:
+        """Reserve room for what the engine prints; return False, and say so, if there is none."""
+        has_room = self._follower.make_room()
+        self._say("" if has_room else f"no room or no permission at {self._path}")
+        return has_room
+
+    @property
+    def said(self) -> str:
+        """The last words of the engine, of which some may tell why it ended."""
+        return "\n".join(self._follower.last_words(_TAIL_IN_MESSAGE))
 
     @property
     def has_said_anything(self) -> bool:
@@ -99,8 +121,13 @@ class EngineOutput:
                 watch.close()
 
     def read(self) -> None:
-        """Read what has come since the last time."""
-        for line in self._follower.read_lines():
+        """Read what has come since the last time; a broken disk or too many open files must not end an engine."""
+        try:
+            lines = self._follower.read_lines()
+        except OSError as error:
+            self._say(error.strerror or str(error))
+            return
+        for line in lines:
             self._note(line)
             if line != self._old_words:
                 self._note_counts(line)
@@ -116,13 +143,13 @@ class EngineOutput:
 
     def forget_counts(self) -> None:
         """Forget earlier counts: a generation is about to be sent."""
-        self._read_for_counts()
+        self.read()
         # KoboldCPP ends a line only when it begins the next one.
         self._counts, self._old_words = UNTOLD, self._follower.unfinished
 
     def counts(self) -> PromptCounts:
         """Return the counts of the generation that has just ended."""
-        self._read_for_counts()
+        self.read()
         told = None if self._old_words else self._engine.counts_in_line(self._follower.unfinished)
         return self._counts if told is None else told.after(self._counts)
 
@@ -130,12 +157,15 @@ class EngineOutput:
         told = self._engine.counts_in_line(line)
         self._counts = self._counts if told is None else told.after(self._counts)
 
-    def _read_for_counts(self) -> None:
-        """Read the log; a full disk or too many open files must not fail a request."""
-        try:
-            self.read()
-        except OSError as error:
-            self._log.warning("output_not_read", error=str(error))
+    def _say(self, trouble: str) -> None:
+        """Say once that the engine's output is lost, and why."""
+        if trouble and trouble != self._trouble:
+            self._log.warning(
+                "output_lost",
+                error=trouble,
+                remedy="Make room; the engine's output is kept from its next start on.",
+            )
+        self._trouble = trouble
 
 
 def _limits(settings: LogSettings) -> tuple[int, int]:

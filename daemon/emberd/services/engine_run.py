@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import time
@@ -16,15 +17,16 @@ from emberd.core.load_facts import LoadFacts
 from emberd.core.memory import is_released
 from emberd.core.status import to_plain
 from emberd.engine import record as records
-from emberd.engine.output import open_for_engine
 from emberd.engine.process import EngineProcess, ProcessTree, launch
-from emberd.host.files import make_private_folder, write_atomically
+from emberd.host.files import has_text, make_private_folder, write_atomically
+from emberd.services.obstacles import Obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.causes import Cause
     from emberd.core.ports import Host
     from emberd.core.settings import Settings
     from emberd.core.types import LaunchPlan, Notice
@@ -71,6 +73,8 @@ class EngineRun:
         self._wired_before: int | None = None
         self._wired_loaded: int | None = None
         self._died_s: float | None = None
+        self._is_unsaved = False
+        self.obstacles = Obstacles(settings, paths.record.parent)
         self.process: EngineProcess | None = None
         self.notices: tuple[Notice, ...] = ()
         """What the owner should know of the engine's settings."""
@@ -114,12 +118,12 @@ class EngineRun:
             of_settings: what the settings alone ask for: another plan only after a switch of the model.
             will_lock: the engine is asked to lock.
         """
-        shutil.rmtree(self._paths.scratch, ignore_errors=True)  # no engine lives: it holds only leftovers
-        make_private_folder(self._paths.scratch)
+        self._empty_scratch()
         for name, text in plan.files.items():
-            write_atomically(Path(name), text)
+            if not has_text(Path(name), text):
+                write_atomically(Path(name), text, may_write_over=True)
         self._output.skip_to_end()
-        output = open_for_engine(self._paths.output)
+        output = self._output.open_for_engine()
         try:
             process = launch(plan, output, self._host)
         finally:
@@ -149,6 +153,17 @@ class EngineRun:
             self._log.warning("engine_settings_notice", code=notice.code, message=notice.message)
         self._log.info("engine_started", pid=process.pid, port=plan.port, command=" ".join(plan.shown_arguments()))
 
+    def _empty_scratch(self) -> None:
+        """Empty the engine's TMPDIR: no engine lives, so it holds only leftovers."""
+        with contextlib.suppress(StateUnusable):
+            make_private_folder(self._paths.scratch)
+        with contextlib.suppress(OSError):
+            for each in self._paths.scratch.iterdir():
+                if each.is_dir() and not each.is_symlink():
+                    shutil.rmtree(each, ignore_errors=True)
+                else:
+                    each.unlink()
+
     def _take(self, process: EngineProcess, record: records.EngineRecord, *, is_adopted: bool) -> None:
         self.process = process
         self._gate.change(record=record, pids=(process.pid,), is_adopted=is_adopted)
@@ -172,11 +187,21 @@ class EngineRun:
             self._gate.change(record=found)
             self._save_record()
 
+    def keep_record(self) -> None:
+        """Write the record again if it is not on disk as it is in memory.
+
+        Raises:
+            StateUnusable: the disk is full or the folder not writable.
+        """
+        record = self._gate.now.record
+        if record is not None and (self._is_unsaved or not self._paths.record.exists()):
+            records.save(self._paths.record, record)
+            self._is_unsaved = False
+
     def _save_record(self) -> None:
-        if self._gate.now.record is None:
-            return
+        self._is_unsaved = True
         try:
-            records.save(self._paths.record, self._gate.now.record)
+            self.keep_record()
         except StateUnusable as error:
             # The engine still serves; but after a crash of emberd the model would be loaded again.
             self._log.error("state_not_saved", error=error.message, remedy=error.remedy)
@@ -210,6 +235,7 @@ class EngineRun:
         told = LoadFacts(is_mapped=record.is_mapped, context_tokens=record.context_tokens, kv_bytes=record.kv_bytes)
         await self._meter.adopt(self._gate.engine.model_path(), told)
         self._output.skip_to_end()
+        self._output.make_room()
         self._take(process, record, is_adopted=True)
         self._log.info("engine_adopted", pid=record.pid, port=record.port)
         return True
@@ -233,8 +259,11 @@ class EngineRun:
 
     # --- watch ----------------------------------------------------------------------------------------------
 
-    async def wait_for_exit(self, process: EngineProcess, is_asked: Callable[[], bool]) -> str:
-        """Return the exit when the process has ended; `is_asked` tells whether it was told to stop."""
+    async def wait_for_exit(self, process: EngineProcess, is_asked: Callable[[], bool]) -> tuple[str, Cause | None]:
+        """Return the exit, and the cause that can pass, when the process has ended.
+
+        `is_asked` tells whether it was told to stop.
+        """
         await process.wait()
         self._died_s = time.monotonic()
         self._output.read()
@@ -250,7 +279,11 @@ class EngineRun:
         self.last_exit = exit_status.explain(ended) + (f" (the engine says: {cause})" if cause else "")
         report = self._log.info if was_asked else self._log.warning
         report("engine_exited", pid=process.pid, status=process.status, meaning=self.last_exit)
-        return self._output.with_last_words(self.last_exit)
+        passing: Cause | None = None
+        if not was_asked:
+            passing = await asyncio.to_thread(self.obstacles.of_exit, process.status, self._output.said)
+        meaning = self.last_exit if passing is None else f"{passing.message}: {self.last_exit}"
+        return self._output.with_last_words(meaning), passing
 
     def is_ours(self, port: int) -> bool:
         """Return True if the listener belongs to the process tree, or if that is unknown."""

@@ -222,6 +222,9 @@ class Gate:
         will_start = wakes and self.state is State.COOL
         if self.state in lifecycle.AT_REST and self.now.has_begun and not will_start:
             reason = self.now.life.reason.splitlines()[0] if self.now.life.reason else "the engine is stopped"
+            cause = self.now.life.cause
+            if cause is not None:
+                raise NotReady(self.state.value, f"{reason} ({cause.remedy})", RETRY_AFTER_S)
             raise NotReady(self.state.value, reason, _RETRY_AT_REST_S)
 
     @contextlib.contextmanager

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from emberd.core.lifecycle import Event
     from emberd.core.settings import LifecycleSettings
+    from emberd.core.types import Activity
     from emberd.engine.record import EngineRecord
     from emberd.services.engine_output import EngineOutput
     from emberd.services.engine_run import EngineRun
@@ -72,6 +73,19 @@ class Probing:
         self._gate.change(room=self._gate.engine.room)
         return True
 
+    async def _activity(self, port: int) -> Activity:
+        seen = await self._gate.engine.probe_activity(port, PROBE_TIMEOUT_S)
+        process = self._run.process
+        if (not seen.answered or seen.is_generating) and process:
+            if seen.generated_units is not None:
+                self._generated_units = seen.generated_units
+            return replace(
+                seen,
+                cpu_seconds=process.cpu_seconds(),
+                generated_units=self._generated_units + self._gate.flowed_bytes,
+            )
+        return seen
+
     async def prove_alive(self, record: EngineRecord) -> None:
         """Probe repeatedly whether the engine lives; post and return when it hangs."""
         port = record.port
@@ -85,21 +99,16 @@ class Probing:
             if time.monotonic() - judged_s >= _JUDGE_LOCK_S:
                 judged_s = time.monotonic()
                 self._run.judge_lock()
-            seen = await self._gate.engine.probe_activity(port, PROBE_TIMEOUT_S)
+            try:
+                seen = await self._activity(port)
+            except OSError as error:  # too many open files prove nothing about the engine
+                self._log.warning("engine_not_probed", error=error.strerror)
+                continue
             if seen.serves_for_s is not None:
                 if served_for_s is not None and seen.serves_for_s < served_for_s:
                     self._run.loads_again()
                     return
                 served_for_s = seen.serves_for_s
-            process = self._run.process
-            if (not seen.answered or seen.is_generating) and process:
-                if seen.generated_units is not None:
-                    self._generated_units = seen.generated_units
-                seen = replace(
-                    seen,
-                    cpu_seconds=process.cpu_seconds(),
-                    generated_units=self._generated_units + self._gate.flowed_bytes,
-                )
             watch, verdict = liveness.judge(watch, seen, time.monotonic(), self._settings())
             if verdict is liveness.Verdict.HUNG:
                 silent_s = time.monotonic() - watch.alive_at

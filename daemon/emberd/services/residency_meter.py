@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from emberd.services.observer import Observer
 
 _FRESH_S = 2.0
+_PATIENCE_S = 3.0
 """While a model loads, residency is out of date after seconds; the status shows none older than this."""
 
 
@@ -35,6 +36,7 @@ class ResidencyMeter:
         self.toucher = Toucher(paging)
         self._last: tuple[tuple[Any, ...], float, Residency] | None = None
         self._reading = asyncio.Lock()
+        self._asked: asyncio.Task[Residency | None] | None = None
 
     async def tick(self) -> Residency | None:
         """Read once; return None while there is no engine. Never fails: what cannot be read is unknown."""
@@ -64,7 +66,10 @@ class ResidencyMeter:
             last is None or last[0] != _measured(self._observer.sample()) or time.monotonic() - last[1] > _FRESH_S
         )
         if is_old and not self.toucher.is_touching:  # a pass over a cold model takes seconds
-            await self.tick()
+            # A toucher that was stopped must not hold up who asks.
+            if self._asked is None or self._asked.done():
+                self._asked = asyncio.create_task(self.tick())
+            await asyncio.wait({self._asked}, timeout=_PATIENCE_S)
             last = self._last
         return None if last is None else describe(last[2], round(time.monotonic() - last[1], 3))
 
@@ -100,6 +105,9 @@ class ResidencyMeter:
 
     async def close(self) -> None:
         """End the toucher."""
+        if self._asked is not None:
+            self._asked.cancel()
+            await asyncio.wait({self._asked})
         await self.toucher.close()
 
     async def _read(self, engine: EngineSample) -> Residency:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import access
-from emberd.core.errors import AlreadyRunning, EmberdError, NotReady, PortTaken
+from emberd.core.errors import AlreadyRunning, EmberdError, NotReady, PortTaken, StateUnusable
 from emberd.core.start_limit import Why
 from emberd.core.status import Status, to_plain
 from emberd.host import config_file
+from emberd.host.files import write_atomically
 from emberd.host.paths import prepare, state_paths
 from emberd.services.daemon import NEED_ENGINE
 from emberd.services.door import Door
@@ -43,6 +44,7 @@ _LOOK_S = 0.5
 """How often files are looked at. A kernel watch needs a file that is there and is not replaced; editors replace."""
 _SETTLED_LOOKS = 2
 """Looks without a further change before a changed file counts: a model may still be being copied."""
+_STATE_S = 2.0
 _TAKEN_S = 5.0
 """How often a taken port or state directory is tried."""
 _RETRY_AFTER_S = 60
@@ -88,7 +90,7 @@ class Standby:
             endpoint=daemon.instance.url,
         )
         feed = daemon.notifier.feed_watchdog(lambda: asyncio.sleep(0))  # only the event loop could hang here
-        for work in (self._serve(), self._watch_files(), self._watch_lock(), feed):
+        for work in (self._serve(), self._watch_files(), self._watch_lock(), self._watch_state(), feed):
             daemon.spawn(work)
         asyncio.get_running_loop().call_later(self._left_s, daemon.end, Why.DUE)
         daemon.notifier.ready()
@@ -141,6 +143,18 @@ class Standby:
             await asyncio.sleep(_TAKEN_S)
             with contextlib.suppress(EmberdError):
                 self.daemon.instance.take_lock(state_paths(self.loaded.settings).lock)
+                self.daemon.end(Why.DUE)
+                return
+
+    async def _watch_state(self) -> None:
+        """Notice that the state directory can be used again, if that kept emberd from starting."""
+        while isinstance(self.error, StateUnusable):
+            await asyncio.sleep(_STATE_S)
+            with contextlib.suppress(EmberdError):
+                paths = state_paths(self.loaded.settings)
+                prepare(paths)
+                write_atomically(paths.directory / "room.probe", "")
+                (paths.directory / "room.probe").unlink(missing_ok=True)
                 self.daemon.end(Why.DUE)
                 return
 

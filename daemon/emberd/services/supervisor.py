@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import lifecycle
+from emberd.core.causes import look_after_s, of_os_error
 from emberd.core.errors import EmberdError, StateUnusable
 from emberd.core.lifecycle import Effect, Event, Lifecycle, State
 from emberd.core.status import EngineStatus, Status
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.causes import Cause
     from emberd.core.engine_files import EngineFile
     from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings
@@ -120,11 +122,12 @@ class Supervisor:
         """Return the engine's part of the status; the daemon adds the rest."""
         now_s = time.monotonic()
         life, record = self._life, self._record
-        deadline_s = life.deadline_s if life.state is State.BACKOFF else None
+        deadline_s = life.deadline_s if life.state in {State.BACKOFF, State.FAILED} else None
         return Status(
             state=life.state.value,
             state_for_s=round(now_s - life.since_s, 3),
             reason=life.reason,
+            remedy=life.cause.remedy if life.cause else None,
             crashes_in_a_row=life.crashes,
             next_start_in_s=None if deadline_s is None else round(deadline_s - now_s, 3),
             starts=self._run.starts,
@@ -254,13 +257,18 @@ class Supervisor:
         fields: dict[str, Any] = {"state": after.state.value, "was": before.state.value}
         if after.reason:
             fields["reason"] = after.reason
+        if after.cause is not None:
+            fields["remedy"] = after.cause.remedy
+            self._spawn("obstacle", self._wait_for_passing(after.cause, after.retries))
+        else:
+            self._cancel("obstacle")
         if self._record and after.state in lifecycle.HAS_PROCESS:
             fields["pid"] = self._record.pid
         if after.state is State.READY:
             self._output.progress = None
             self._run.note_ready()
             fields["seconds"] = round(after.since_s - before.since_s, 3)
-        if after.state is State.BACKOFF and after.deadline_s is not None:
+        if after.state in {State.BACKOFF, State.FAILED} and after.deadline_s is not None:
             fields["next_start_in_s"] = round(after.deadline_s - after.since_s, 3)
         report = self._log.error if after.state is State.FAILED else self._log.info
         report("engine_state", **fields)
@@ -298,6 +306,8 @@ class Supervisor:
                 self.post(lifecycle.LaunchFailed(f"internal error: {error!r}", is_permanent=False))
             elif name == "end":
                 self.post(lifecycle.Gone())
+            elif name == "obstacle":
+                self.post(lifecycle.CauseGone())
             else:
                 self.post(lifecycle.Stuck(f"internal error: {error!r}"))
 
@@ -326,10 +336,12 @@ class Supervisor:
             self.post(lifecycle.Launched())
         except EmberdError as error:
             self.launch_error = error
+            cause = await asyncio.to_thread(self._run.obstacles.of_error, error)
             permanent = not isinstance(error, StateUnusable)
-            self.post(lifecycle.LaunchFailed(str(error), is_permanent=permanent))
+            self.post(lifecycle.LaunchFailed(str(error), is_permanent=permanent, cause=cause))
         except OSError as error:
-            self.post(lifecycle.LaunchFailed(f"cannot start the engine: {error}", is_permanent=False))
+            reason = f"cannot start the engine: {error}"
+            self.post(lifecycle.LaunchFailed(reason, is_permanent=False, cause=of_os_error(error)))
 
     def _follow(self) -> None:
         process = self._run.process
@@ -363,8 +375,18 @@ class Supervisor:
     # --- watch ----------------------------------------------------------------------------------------------
 
     async def _watch_exit(self, process: EngineProcess) -> None:
-        reason = await self._run.wait_for_exit(process, lambda: self._life.state is State.STOPPING)
-        self.post(lifecycle.Exited(reason))
+        reason, cause = await self._run.wait_for_exit(process, lambda: self._life.state is State.STOPPING)
+        self.post(lifecycle.Exited(reason, cause))
+
+    async def _wait_for_passing(self, cause: Cause, retries: int) -> None:
+        """Tell the owner task as soon as what keeps the engine from running has gone."""
+        await self._run.obstacles.wait_for_passing(cause, look_after_s(retries))
+        self._log.info("obstacle_gone", cause=cause.kind.value, was=cause.message)
+        self.post(lifecycle.CauseGone())
+
+    def keep_record(self) -> None:
+        """Write the state file if it is not on disk: see `EngineRun.keep_record`."""
+        self._run.keep_record()
 
     async def _probe(self) -> None:
         record = self._record

@@ -1,0 +1,113 @@
+"""What keeps the engine from running, and whether it has gone: disks, files and memory as they are now."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emberd.core import causes
+from emberd.core.causes import LEAST_ROOM_BYTES, Cause, Kind
+from emberd.core.errors import EmberdError, ModelError
+from emberd.host.files import make_private_folder, write_atomically
+from emberd.host.model_file import check_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from emberd.core.settings import Settings
+
+_PROBE = "room.probe"
+_LOOK_S = 1.0
+
+
+class Obstacles:
+    """Looks at what an engine needs of this computer. All methods may block for some milliseconds.
+
+    Args:
+        settings: the present ones.
+        directory: the state directory.
+    """
+
+    def __init__(self, settings: Callable[[], Settings], directory: Path) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._marks = self._read_marks()
+
+    def of_error(self, error: EmberdError) -> Cause | None:
+        """Return the passing cause of a start that was refused."""
+        return self._noted(causes.of_error(error))
+
+    def of_exit(self, status: int | None, last_words: str) -> Cause | None:
+        """Return the passing cause of an engine's end."""
+        return self._noted(causes.of_exit(status, last_words, self._missing_model(), self.full_disk()))
+
+    async def wait_for_passing(self, cause: Cause, first_s: float) -> None:
+        """Return when this cause has gone, as far as can be seen; look for the first time after `first_s`."""
+        await asyncio.sleep(first_s)
+        # Disks tell nobody that they have room again.
+        while not await asyncio.to_thread(self.has_gone, cause):  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_S)
+
+    def has_gone(self, cause: Cause) -> bool:
+        """Return True if this cause is seen to have gone; what cannot be seen is only waited for."""
+        match cause.kind:
+            case Kind.DISK:
+                return self.full_disk() is None and self._can_write()
+            case Kind.FILES:
+                return self._read_marks() != self._marks
+            case Kind.MEMORY | Kind.PORT:
+                return False
+
+    def full_disk(self) -> Cause | None:
+        """Return the disk that has no room for an engine, None if all have."""
+        for path in (self._directory, Path(tempfile.gettempdir())):
+            try:
+                seen = os.statvfs(path)
+            except OSError:
+                continue
+            # Some file systems make inodes as they need them, and count none (statvfs(3): f_files 0).
+            if seen.f_bavail * seen.f_frsize < LEAST_ROOM_BYTES or (seen.f_files and not seen.f_favail):
+                what = "has no room" if seen.f_bavail * seen.f_frsize < LEAST_ROOM_BYTES else "takes no more files"
+                return Cause(Kind.DISK, f"the disk of {path} {what}", "Make room; emberd tries again at once.")
+        return None
+
+    def _noted(self, cause: Cause | None) -> Cause | None:
+        if cause is not None:
+            self._marks = self._read_marks()
+        return cause
+
+    def _missing_model(self) -> str | None:
+        try:
+            if self._settings().model.path:
+                check_model(self._settings().model.path)
+        except ModelError as error:
+            return error.message
+        return None
+
+    def _can_write(self) -> bool:
+        probe = self._directory / _PROBE
+        try:
+            make_private_folder(self._directory)
+            write_atomically(probe, " " * LEAST_ROOM_BYTES)
+            probe.unlink()
+        except (EmberdError, OSError):
+            return False
+        return True
+
+    def _read_marks(self) -> tuple[tuple[int, ...] | None, ...]:
+        settings = self._settings()
+        return tuple(
+            _mark(each) for each in (settings.model.path, settings.engine.path, settings.engine.kcpps) if each
+        )
+
+
+def _mark(path: str) -> tuple[int, ...] | None:
+    """Return a value that changes when a file comes, goes, is written, or changes its permissions."""
+    try:
+        seen = Path(path).expanduser().stat()
+    except OSError:
+        return None
+    return seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino, seen.st_size, int(os.access(path, os.R_OK))

@@ -1,0 +1,159 @@
+"""Nothing that is full, broken or gone stops the service: real daemons on small disks and lost files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from emberd.host.paths import StatePaths
+from small_disk import CAN_MOUNT, SmallDisk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from daemon_process import Daemon
+
+    MakeDaemon = Callable[..., Daemon]
+
+needs_disk = pytest.mark.skipif(not CAN_MOUNT, reason="mounting a file system needs root on Linux")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    try:
+        small = SmallDisk(tmp_path / "disk")
+    except OSError as error:
+        pytest.skip(str(error))
+    with small:
+        yield small
+
+
+def on_disk(make_daemon: MakeDaemon, disk: SmallDisk, **settings: Any) -> Daemon:
+    """Return a daemon whose state directory is on the small disk."""
+    state = disk.folder / "state"
+    daemon = make_daemon({"state.directory": str(state), "log.sink": "file", **settings})
+    daemon.state = StatePaths(state)
+    return daemon
+
+
+def kill_engine(daemon: Daemon) -> int:
+    """Kill the engine and return its pid."""
+    pid: int = daemon.wait_ready()["engine"]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+@needs_disk
+def test_a_full_disk_loses_no_request_however_often_the_engine_dies(make_daemon: MakeDaemon, disk: SmallDisk):
+    daemon = on_disk(make_daemon, disk)
+    daemon.start()
+    daemon.wait_ready()
+    disk.fill()
+    for _ in range(3):
+        old = kill_engine(daemon)
+        assert daemon.complete()
+        status = daemon.wait_ready(other_than=old)
+        # The record on the full disk is of this engine: the next emberd would find it.
+        assert json.loads(daemon.state.record.read_text())["pid"] == status["engine"]["pid"]
+    daemon.kill()
+    daemon.start()
+    assert daemon.wait_ready()["engine"]["adopted"]
+    assert daemon.complete()
+
+
+@needs_disk
+def test_emberd_starts_and_serves_on_a_disk_without_room_and_without_inodes(
+    make_daemon: MakeDaemon, disk: SmallDisk
+):
+    daemon = on_disk(make_daemon, disk)
+    (disk.folder / "state").mkdir()
+    disk.fill()
+    disk.fill_inodes()
+    daemon.start()
+    deadline_s = time.monotonic() + 40
+    said = ""
+    while not said and time.monotonic() < deadline_s:
+        try:
+            said = daemon.complete()
+        except httpx.ConnectError:
+            time.sleep(0.05)
+    assert said
+    disk.make_room()
+    # Now that there is room, the control socket, the state file and the log are there.
+    status = daemon.wait_ready()
+    assert daemon.wait_for(lambda _: daemon.state.record.exists(), "the state file")
+    assert json.loads(daemon.state.record.read_text())["pid"] == status["engine"]["pid"]
+    daemon.log = daemon.state.directory / "emberd.log"
+    assert daemon.wait_event("output_lost")["remedy"]
+    assert {event["what"] for event in daemon.events("state_not_kept")} >= {"the control socket", "the state file"}
+    kept = daemon.wait_event("state_kept_again", count=2)
+    assert kept
+
+
+@needs_disk
+def test_failed_by_a_full_disk_names_it_and_ends_when_there_is_room(
+    make_daemon: MakeDaemon, disk: SmallDisk, tmp_path: Path
+):
+    """KoboldCPP's merged settings cannot be kept in memory: it reads them from a file."""
+    kcpps = tmp_path / "own.kcpps"
+    kcpps.write_text(json.dumps({"contextsize": 2048}))
+    daemon = on_disk(make_daemon, disk, **{"engine.kcpps": str(kcpps), "lifecycle.crash_limit": 2})
+    (disk.folder / "state").mkdir()
+    disk.fill()
+    daemon.start()
+    status = daemon.wait_for(lambda status: status["state"] == "FAILED", "FAILED")
+    assert "merged.kcpps: No space left on device" in status["reason"]
+    assert "Free space" in status["remedy"]
+    refused = httpx.post(f"{daemon.url}/api/v1/generate", json={"prompt": "x"}, trust_env=False, timeout=40)
+    assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
+    assert status["remedy"] in refused.text
+    disk.make_room()
+    daemon.wait_ready()
+    assert daemon.complete()
+
+
+def test_a_state_directory_that_is_deleted_is_made_again_and_nobody_notices(make_daemon: MakeDaemon):
+    daemon = make_daemon()
+    daemon.start()
+    pid = daemon.wait_ready()["engine"]["pid"]
+    shutil.rmtree(daemon.state.directory)
+    os.kill(pid, signal.SIGKILL)
+    assert daemon.complete()
+    # Asked by a signal: the socket is made again within 30 s, and a restart of emberd does not wait for that.
+    daemon.kill()
+    daemon.start()
+    assert daemon.wait_ready()["engine"]["adopted"]
+
+
+def test_a_model_that_went_away_and_came_back_is_served_within_seconds(
+    make_daemon: MakeDaemon, tmp_path: Path, model: Path
+):
+    own = tmp_path / "volume" / "model.gguf"
+    own.parent.mkdir()
+    shutil.copy(model, own)
+    daemon = make_daemon({"model.path": str(own)})
+    daemon.start()
+    daemon.wait_ready()
+    own.parent.rename(tmp_path / "away")
+    kill_engine(daemon)
+    status = daemon.wait_for(lambda status: status["state"] == "FAILED", "FAILED")
+    assert f"model not found: {own}" in status["reason"]
+    assert status["remedy"]
+    assert status["next_start_in_s"] is not None
+    refused = httpx.post(f"{daemon.url}/api/v1/generate", json={"prompt": "x"}, trust_env=False, timeout=40)
+    assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
+    assert "model not found" in refused.text
+    assert status["remedy"] in refused.text
+    assert int(refused.headers["retry-after"]) <= 5
+    (tmp_path / "away").rename(own.parent)
+    daemon.wait_ready()
+    assert daemon.wait_event("obstacle_gone")["cause"] == "files"
+    assert daemon.complete()
