@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _targets() -> list[object]:
-    found: list[object] = [pytest.param(each, id=each.name) for each in (standin("1.76"), standin("1.104"))]
+    found: list[object] = [pytest.param(each, id=each.name) for each in map(standin, ("1.76", "1.104", "1.115.1"))]
     real = real_builds()
     found += [pytest.param(each, id=each.name) for each in real]
     if not real:
@@ -41,7 +41,7 @@ def new_target(target: Target) -> Target:
 def batching_target(request: pytest.FixtureRequest) -> Target:
     """A KoboldCPP that can work on several requests at once."""
     found: Target = request.param
-    if found.version < (1, 113):
+    if not found.is_batching:
         pytest.skip("not in this version")
     return found
 

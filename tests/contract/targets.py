@@ -55,6 +55,11 @@ class Target:
         """Whether this version knows no admin mode, maps by default and has no `--version`."""
         return self.version < (1, 100)
 
+    @property
+    def is_batching(self) -> bool:
+        """Whether this version can work on several requests at once, and has what came with that."""
+        return self.version >= (1, 113)
+
     def start(self, *arguments: str | Path, **environment: str) -> EngineProcess:
         """Start the program with just these arguments."""
         return EngineProcess([*self.command, *arguments], environment={**self.environment, **environment})

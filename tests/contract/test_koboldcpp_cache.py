@@ -84,7 +84,7 @@ def test_a_generation_of_no_length_with_another_prompt_destroys_the_cache(server
     assert server.processed_tokens() > 1000
 
 
-def test_any_token_that_is_not_the_users_costs_a_state_its_whole_past(
+def test_any_token_that_is_not_the_users_costs_a_state_its_whole_past_unless_a_copy_is_kept(
     new_target: Target, model_with_state: Path
 ) -> None:
     with new_target.serving(model_with_state) as server:
@@ -95,7 +95,7 @@ def test_any_token_that_is_not_the_users_costs_a_state_its_whole_past(
         server.generate(so_far + " ke", 1)
         assert server.processed_tokens() <= 4
         server.generate(so_far + " ke lo", 1)
-        assert server.processed_tokens() > 1000
+        assert (server.processed_tokens() > 1000) is not new_target.is_batching
 
 
 def test_the_perf_counter_tells_tokens_of_the_whole_prompt(server: Server) -> None:

@@ -12,8 +12,9 @@ import pytest
 from contract.targets import NO_REUSE
 from emberd.core.generation import recognise
 from emberd.core.load_facts import LoadFacts
-from emberd.core.replay import make_replays
+from emberd.core.replay import make_replays, tiny
 from emberd.core.reuse import MOST_PROCESSED_TOKENS
+from emberd.core.settings import Settings
 from emberd.core.streamed import StreamedReply
 from emberd.core.turn import UNTOLD, messages_of
 from emberd.engine import llama_log
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 START_S = 90.0
 CELLS = 1024
-ADAPTER: Any = ExternalServer(None, None, EngineHttp(), None)  # type: ignore[arg-type]  # only what replies tell
+ADAPTER: Any = ExternalServer(Settings(), None, EngineHttp(), None)  # type: ignore[arg-type]  # asks, starts none
 STORY = " ".join(["ba ke lo mi"] * 90)
 """About 360 tokens for the synthetic model: three conversations of it do not fit into the cells."""
 
@@ -182,6 +183,62 @@ def test_every_api_s_next_turn_finds_what_replays_have_kept(
     following = say(server, path, {**body, place: history})
     assert (following.counts.reused or 0) >= (turn.counts.prompt or 0)
     assert 0 < (following.counts.processed or 0) < 50, "the reply of 60 tokens is in the cache, too"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string"}}}},
+        {"grammar": 'root ::= "ba" | "ke"'},
+    ],
+)
+def test_a_grammar_stays_and_its_replay_costs_one_token(server: Server, more: dict[str, Any]):
+    turn = say(server, "/v1/chat/completions", {**ASKED["/v1/chat/completions"], "temperature": 0, **more})
+    assert costs_of_replays(server, turn)[-1] <= 4
+
+
+@pytest.mark.parametrize("begun", ["ba ke", [{"type": "text", "text": "ba ke"}]])
+def test_words_that_the_client_put_into_the_assistants_mouth_are_kept(server: Server, begun: Any):
+    user = {"role": "user", "content": STORY}
+    body = {"messages": [user, {"role": "assistant", "content": begun}], "max_tokens": 60, "ignore_eos": True}
+    turn = say(server, "/v1/messages", body)
+    assert costs_of_replays(server, turn)[-1] <= 4
+    replied = {"role": "assistant", "content": "ba ke" + turn.reply}
+    following = {**body, "messages": [user, replied, {"role": "user", "content": "ba ke lo"}]}
+    assert 0 < (say(server, "/v1/messages", following).counts.processed or 0) < 50
+
+
+def costs_of_replays(server: Server, turn: Turn) -> list[int]:
+    """Return how many tokens each of three replays had to process."""
+    costs = []
+    for _ in range(3):
+        (replay,) = make_replays(turn, "llama-server")
+        answer = server.client.post(replay.path, json=replay.body)
+        assert answer.status_code == 200, answer.text
+        costs.append(ADAPTER.counts_in_reply(answer.json()).processed or 0)
+    return costs
+
+
+@pytest.mark.parametrize("server", [[], ["--no-prefill-assistant"]], indirect=True)
+async def test_the_rest_of_a_chat_is_a_prompt_that_ends_with_the_reply(server: Server):
+    body = {"messages": [{"role": "user", "content": "ba ke"}], "max_tokens": 20, "stream": True}
+    asked = recognise("POST", "/v1/chat/completions", json.dumps(body).encode())
+    assert asked is not None
+    rest = await ADAPTER.rest(server.client.base_url.port, asked, "lo mi", 2, START_S)
+    assert rest is not None
+    prompt = server.client.post("/apply-template", json=body).json()["prompt"]
+    assert rest.body["prompt"] == prompt + "lo mi"
+    answer = server.client.post(rest.path, json=rest.body)
+    assert answer.text.count("data: ") >= 2
+    assert '"error"' not in answer.text
+
+
+@pytest.mark.parametrize("server", [["--embeddings"]], indirect=True)
+def test_a_server_for_embeddings_is_warmed_by_one(server: Server):
+    request = tiny("llama-server", "embeddings")
+    answer = server.client.post(request.path, json=request.body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()[0]["embedding"]
 
 
 def say(server: Server, path: str, body: dict[str, Any]) -> Turn:

@@ -84,6 +84,12 @@ def test_weights_that_no_option_names_are_found_and_other_files_are_not():
     assert seen[1].size_bytes == GIB
 
 
+def test_a_draft_that_is_not_mapped_beside_a_mapped_model_is_not_called_a_copy():
+    draft = dataclasses.replace(PROJECTOR, role=Role.DRAFT)
+    assert merge([MODEL, draft], [mapped("/m/a.gguf", 10)])[1].held is Held.UNKNOWN
+    assert merge([MODEL, draft], [])[1].held is Held.COPIED
+
+
 def test_a_file_named_twice_counts_once():
     again = dataclasses.replace(MODEL, role=Role.DRAFT)
     assert held(*merge([MODEL, again], [])) == [("/m/a.gguf", Role.MODEL, Held.COPIED)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from emberd.core.gguf import estimate_compute_buffer, estimate_kv_cache
 from emberd.core.lock_limits import UNLIMITED_BYTES, LockLimits, LockReason
-from emberd.core.preflight import ONE_USER, SEVERAL_USERS, PreflightFacts, preflight
+from emberd.core.preflight import ONE_USER, SEVERAL_USERS, PreflightFacts, preflight, prompt_cache_bound_mib
 
 MIB = 1024**2
 GIB = 1024**3
@@ -56,6 +56,18 @@ class TestKvCache:
         """1.104 with --contextsize 2048: 6.75 + 33.75 MiB."""
         estimate = estimate_kv_cache(GEMMA, 2048)
         assert estimate.size_bytes == round(40.5 * MIB)
+
+    def test_layers_with_a_sliding_window_keep_no_more_than_that_where_the_engine_lets_them(self):
+        """1.115.1 with 16,384 tokens: 48.75 + 16.88 MiB, the window of 1,152 cells."""
+        assert estimate_kv_cache(GEMMA, 16384, window_slots=1).size_bytes == 48.75 * MIB + 1280 * 15 * 1024
+        assert estimate_kv_cache(GEMMA, 512, window_slots=4) == estimate_kv_cache(GEMMA, 512)
+        assert estimate_kv_cache(LLAMA, 4096, window_slots=1) == estimate_kv_cache(LLAMA, 4096)
+        unknown = {
+            key.replace("gemma3", "new"): "new" if value == "gemma3" else value for key, value in GEMMA.items()
+        }
+        assert estimate_kv_cache(unknown, 16384, window_slots=1) == estimate_kv_cache(GEMMA, 16384)
+        told = {**unknown, "new.attention.sliding_window_pattern": [True] * 15 + [False] * 3}
+        assert estimate_kv_cache(told, 16384, window_slots=1) == estimate_kv_cache(GEMMA, 16384, window_slots=1)
 
     def test_a_sliding_window_makes_it_an_upper_bound_and_says_so(self):
         estimate = estimate_kv_cache(GEMMA, 2048)
@@ -255,3 +267,12 @@ def test_a_larger_model_is_never_locked_where_a_smaller_is_not(facts: PreflightF
 def test_more_users_never_make_auto_bolder(facts: PreflightFacts):
     if preflight(replace(facts, users=4), "auto").will_lock:
         assert preflight(replace(facts, users=1), "auto").will_lock
+
+
+def test_copies_of_earlier_prompts_count_and_are_bounded_by_a_share_of_memory():
+    tight = replace(ROOMY, prompt_cache_bytes=14 * GIB)
+    assert codes(tight, "auto") == ["lock_would_choke"]
+    assert preflight(replace(tight, available_bytes=GIB), "auto").needed_bytes == 24 * GIB
+    assert "earlier prompts 14.0 GiB" in preflight(replace(tight, available_bytes=GIB), "auto").reasons[0].message
+    sizes = [prompt_cache_bound_mib(None if gib is None else gib * GIB) for gib in (None, 8, 24, 128, 512)]
+    assert sizes == [8192, 512, 1536, 8192, 8192]

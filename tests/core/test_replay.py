@@ -333,9 +333,9 @@ def test_ollamas_chat_is_not_streamed_again():
     assert made.body["messages"][1:] == [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "."}]
 
 
-@pytest.mark.parametrize("serves", ["embeddings", "rerank"])
-def test_a_server_for_one_kind_of_request_is_warmed_by_it(serves: str):
-    assert tiny("llama-server", serves).path == f"/v1/{serves}"
+def test_a_server_for_one_kind_of_request_is_warmed_by_it():
+    assert tiny("llama-server", "embeddings").path == "/embedding"
+    assert tiny("llama-server", "rerank").path == "/v1/rerank"
 
 
 def test_a_reply_that_cannot_be_read_leaves_the_clients_own_request():

@@ -116,6 +116,9 @@ PROVOKED: dict[str, Facts] = {
     "ENGINE_ORPHANED": engine(orphan_pid=42),
     "ENGINE_TOO_OLD": engine(lacks=("--usemlock",)),
     "ENGINE_LOST_GPU": replace(engine(has_gpu=False), settings=GPU),
+    "ENGINE_SWITCHED": daemon(switched_to="/m/other.gguf"),
+    "ENGINE_FILES_COPIED": daemon(copied=("projector /m/p.gguf",)),
+    "ENGINE_FILE_REPLACED": daemon(replaced=("draft /m/d.gguf",)),
     "ENGINE_UNLOADS_WHEN_IDLE": engine(unloads_when_idle="--adminunloadtimeout"),
     **{
         f"MODEL_{problem.name}": model(problem=problem, message="so it is", remedy="do this")

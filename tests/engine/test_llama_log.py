@@ -146,6 +146,25 @@ def test_the_log_of_a_load_tells_mapping_and_places():
     assert facts.bytes_in(Place.REPACKED) == round(12.66 * 1024**2)
 
 
+def test_the_log_of_a_load_tells_the_size_of_the_context():
+    """KoboldCPP 1.115.1 with gemma-3, which has layers with and without a sliding window."""
+    told = (
+        "llama_context: n_ctx         = 16640",
+        "llama_kv_cache:        CPU KV buffer size =    48.75 MiB",
+        "llama_kv_cache: size =   48.75 MiB ( 16640 cells,   3 layers,  1/1 seqs), K (f16):   24.38 MiB",
+        "llama_kv_cache:        CPU KV buffer size =    16.88 MiB",
+    )
+    draft = "llama_context: n_ctx         = 4096"
+    facts = facts_of(*LOADED, *told, draft)
+    assert facts.context_tokens == 16640
+    assert facts.kv_bytes == round(48.75 * 1024**2) + round(16.88 * 1024**2)
+    assert facts_of(*LOADED, *told, *LOADED).kv_bytes is None, "it is read again"
+    old = "llama_kv_cache_init:        CPU KV buffer size =    12.00 MiB"
+    older = "llama_new_context_with_model: n_ctx      = 4096"
+    assert facts_of(old, older).kv_bytes == 12 * 1024**2
+    assert facts_of(old, older).context_tokens == 4096
+
+
 def test_a_model_that_is_read_twice_counts_once():
     """llama-server reads a model first to measure it; KoboldCPP reads it again on an admin reload."""
     assert facts_of(*LOADED, *LOADED) == facts_of(*LOADED)

@@ -17,9 +17,19 @@ import pytest
 import emberd
 from emberd.core.errors import ConfigError
 from emberd.core.reuse import MOST_PROCESSED_TOKENS
-from emberd.engine.llama_server import check_arguments, check_variables, inherited, notices_of, read_options
+from emberd.core.settings import Settings
+from emberd.engine.http import EngineHttp
+from emberd.engine.llama_server import (
+    EmbeddedServer,
+    check_arguments,
+    check_variables,
+    inherited,
+    notices_of,
+    read_options,
+)
 from emberd.engine.process import inherited_environment
 from emberd.engine.wishes import of_llama_server
+from emberd.host import ThisHost
 from llama_server_standin import write_program
 
 if TYPE_CHECKING:
@@ -278,3 +288,15 @@ def test_settings_that_the_embedded_engine_does_not_know_are_refused(make_daemon
     daemon.start()
     assert daemon.end() == 78
     assert "mean nothing to the embedded engine" in daemon.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "loads"),
+    [
+        ("0.14 I srv  handle_sleep: server is entering sleeping state", True),
+        ("0.23 I srv  handle_sleep: server is exiting sleeping state", True),
+        ("0.15 I srv  update_slots: all slots are idle", False),
+    ],
+)
+def test_both_ends_of_a_sleep_are_recognised(line: str, loads: bool):  # parametrized
+    assert EmbeddedServer(Settings(), ThisHost(), EngineHttp()).loads_again(line) is loads

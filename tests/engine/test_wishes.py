@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,13 +17,14 @@ from emberd.core.gguf import F16_BYTES
 from emberd.core.settings import Settings, read
 from emberd.core.wishes import OwnerWishes, context_tokens, lock_policy
 from emberd.engine.http import EngineHttp
-from emberd.engine.koboldcpp import KoboldCpp
+from emberd.engine.koboldcpp import KoboldCpp, _as_built
+from emberd.engine.koboldcpp_help import Build, read_help
 from emberd.engine.llama_server import EmbeddedServer, ExternalServer
 from emberd.engine.wishes import of_koboldcpp, of_llama_server, without
 from emberd.host import ThisHost
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
 Q8, Q4 = 1.0625, 0.5625
 MODEL, PROJECTOR, DRAFT, ADAPTER, CONTROL_VECTOR, EMBEDDINGS, SPEECH, VOICE, IMAGE, MUSIC = list(Role)[:-1]
@@ -217,7 +223,9 @@ def test_the_adapters_read_arguments_file_and_variables(tmp_path: Path, monkeypa
         read({"engine": {"extra_args": ["-np", "2"]}}, "a test"), ThisHost(), EngineHttp(), unused
     )
     assert external.wishes() == OwnerWishes(context_tokens=512, slots=2)
-    assert EmbeddedServer(Settings(), ThisHost(), EngineHttp()).wishes() == OwnerWishes()
+    assert EmbeddedServer(Settings(), ThisHost(), EngineHttp()).wishes() == OwnerWishes(
+        least_context_tokens=4096, has_windows=True, prompt_cache_mib=512
+    )
 
 
 def test_the_owner_s_own_flag_decides_what_auto_would_weigh():
@@ -243,3 +251,64 @@ def test_the_context_is_the_settings_else_the_owners_else_the_engines(
     engine: dict[str, Any], wished: int | None, tokens: int
 ):
     assert context_tokens(read({"engine": engine}, "a test"), OwnerWishes(context_tokens=wished)) == tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "question", "answer"),
+    [
+        ([], "least_context_tokens", 4096),
+        (["--fit-ctx", "8192"], "least_context_tokens", 8192),
+        (["-fit", "off"], "least_context_tokens", None),
+        (["-c", "0"], "least_context_tokens", None),
+        (["--ctx-size", "8192"], "least_context_tokens", None),
+        (["--swa-full"], "has_windows", False),
+        ([], "has_windows", None),
+        (["-cram", "-1"], "prompt_cache_mib", -1),
+        (["--cache-ram=0"], "prompt_cache_mib", 0),
+        ([], "prompt_cache_mib", None),
+    ],
+)
+def test_llama_server_is_asked_how_it_chooses_its_memory(words: list[str], question: str, answer: object):
+    assert getattr(of_llama_server(words, {}), question) == answer
+
+
+@cache
+def build_of(version: str) -> Build:
+    """Return the options of a KoboldCPP by the stand-in's help."""
+    standin = Path(__file__).parent.parent / "koboldcpp_standin" / "koboldcpp.py"
+    said = subprocess.run(
+        [sys.executable, str(standin), "--help"],
+        env={**os.environ, "STANDIN_VERSION": version},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return read_help(said.stdout)
+
+
+def built(words: Sequence[str], version: str) -> OwnerWishes:
+    """Return what a build of KoboldCPP makes of these arguments."""
+    return _as_built(of_koboldcpp(words, {}), build_of(version))
+
+
+def test_koboldcpp_is_counted_with_the_defaults_of_its_build():
+    old, middle, new = (built([], version) for version in ("1.76", "1.104", "1.115.1"))
+    assert [each.default_context_tokens for each in (old, middle, new)] == [4096, 8192, 16384]
+    assert [each.has_windows for each in (old, middle, new)] == [False, False, True]
+    assert not built(["--noswa"], "1.115.1").has_windows
+    assert built(["--useswa"], "1.104").has_windows
+    whole = OwnerWishes().value_bytes
+    for words, version, value_bytes in (
+        (["--quantkv", "q8_0"], "1.115.1", 1.0625),
+        (["--quantkv", "q8_0", "-nofa"], "1.115.1", whole),
+        (["--quantkv", "1"], "1.104", whole),
+        (["--quantkv", "1", "--flashattention"], "1.104", 1.0625),
+    ):
+        wishes = built(words, version)
+        assert (wishes.key_bytes, wishes.value_bytes) == (1.0625, value_bytes)
+
+
+def test_an_unset_context_is_the_one_of_the_build():
+    settings = read({"engine": {"kind": "koboldcpp"}}, "a test")
+    assert context_tokens(settings, built([], "1.115.1")) == 16384
+    assert context_tokens(settings, built(["--ctx-size", "4096"], "1.115.1")) == 4096

@@ -16,7 +16,7 @@ import kqueue_standin
 import pytest
 
 from emberd.core.engine_files import NamedFile, Role
-from emberd.core.errors import ModelError, StateUnusable
+from emberd.core.errors import ConfigError, ModelError, StateUnusable
 from emberd.host import ThisHost, darwin
 from emberd.host.darwin import DarwinHost
 from emberd.host.files import make_private_folder, write_atomically
@@ -257,7 +257,7 @@ def test_every_missing_file_of_an_option_is_named_at_once(tmp_path: Path):
         NamedFile(str(tmp_path), Role.IMAGE, "--sdlora"),
         NamedFile("https://example.org/w.bin", Role.SPEECH, "--whispermodel"),
     ]
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(ConfigError) as refused:
         check_files(files, "engine.extra_args")
     assert refused.value.message == (
         f"--draftmodel {tmp_path / 'gone.gguf'}: not found; --lora {tmp_path}: Is a directory"

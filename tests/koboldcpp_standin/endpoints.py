@@ -234,16 +234,20 @@ class Site:
             said = {field: {"role": "assistant", "content": text}} if is_chat else {"text": text}
             return {"index": 0, "finish_reason": reason, **said}
 
-        def head(identifier: str, kind: str) -> dict[str, Any]:
-            return {"id": identifier, "object": kind, "created": int(time.time()), "model": self.name}
+        identifier = "chatcmpl-A1" if is_chat else "cmpl-A1"
+
+        def head(name: str, kind: str) -> dict[str, Any]:
+            return {"id": name, "object": kind, "created": int(time.time()), "model": self.name}
 
         def whole(job: Job) -> dict[str, Any]:
             usage = self._usage(job)
-            answer = head("chatcmpl-A1" if is_chat else "cmpl-A1", kind)
+            answer = head(identifier, kind)
             return answer | {"usage": usage, "choices": [choice(job.text, job.finish_reason, "message")]}
 
         def event(text: str, reason: str | None) -> bytes:
-            chunk = head("koboldcpp", chunk_kind) | {"choices": [choice(text, reason, "delta")]}
+            chunk = head(identifier if self.model.switches.is_batching else "koboldcpp", chunk_kind) | {
+                "choices": [choice(text, reason, "delta")]
+            }
             return f"data: {json.dumps(chunk)}\n\n".encode()
 
         return job, Shape(bool(asked.get("stream")), whole, event, b"data: [DONE]\n\n")

@@ -26,7 +26,8 @@ BEGIN = "<s>"
 """The token before every text; it counts in every number of tokens."""
 PROMPT_BATCH = 512
 LEAST_COMMON_TOKENS = 4
-WAITING_BY_DEFAULT, WAITING_WHERE_BATCHED = 6, 9
+WAITING_BY_DEFAULT, WAITING_IN_NEWEST = 6, 9
+STATE_IS_COPIED_TOKENS = 16
 BUSY_AFTER_REPLY_S = 0.05
 BUSY_AFTER_LOST_REPLY_S = 0.25
 _SLICE_S = 0.025
@@ -84,8 +85,7 @@ class Job:
 class Turns:
     """The model lock with its bounded queue; who comes first is served first, and the batched run without it."""
 
-    def __init__(self, multiuser: int, slots: int = 1) -> None:
-        waiting = WAITING_BY_DEFAULT if slots == 1 else WAITING_WHERE_BATCHED
+    def __init__(self, multiuser: int, waiting: int = WAITING_BY_DEFAULT) -> None:
         self._limit = waiting if multiuser == 1 else max(0, multiuser - 1)
         self._batched = 0
         self._line: deque[object] = deque()
@@ -149,7 +149,7 @@ class Model:
         self.options = options
         self.switches = switches
         slots = max(getattr(options, "parallelrequests", 1), 1)
-        self.turns = Turns(options.multiuser, slots)
+        self.turns = Turns(options.multiuser, WAITING_IN_NEWEST if switches.is_batching else WAITING_BY_DEFAULT)
         self._slots = threading.Semaphore(slots)
         self.began = self.last_start = began
         self.job: Job | None = None
@@ -201,7 +201,8 @@ class Model:
         is_batched = self.is_batched(job)
         kept = 0 if is_batched else _common_prefix(self._cache, tokens)
         if self._weights is not None and self._weights.keeps_state and kept < len(self._cache):
-            kept = 0  # a state cannot be cut back
+            # A state cannot be cut back; the newest goes back to a copy of it, made a few tokens earlier.
+            kept = max(kept - STATE_IS_COPIED_TOKENS, 0) if self.switches.is_batching else 0
         job.cache = tokens[:kept]
         if not is_batched:
             self._cache = job.cache

@@ -181,6 +181,10 @@ def serve(model: Model, site: endpoints.Site) -> list[socket.socket]:
     ipv6 = None if host and ":" not in host else _listen(socket.AF_INET6, host, port)
     if ipv6 is None:
         sys.stdout.write("IPv6 Socket Failed to Bind. IPv6 will be unavailable.\n")
+    if ipv4 is None and ipv6 is None and model.switches.is_batching:
+        sys.stdout.write("ERROR: Both IPv4 and IPv6 cannot bind. Server features will not work.\n")
+        sys.stdout.flush()
+        os._exit(0)
     sys.stdout.flush()
     for number in range(THREADS):
         listener = ipv6 if ipv6 is not None and number >= THREADS_IPV4 else ipv4

@@ -162,7 +162,7 @@ def load_weights(model: weights.ModelFile, options: argparse.Namespace, switches
     if switches.is_old:
         log(f"llm_load_tensors:        CPU buffer size = {model.size / 2**20:8.2f} MiB")
     else:
-        mapped = str(bool(is_mapped)).lower()
+        mapped = str(bool(is_mapped)).lower() + (", direct_io = false" if switches.is_batching else "")
         log(f"load_tensors: loading model tensors, this can take a while... (mmap = {mapped})")
         log(f"load_tensors:          CPU model buffer size = {model.size / 2**20:8.2f} MiB")
     loaded = weights.Weights(model, options.contextsize, is_mapped=is_mapped)
@@ -178,7 +178,10 @@ def load_weights(model: weights.ModelFile, options: argparse.Namespace, switches
     loaded.touch()
     size = f"{loaded.kv_bytes / 2**20:8.2f} MiB"
     name = "llama_new_context_with_model: KV self size  =" if switches.is_old else "llama_kv_cache: size ="
-    log(f"\n{name}{size}\nllama_context:        CPU compute buffer size =     1.00 MiB")
+    cache = "llama_kv_cache_init" if switches.is_old else "llama_kv_cache"
+    context = "llama_new_context_with_model: n_ctx     " if switches.is_old else "llama_context: n_ctx        "
+    log(f"\n{context} = {options.contextsize + 256}\n{cache}:        CPU KV buffer size = {size}")
+    log(f"{name}{size}\nllama_context:        CPU compute buffer size =     1.00 MiB")
     if not switches.is_old:
         say("Starting model warm up, please wait a moment...")
     say("Load Text Model OK: True")

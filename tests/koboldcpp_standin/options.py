@@ -165,7 +165,9 @@ class _Flags:
         self._value("--host", default="")
         self._value("--config", nargs=1)
         self._value(*self._known("--threads", "-t"), type=int, default=1)
-        self._value(*context, type=_context, default=4096 if self.is_old else 8192)
+        default = 4096 if self.is_old else 16384 if self.can_batch else 8192
+        said = f"Controls the memory allocated for maximum context size. (default {default})."
+        self.parser.add_argument(*context, type=_context, default=default, help=said)
         self._value(*layers, nargs="?", const=1, type=int, default=-1)
         self._value(*self._known("--tensor_split", "--tensor-split", "-ts"), nargs="+", type=float)
         self._value(*batch, type=int, default=512)
@@ -180,7 +182,11 @@ class _Flags:
         self._value("--ssl", nargs="+")
         self._value("--password", default=os.environ.get("KCPP_PASSWORD") if self.can_batch else None)
         self._value("--chatcompletionsadapter", default="" if self.is_old else "AutoGuess")
-        self._value("--quantkv", type=int, choices=[0, 1, 2], default=0)
+        levels = ["f16", "bf16", "q8_0", "q5_1", "q4_0", "0", "1", "2", "3"]
+        if self.can_batch:
+            self._value("--quantkv", choices=levels, default="f16")
+        else:
+            self._value("--quantkv", type=int, choices=[0, 1, 2], default=0)
         for name in ("preloadstory", "mmproj", "unpack"):
             self._value("--" + name, default="")
         for name in ("launch", "remotetunnel", "highpriority", "foreground", "quiet", "nocertify"):
@@ -189,7 +195,16 @@ class _Flags:
             self._switch("--" + name)
         self._switch(*self._known("--noshift", "--no-context-shift"))
         self._switch(*self._known("--usemlock", "--mlock"))
-        self._switch(*self._known("--flashattention", "--flash-attn", "-fa"))
+        if self.can_batch:
+            self._switch("--noflashattention", "--no-flash-attn", "-nofa")
+            self._switch("--noswa", "--swa-full")
+            self._value("--swapadding", type=int, default=0)
+            self._value("--adminunloadtimeout", type=int, default=0)
+            self._value("--baseconfig", default="")
+            for name in ("routermode", "autoswapmode"):
+                self._switch("--" + name)
+        else:
+            self._switch(*self._known("--flashattention", "--flash-attn", "-fa"))
 
     def add_old(self) -> None:
         """Add what only the older version knows."""
@@ -202,8 +217,10 @@ class _Flags:
         mapping = self.parser.add_mutually_exclusive_group()
         self._switch("--usemmap", group=mapping)
         self._switch("--nommap", "--no-mmap", group=mapping, shown=False)
-        for name in ("version", "cli", "nofastforward", "useswa", "smartcache", "failsafe", "multiplayer"):
+        for name in ("version", "cli", "nofastforward", "smartcache", "failsafe", "multiplayer"):
             self._switch("--" + name)
+        if not self.can_batch:
+            self._switch("--useswa")
         for name in ("websearch", "singleinstance", "admin", "jinja", "nobostoken", "enableguidance"):
             self._switch("--" + name)
         self._switch("--autofit", "--fit", "-fit")

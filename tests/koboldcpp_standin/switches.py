@@ -68,6 +68,11 @@ class Switches:
         """Whether this is the older personality."""
         return self.version == OLD
 
+    @property
+    def is_batching(self) -> bool:
+        """Whether this is the newest personality."""
+        return self.version == BATCHING
+
     def settled(self) -> Switches:
         """Return the switches for this run: without misbehaviour if another process has had its turn."""
         if self.once_file is None:

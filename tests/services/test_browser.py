@@ -66,12 +66,14 @@ class Page(BaseHTTPRequestHandler):
 def other_page() -> Iterator[int]:
     """Serve a page on a port of its own; yield the port."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
-    yield server.server_port
-    server.shutdown()
-    thread.join(WAIT_S)
-    server.server_close()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join(WAIT_S)
+        server.server_close()
 
 
 def stream_through_a_crash(browser: Browser, daemon: Daemon) -> None:

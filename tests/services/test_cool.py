@@ -55,7 +55,9 @@ def get(daemon: Daemon, path: str) -> httpx.Response:
 
 
 def test_a_held_lock_is_given_back_and_the_next_request_is_held_while_the_model_loads(make_daemon: MakeDaemon):
-    daemon = locked_daemon(make_daemon)
+    daemon = locked_daemon(
+        make_daemon, {"warmth.max_interval_s": 900.0}
+    )  # no look starts it in the request's place
     before = wait_held(daemon)
     needed = before["lock"]["needed_bytes"]
     _ = daemon.complete("ba ke", 2)
@@ -158,7 +160,10 @@ def test_a_page_that_polls_does_not_start_it(make_daemon: MakeDaemon):
     wait_held(daemon)
     assert get(daemon, "/api/v1/model").status_code == 200
     daemon.verb("cool", "10m")
-    assert get(daemon, "/api/v1/model").status_code == 503
+    said = get(daemon, "/api/v1/model")
+    assert (said.status_code, said.headers["emberd-answer"]) == (200, "remembered; state=COOL")
+    assert get(daemon, "/api/extra/preloadstory").status_code == 503
+    assert get(daemon, "/health").status_code == 503
     assert daemon.status()["state"] == "COOL"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from emberd.core import lifecycle
 from emberd.core.errors import NotReady
 from emberd.core.lifecycle import Lifecycle, State
 from emberd.core.reuse import CacheRoom
+from emberd.core.types import Serving
 from emberd.engine.record import EngineRecord
 from emberd.services.gate import EngineNow, Gate
 
@@ -91,3 +93,20 @@ def test_a_key_is_that_of_a_process_and_a_port_of_a_ready_one():
     assert (gate.engine_key, gate.port, gate.sample().pids) == ("7:a", None, (7, 8))
     gate, _, _ = gate_at(State.BACKOFF, record=RECORD, pids=(7, 8))
     assert (gate.engine_key, gate.port, gate.sample().pids) == (None, None, ())
+
+
+def test_a_model_that_was_loaded_in_place_is_another_engine_to_all_who_remember():
+    """Its prompt cache is empty, whoever started the process."""
+    serving = Serving("koboldcpp/b", Path("/m/b.gguf"), loads=1)
+    gate, _, _ = gate_at(State.READY, record=RECORD, is_adopted=True, serving=serving)
+    assert (gate.engine_key, gate.is_adopted) == ("7:a:1", False)
+    assert gate.sample().touchable == ("/m/b.gguf",)
+    gate.change(serving=replace(serving, may_lock=False))
+    assert not gate.will_lock
+
+
+def test_an_engine_without_a_model_has_nothing_to_keep_warm():
+    gate, _, _ = gate_at(State.READY, record=RECORD, serving=Serving("", loads=1))
+    assert gate.is_empty
+    assert (gate.sample().model, gate.sample().touchable) == (None, ())
+    assert not gate_at(State.READY, record=RECORD)[0].is_empty

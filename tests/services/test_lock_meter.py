@@ -7,17 +7,20 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emberd.core.load_facts import KeepAliveState
+from emberd.core.load_facts import KeepAliveState, LoadFacts
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, SystemMemory
 from emberd.core.settings import EngineSettings, ModelSettings, Settings
+from emberd.core.wishes import OwnerWishes
 from emberd.engine.wishes import of_koboldcpp
 from emberd.host import ThisHost
-from emberd.services.lock_meter import LockMeter
+from emberd.host.model_file import ModelInfo
+from emberd.services.lock_meter import LockMeter, kv_cache_bytes
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
@@ -96,6 +99,16 @@ class SmallHost(ThisHost):
         return SystemMemory(total_bytes=self.total, available_bytes=self.total)
 
 
+def asking(words: tuple[str, ...], model: Path) -> Any:
+    """Return an adapter of KoboldCPP with these arguments, whose program tells nothing."""
+
+    async def ask_build() -> None:
+        return None
+
+    answers = {"ask_build": ask_build, "wishes": lambda: of_koboldcpp(words, {}), "model_path": lambda: model}
+    return SimpleNamespace(**answers)
+
+
 @pytest.mark.parametrize(
     ("ram_mib", "policy", "words", "locks"),
     [
@@ -117,15 +130,60 @@ async def test_auto_locks_where_enough_remains_and_an_owners_own_flag_decides(
     settings = Settings(
         model=ModelSettings(path=str(model)), engine=EngineSettings(lock=policy, extra_args=words, context_size=512)
     )
-    decision = await LockMeter(host).decide(settings, of_koboldcpp(words, {}), model)
+    decision = await LockMeter(host).decide(settings, asking(words, model))
     assert decision.will_lock is locks
     if policy == "auto" and not locks:
         assert decision.reasons
 
 
+@pytest.mark.parametrize(
+    ("ram_gib", "wishes", "size_mib"),
+    [
+        (None, OwnerWishes(default_context_tokens=0, least_context_tokens=4096), 33024 / 64),
+        (64, OwnerWishes(default_context_tokens=0), 33024 / 64),
+        (64, OwnerWishes(default_context_tokens=0, least_context_tokens=4096), 33024 / 64),
+        (2, OwnerWishes(default_context_tokens=0, least_context_tokens=4096), 448),
+        (1, OwnerWishes(default_context_tokens=0, least_context_tokens=4096), 4352 / 64),
+        (1, OwnerWishes(default_context_tokens=0), 33024 / 64),
+        (1, OwnerWishes(context_tokens=8192), 8448 / 64),
+        (1, OwnerWishes(default_context_tokens=16384), 16640 / 64),
+    ],
+)
+def test_a_server_that_fits_its_context_to_memory_is_not_counted_with_the_whole(
+    ram_gib: int | None, wishes: OwnerWishes, size_mib: float
+):
+    """A cell takes 16 KiB; weights and buffers 576 MiB."""
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": 8,
+        "llama.embedding_length": 512,
+        "llama.context_length": 32768,
+        "llama.attention.head_count": 8,
+    }
+    info = ModelInfo((512 << 20) - 1000 * 4 * 512, metadata, 1000)
+    ram_bytes = None if ram_gib is None else ram_gib << 30
+    settings = Settings(engine=EngineSettings(kind="llama-server"))
+    assert kv_cache_bytes(info, settings, wishes, ram_bytes) == size_mib * (1 << 20)
+
+
+@pytest.mark.parametrize("version", ["1.76", "1.104", "1.115.1"])
+def test_the_running_engine_tells_its_context_and_an_adopted_one_has_told_it(make_daemon: MakeDaemon, version: str):
+    daemon = make_daemon(STANDIN_VERSION=version)
+    daemon.start()
+    context = daemon.wait_ready()["context"]
+    default = {"1.76": 4096, "1.104": 8192, "1.115.1": 16384}[version]
+    assert default <= context["tokens"] <= default + 256
+    assert context["is_measured"]
+    assert context["kv_cache_bytes"] > 0
+    assert "KV cache" in daemon.verb("status").stdout
+    daemon.kill()
+    daemon.start()
+    assert daemon.wait_ready()["context"] == context
+
+
 async def test_a_model_that_cannot_be_read_leaves_the_verdict_unknown(tmp_path: Path):
     meter = LockMeter(ThisHost())
-    await meter.adopt(tmp_path / "missing.gguf", is_mapped=None)
+    await meter.adopt(tmp_path / "missing.gguf", LoadFacts())
     assert meter.judge([os.getpid()], is_asked=True)
     assert meter.verdict is not None
     assert meter.verdict.state is LockState.UNKNOWN

@@ -16,6 +16,7 @@ import structlog
 from emberd.core.access import AccessRules
 from emberd.core.errors import NotReady
 from emberd.core.settings import EndpointSettings, Settings
+from emberd.core.tally import Tally
 from emberd.core.turn import UNTOLD, PromptCounts, Turn
 from emberd.core.warmth import Cache
 from emberd.engine.http import EngineHttp
@@ -49,6 +50,7 @@ class OpenGate:
         self.stays_ready = False
         self.engine_key = "1:a"
         self.in_log = UNTOLD
+        self.tally = Tally()
         unused: Any = None
         self.engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused)
 
@@ -97,6 +99,9 @@ class OpenGate:
 
     def counts_in_log(self) -> PromptCounts:
         return self.in_log
+
+    def note_switch(self, method: str, path: str, body: bytes) -> None:
+        """Its engine keeps its model."""
 
 
 class Engine:

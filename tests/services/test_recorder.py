@@ -19,7 +19,7 @@ from emberd.core.turn import PromptCounts, Turn
 from emberd.core.types import EngineSample
 from emberd.core.warmth_cost import WarmthCost
 from emberd.host import ThisHost
-from emberd.services import recorder, turns
+from emberd.services import first_tokens, recorder, turns
 from emberd.services.accounts import Accounts, Spending
 from emberd.services.forecaster import Forecaster
 from emberd.services.history import History
@@ -68,7 +68,7 @@ class Rig:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1_780_000_000.0 // HOUR_S * HOUR_S
-        for module in (recorder, turns):
+        for module in (recorder, turns, first_tokens):
             monkeypatch.setattr(module, "time", type("Clock", (), {"time": self._time, "monotonic": self._time}))
         self.host, self.gate, self.path = DictatedHost(), IdleGate(), folder / "history.db"
         self.spending = Spending(Accounts(self.path, LOG))
@@ -103,7 +103,7 @@ class Rig:
     def turn(self, took_s: float, counts: PromptCounts) -> None:
         """Let a user have a reply."""
         first = self.turns.begin(ENGINE)
-        self.turns.spoke(took_s, first)
+        self.turns.first_tokens.spoke(took_s, first)
         self.turns.end(ENGINE, lambda: Turn("/completion", {"prompt": "x"}, "y", counts), first=first)
 
     def kept(self) -> History:
@@ -165,7 +165,7 @@ async def test_an_end_writes_the_minute_that_has_begun(rig: Rig):
 
 
 async def test_a_first_token_after_long_idleness_keeps_its_counts_although_another_turn_follows(rig: Rig):
-    rig.turns.foretell = lambda: FirstToken(temperature="hot", forecast_s=0.2)
+    rig.turns.first_tokens.foretell = lambda: FirstToken(temperature="hot", forecast_s=0.2)
     rig.now_s += 600
     rig.turn(0.25, PromptCounts(reused=990, processed=10))
     rig.now_s += 5
@@ -182,10 +182,10 @@ async def test_a_first_token_after_long_idleness_keeps_its_counts_although_anoth
 
 async def test_what_was_foretold_is_what_the_request_met(rig: Rig):
     told = iter([FirstToken(temperature="cold", forecast_s=9.0), FirstToken(temperature="hot", forecast_s=0.1)])
-    rig.turns.foretell = lambda: next(told)
+    rig.turns.first_tokens.foretell = lambda: next(told)
     first = rig.turns.begin(ENGINE)
     other = rig.turns.begin(ENGINE)
-    rig.turns.spoke(8.0, first)
+    rig.turns.first_tokens.spoke(8.0, first)
     await rig.forecaster.learn(may_look=False)
     judged = rig.forecaster.status().last
     assert judged is not None

@@ -56,6 +56,7 @@ serving: name model is_of_settings switched_by survives_restart
 files[]: path role size_bytes held resident_bytes locked_bytes
 warmth.is_helpless warmth.is_storming warmth.over_budget_for_s warmth.given_back
 warmth.relief: bytes_per_s_before bytes_per_s_after
+context: tokens conversations kv_cache_bytes is_measured
 warmth.reuse: replays misses wasted_tokens lost_turns barred
 warmth.reuse.last_turn: reused processed generated
 warmth.reuse.last_replay: reused processed generated
@@ -64,7 +65,7 @@ warmth.cost.processed_tokens warmth.cost_today.processed_tokens
 NEW_STANDBY = """
 crashes_in_a_row last_exit requests_in_flight requests_held loading lock metal_heartbeat notices output_file
 requests_waiting longest_wait_s seconds_since_knock remembers_turn memory prevents_sleep residency warmth swap log
-serving files
+serving files context
 """
 """One that cannot start has all keys of one that can, with nothing in them."""
 PASSING = {"warmth.progress.done_bytes", "warmth.progress.total_bytes"}
@@ -118,7 +119,7 @@ def test_an_engine_that_loads_has_the_keys_that_it_had(make_daemon: MakeDaemon):
     daemon.start()
     daemon.wait_for(lambda status: status["state"] == "LOADING" and bool(status["loading"]))
     nothing_in = ("lock", "notices", "warmth.last", "warmth.forecast.last")
-    compare(daemon, keys_in(BEFORE, *nothing_in), keys_in(NEW, "serving", "files"))
+    compare(daemon, keys_in(BEFORE, *nothing_in), keys_in(NEW, "serving", "files", "context"))
 
 
 def test_an_engine_that_has_failed_has_the_keys_that_it_had(make_daemon: MakeDaemon):
@@ -126,7 +127,7 @@ def test_an_engine_that_has_failed_has_the_keys_that_it_had(make_daemon: MakeDae
     daemon.start()
     daemon.wait_for(lambda status: status["state"] == "FAILED")
     nothing_in = ("loading", "engine", "lock", "notices", "residency", "warmth.last", "warmth.forecast.last")
-    compare(daemon, keys_in(BEFORE, *nothing_in), keys_in(NEW, "serving", "files"))
+    compare(daemon, keys_in(BEFORE, *nothing_in), keys_in(NEW, "serving", "files", "context"))
 
 
 def test_an_emberd_that_cannot_start_has_the_keys_that_it_had(make_daemon: MakeDaemon):

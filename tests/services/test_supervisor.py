@@ -292,3 +292,16 @@ async def test_a_reading_that_fails_costs_neither_the_start_nor_the_engine(
     assert rig.supervisor.status().starts == 1
     assert rig.names().count("lock_meter_bug") == 2
     assert "--usemlock" in rig.supervisor.status().engine.command
+
+
+async def test_an_engine_with_a_request_is_not_stopped_for_other_work(rig: Rig):
+    rig.begin()
+    pid = await rig.pid()
+    gate = rig.supervisor.gate
+    with gate.admitted():
+        assert not await gate.cool()
+        await rig.supervisor.prove_alive()
+        assert gate.state is State.READY
+    assert await gate.cool()
+    assert gate.wake()
+    assert await rig.pid() != pid

@@ -84,6 +84,7 @@ def test_every_file_is_told_counted_and_locked(make_daemon: MakeDaemon, tmp_path
     shown = json.loads(daemon.verb("residency", "--json").stdout)
     assert shown["files"] == [str(model), str(draft)]
     assert len(shown["engine_files"]) == 3
+    assert f"projector {projector}" in daemon.verb("doctor", "--json").stdout
     touched = json.loads(daemon.verb("touch", "--json").stdout)
     assert touched["files"] == [str(model), str(draft)]
 
@@ -93,9 +94,10 @@ def test_a_missing_file_is_one_clear_error_before_the_start(make_daemon: MakeDae
     daemon = make_daemon({"engine.extra_args": words})
     daemon.write_settings()
     checked = daemon.verb("config", "check")
-    assert checked.returncode == 66
+    assert checked.returncode == 78
     assert f"--mmproj {daemon.folder}/gone.gguf: not found" in checked.stderr
     assert f"--lora {os.path.expanduser('~')}/gone-too.gguf: not found" in checked.stderr  # noqa: PTH111
+    assert "ENGINE_REFUSES" in daemon.verb("doctor").stdout
     daemon.write_settings(engine__extra_args=[*words, "--ignoremissing"])
     assert daemon.verb("config", "check").returncode == 0
 
@@ -122,6 +124,7 @@ def test_a_switch_is_followed(make_daemon: MakeDaemon, folder: Path, model: Path
     assert "other.gguf (switched by other.kcpps" in told
     assert f"the settings: {model.name}" in told
     assert daemon.wait_event("model_switched")["config"] == "other.kcpps"
+    assert "ENGINE_SWITCHED" in daemon.verb("doctor", "--json").stdout
 
 
 def test_a_restart_keeps_a_switch_with_emberds_own_options(make_daemon: MakeDaemon, folder: Path):

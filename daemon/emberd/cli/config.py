@@ -119,6 +119,6 @@ async def _plan(settings: Settings) -> LaunchPlan:
     prepare(paths)
     host = ThisHost()
     engine = choose_engine(settings, host, paths)
-    decision = await LockMeter(host).decide(settings, engine.wishes(), engine.model_path())
+    decision = await LockMeter(host).decide(settings, engine)
     plan = await engine.plan(free_port(), will_lock=decision.will_lock)
     return dataclasses.replace(plan, notices=(*plan.notices, *decision.reasons))

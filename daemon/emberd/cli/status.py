@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from emberd.core.lock import LockVerdict
     from emberd.core.status import (
+        ContextStatus,
         EngineMemoryStatus,
         MemoryStatus,
         ReuseStatus,
@@ -85,6 +86,7 @@ def _rows(status: Status) -> list[tuple[str, str, str]]:
         rows.append(("process", f"{status.engine.kind}, pid {status.engine.pid}, up {age}{adopted}", ""))
     if status.lock:
         rows += _lock_rows(status.lock)
+    rows.append(("context", _context_words(status.context), ""))
     if status.residency:
         style = "dim" if status.residency.share is None else ""
         rows.append(("resident", residency_words(status.residency), style))
@@ -115,9 +117,9 @@ def _model_rows(status: Status) -> list[tuple[str, str, str]]:
     rows = [("model", named, "")]
     if serving is not None and not serving.is_of_settings:
         now = Path(serving.model).name if serving.model else serving.name or "none, it was unloaded"
-        how = f"switched by {serving.switched_by}" if serving.switched_by else "switched, emberd does not know how"
+        how = f"switched by {serving.switched_by}; " if serving.switched_by else ""
         then = "keeps it" if serving.survives_restart else "ends that"
-        rows = [("model", f"{now} ({how}; a restart of the engine {then})", "yellow")]
+        rows = [("model", f"{now} ({how}a restart of the engine {then})", "yellow")]
         rows.append(("", f"the settings: {named}", "dim"))
     elif serving is not None and serving.model:
         rows = [("model", Path(serving.model).name, "")]
@@ -143,6 +145,17 @@ def _standby_rows(status: Status) -> list[tuple[str, str, str]]:
 
 def _daemon_words(status: Status) -> str:
     return f"{status.version}, pid {status.pid}, up {duration(status.uptime_s)}"
+
+
+def _context_words(context: ContextStatus | None) -> str:
+    if context is None or context.tokens is None:
+        return ""
+    words = f"{context.tokens:,} tokens"
+    if context.conversations > 1:
+        words += f", {context.conversations} conversations"
+    if context.kv_cache_bytes is not None:
+        words += f", KV cache {gib(context.kv_cache_bytes)} GiB" + ("" if context.is_measured else " (estimated)")
+    return words
 
 
 def _warmth_words(warmth: WarmthStatus) -> str:

@@ -111,7 +111,7 @@ def residency_words(seen: ResidencyStatus) -> str:
 _HELD = {
     "copied": "copied: only use, or the engine's own lock, keeps it in memory",
     "replaced": "the engine maps a file that is no longer there; emberd restart loads this one",
-    "unknown": "not known whether it is mapped",
+    "unknown": "not known whether the engine maps it, or uses it",
 }
 
 

@@ -193,6 +193,12 @@ def merge(named: Sequence[FileOnDisk], mapped: Sequence[MappedFile] | None) -> t
             del left[used.path]
         locked = used.locked_bytes if used else None
         files.append(EngineFile(each.path, each.role, each.size_bytes, held, locked))
+    if is_model_mapped(files):
+        # An engine maps a draft as it maps its model, or does not use it (llama-server without --spec-type).
+        files = [
+            replace(each, held=Held.UNKNOWN) if (each.role, each.held) == (Role.DRAFT, Held.COPIED) else each
+            for each in files
+        ]
     # A file that has gone cannot be touched, and one that no option names is not missed.
     others = (each for each in left.values() if _is_weights(each) and not each.path.endswith(_DELETED))
     files += (EngineFile(each.path, Role.OTHER, each.size_bytes, Held.MAPPED, each.locked_bytes) for each in others)

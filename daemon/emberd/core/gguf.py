@@ -76,6 +76,21 @@ _CELLS_STEP = 256
 _KOBOLDCPP_EXTRA_CELLS = 128
 """extra_context_handle_fragmentation of KoboldCPP's gpttype_adapter.cpp: 80 in 1.76, 128 in 1.104. llama.cpp's
 own server adds none; always counted, so that the estimate is an upper bound."""
+_BATCH_TOKENS = 512
+"""A window holds a batch besides (`n_ubatch`)."""
+_WINDOW_PERIODS = {
+    "afmoe": 4,
+    "cohere2": 4,
+    "exaone4": 4,
+    "gemma-embedding": 6,
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3n": 5,
+    "gpt-oss": 2,
+    "llama4": 4,
+    "olmo2": 4,
+}
+"""One layer in so many has no window, the last (llama.cpp, src/models, `swa_period`); newer files tell it."""
 _RECURRENT_KEYS = (".ssm.", ".wkv.", ".shortconv.", ".kda.")
 """Metadata of models that keep a state instead of, or besides, a cache (src/llama-arch.cpp)."""
 _COMPUTE_MARGIN_BYTES = 64 * 1024**2
@@ -315,19 +330,22 @@ def estimate_kv_cache(
     *,
     key_bytes: float = F16_BYTES,
     value_bytes: float = F16_BYTES,
+    window_slots: int | None = None,
 ) -> KvEstimate:
     """Return the size of the cache from the numbers in a GGUF's header.
 
     The rule is that of llama_kv_cache (src/llama-kv-cache.cpp): each layer holds a key and a value for each cell.
     Keys go by the layer's own heads; values are padded to the widest layer unless flash attention is on. For two
-    models KoboldCPP 1.104 printed the same size to the last digit. Layers with a sliding window may hold less;
-    this is ignored.
+    models KoboldCPP 1.104 printed the same size to the last digit. Layers with a sliding window hold no more than
+    that (llama_kv_cache_iswa) where the engine is not told otherwise.
 
     Args:
         metadata: the header's key-value pairs.
         context_tokens: length of the context, 0 for the model's own.
         key_bytes: bytes of one number in a key; 1.0625 for q8_0, 0.5625 for q4_0.
         value_bytes: the same in a value.
+        window_slots: conversations, each with a window of its own; None if the layers with a window hold the whole
+            context.
     """
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
@@ -345,10 +363,15 @@ def estimate_kv_cache(
     tokens = context_tokens if context_tokens > 0 else numbers.one("context_length")
     if not (layers and kv_heads and key_length and value_length and tokens):
         return KvEstimate(None, message="the model's header lacks the numbers of its attention")
-    keys = sum(kv_heads) * key_length * key_bytes
-    values = layers * max(kv_heads) * value_length * value_bytes
-    size = int(_cells(tokens) * (keys + values))
-    if numbers.one("attention.sliding_window"):
+    value = max(kv_heads) * value_length * value_bytes
+    sizes = [heads_of_layer * key_length * key_bytes + value for heads_of_layer in kv_heads]
+    window = numbers.one("attention.sliding_window")
+    cells = [_cells(tokens)] * layers
+    if window and window_slots:
+        short = min(cells[0], _cells(window * window_slots + _BATCH_TOKENS))
+        cells = [short if has_window else cells[0] for has_window in numbers.windows(layers)]
+    size = int(sum(each * count for each, count in zip(sizes, cells, strict=True)))
+    if window:
         return KvEstimate(size, is_exact=False, message="layers with a sliding window may take less")
     return KvEstimate(size)
 
@@ -368,6 +391,14 @@ class _Numbers:
         """Return a number, None if it is absent or a list."""
         value = self._metadata.get(f"{self._architecture}.{name}")
         return value if isinstance(value, int) and value > 0 else None
+
+    def windows(self, layers: int) -> list[bool]:
+        """Return whether each layer has a sliding window; none has where the pattern is not known."""
+        pattern = self._metadata.get(f"{self._architecture}.attention.sliding_window_pattern")
+        if isinstance(pattern, (list, tuple)) and len(pattern) == layers:
+            return [bool(each) for each in pattern]
+        period = pattern if isinstance(pattern, int) and pattern > 0 else _WINDOW_PERIODS.get(self._architecture, 1)
+        return [layer % period < period - 1 for layer in range(layers)]
 
     def by_layer(self, name: str, layers: int | None) -> tuple[int, ...]:
         """Return a number for each layer; empty if it is absent, or not one for each."""

@@ -65,6 +65,8 @@ class LoadFacts:
         keep_alive_s: Metal: for how long after the last use residency is renewed.
         uses_residency_sets: Metal: whether the engine uses residency sets.
         working_set_bytes: Metal: what the system recommends as the greatest working set.
+        context_tokens: cells of the KV cache, None if the log does not tell.
+        kv_bytes: size of the KV cache with all its parts, None if the log does not tell.
         is_cache_shared: the slots share the cells of one KV cache, None if the log does not tell.
     """
 
@@ -75,6 +77,8 @@ class LoadFacts:
     keep_alive_s: int | None = None
     uses_residency_sets: bool | None = None
     working_set_bytes: int | None = None
+    context_tokens: int | None = None
+    kv_bytes: int | None = None
     is_cache_shared: bool | None = None
 
     def bytes_in(self, place: Place) -> int:

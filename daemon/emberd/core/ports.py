@@ -51,6 +51,10 @@ class Engine(Protocol):
         """Return what the owner asks of the engine besides emberd's settings."""
         ...
 
+    async def ask_build(self) -> None:
+        """Ask the program for what it does unless told, which `wishes` then tells. Never raises."""
+        ...
+
     @property
     def room(self) -> CacheRoom:
         """How much its KV cache holds."""

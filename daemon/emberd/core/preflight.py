@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from emberd.core.settings import LockPolicy
 
 _GIB = 1024**3
+USUAL_PROMPT_CACHE_MIB = 8192
+"""How much llama-server keeps of earlier prompts unless told (common/common.h, `cache_ram_mib`)."""
+_PROMPT_CACHE_SHARE = 16
+"""Part of RAM that emberd leaves to it: the other parts are the model's and everybody else's."""
+
+
+def prompt_cache_bound_mib(ram_bytes: int | None) -> int:
+    """Return how many MiB llama-server may fill with earlier prompts, which is ordinary memory that idles."""
+    share_mib = USUAL_PROMPT_CACHE_MIB if ram_bytes is None else ram_bytes // _PROMPT_CACHE_SHARE >> 20
+    return min(share_mib, USUAL_PROMPT_CACHE_MIB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,7 @@ class PreflightFacts:
         weights_bytes: size of the tensors that will be in this computer's RAM.
         kv_bytes: size of the KV cache (core/gguf.py).
         compute_bytes: size of the compute buffers.
+        prompt_cache_bytes: size that copies of earlier prompts may reach.
         ram_bytes: memory of the computer, or of the control group that emberd is confined to.
         available_bytes: memory that can be used without swapping, pages of files included.
         wired_bytes: memory that the kernel, the GPU and other programs have locked already.
@@ -69,6 +80,7 @@ class PreflightFacts:
     available_bytes: int | None
     wired_bytes: int | None
     users: int | None
+    prompt_cache_bytes: int = 0
     others_bytes: int = 0
 
 
@@ -106,7 +118,8 @@ def preflight(facts: PreflightFacts, policy: LockPolicy) -> Preflight:
     choke: the engine does not fit into what is available, or less than the reserve would remain of RAM. A limit
     in the way is no reason not to ask: the engine locks what it can, and goes on.
     """
-    parts = (facts.weights_bytes, facts.kv_bytes, facts.compute_bytes, facts.others_bytes)
+    own = (facts.weights_bytes, facts.kv_bytes, facts.compute_bytes)
+    parts = (*own, facts.prompt_cache_bytes, facts.others_bytes)
     needed = sum(part or 0 for part in parts)
     fits = _fits(facts, needed)
     remains = _remains(facts, needed)
@@ -217,6 +230,7 @@ def _parts(facts: PreflightFacts) -> str:
         ("weights", facts.weights_bytes),
         ("context", facts.kv_bytes),
         ("buffers", facts.compute_bytes),
+        *((("earlier prompts", facts.prompt_cache_bytes),) if facts.prompt_cache_bytes else ()),
         *((("other files", facts.others_bytes),) if facts.others_bytes else ()),
     )
     return ", ".join(f"{name} {'unknown' if size is None else shown(size)}" for name, size in parts)

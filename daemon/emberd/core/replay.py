@@ -269,7 +269,7 @@ def tiny(engine: str, serves: str = "") -> Replay:
     if serves == "rerank":
         return Replay("/v1/rerank", {"query": "Hello", "documents": ["Hello"]})
     if serves == "embeddings":
-        return Replay("/v1/embeddings", {"input": "Hello"})
+        return Replay("/embedding", {"content": "Hello"})  # the one path that works with every kind of pooling
     if engine == "koboldcpp":
         return Replay("/api/v1/generate", {"prompt": "Hello", "max_length": 1, "genkey": GENKEY})
     return Replay("/completion", {"prompt": "Hello", "n_predict": 1, "cache_prompt": True})

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -104,6 +105,23 @@ class ResidencyStatus:
     unknown: str | None = None
     message: str = ""
     age_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ContextStatus:
+    """The context of the engine that runs.
+
+    Attributes:
+        tokens: length of the context, of each conversation.
+        conversations: that the cache holds at once.
+        kv_cache_bytes: size of the KV cache.
+        is_measured: the engine told this size; otherwise it is estimated for the context that it told.
+    """
+
+    tokens: int | None = None
+    conversations: int = 1
+    kv_cache_bytes: int | None = None
+    is_measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,6 +406,7 @@ class Status:
         loading: the step of loading.
         engine: its process.
         lock: the verdict about its own lock.
+        context: its context and KV cache.
         metal_heartbeat: the verdict about Metal's heartbeat, None where the engine says nothing of Metal.
         notices: what its owner should know of the settings.
         output_file: where the engine's output is.
@@ -429,6 +448,7 @@ class Status:
     loading: LoadProgress | None = None
     engine: EngineStatus | None = None
     lock: LockVerdict | None = None
+    context: ContextStatus | None = None
     metal_heartbeat: KeepAliveVerdict | None = None
     notices: tuple[Notice, ...] = ()
     output_file: str | None = None
@@ -466,7 +486,7 @@ def _plain(value: Any) -> Any:
 
 def from_plain(kind: type[T], plain: Mapping[str, Any]) -> T:
     """Return the status, or a part of it, from the plain values of a daemon of any version."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     return kind(
         **{
             each.name: _read(hints[each.name], plain.get(each.name))
@@ -474,6 +494,12 @@ def from_plain(kind: type[T], plain: Mapping[str, Any]) -> T:
             if each.name in plain or each.default is MISSING
         }
     )
+
+
+@cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Return the types of a part's attributes; to read them anew took most of a live view's processor time."""
+    return get_type_hints(kind)
 
 
 def _read(hint: Any, value: Any) -> Any:

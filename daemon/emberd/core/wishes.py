@@ -12,19 +12,27 @@ if TYPE_CHECKING:
     from emberd.core.settings import LockPolicy, Settings
 
 _KOBOLDCPP_CONTEXT = 8192
-"""KoboldCPP's default context: 4,096 in 1.76, 8,192 in 1.104, 16,384 in 1.115, for which this is too little."""
+"""For a build whose help does not tell its default."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnerWishes:
     """What engine.extra_args, the .kcpps file and the engine's own variables say. None if they do not say it.
 
+    The adapter fills in what its build does unless told, as far as it has asked the program.
+
     Attributes:
         locks: lock the model in memory.
         maps: map the model's file, or copy it.
         context_tokens: length of the context.
+        default_context_tokens: length of the context unless told, 0 for the model's own.
+        least_context_tokens: the engine itself shortens the context until it fits, to this at the least; None if
+            it does not.
         key_bytes: bytes of one number in a key of the KV cache, more than a half if it is quantised.
         value_bytes: the same in a value.
+        has_flash_attention: without it some engines do not quantise values.
+        has_windows: layers with a sliding window keep no more than that.
+        prompt_cache_mib: memory for copies of earlier prompts, besides the KV cache; negative for any.
         slots: conversations, or requests worked on at once.
         queue: requests that are taken while another one runs, that one counted.
         unloads_by: the option that unloads an idle model, empty for none.
@@ -43,8 +51,13 @@ class OwnerWishes:
     locks: bool | None = None
     maps: bool | None = None
     context_tokens: int | None = None
+    default_context_tokens: int | None = None
+    least_context_tokens: int | None = None
     key_bytes: float = F16_BYTES
     value_bytes: float = F16_BYTES
+    has_flash_attention: bool | None = None
+    has_windows: bool | None = None
+    prompt_cache_mib: int | None = None
     slots: int | None = None
     queue: int | None = None
     unloads_by: str = ""
@@ -67,5 +80,7 @@ def lock_policy(settings: Settings, wishes: OwnerWishes) -> LockPolicy:
 
 def context_tokens(settings: Settings, wishes: OwnerWishes) -> int:
     """Return the context that the engine will have, 0 for the model's own."""
-    default = _KOBOLDCPP_CONTEXT if settings.engine.kind == "koboldcpp" else 0
+    default = wishes.default_context_tokens
+    if default is None:
+        default = _KOBOLDCPP_CONTEXT if settings.engine.kind == "koboldcpp" else 0
     return settings.engine.context_size or wishes.context_tokens or default

@@ -42,7 +42,7 @@ from emberd.engine.choose import choose_engine
 from emberd.engine.koboldcpp import CONTINUES_TURNS, USUAL_NAMES, read_version
 from emberd.host.model_file import read_model_info
 from emberd.host.paths import StatePaths, log_file, state_paths
-from emberd.services.lock_meter import LockMeter, kv_cache_bytes
+from emberd.services.lock_meter import LockMeter, kv_cache_bytes, prompt_cache_bytes
 from emberd.services.supervisor import free_port
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class Examination:
         path = adapter.model_path() if model.problem is None else None
         if daemon.engine_pid is None and path:
             # Judged only without an engine, whose own memory would be missing from what is available.
-            decision = await LockMeter(self._host).decide(self._settings, adapter.wishes(), path)
+            decision = await LockMeter(self._host).decide(self._settings, adapter)
             notices |= {each.code: each.message for each in decision.reasons}
         own = {os.getpid(), daemon.engine_pid, daemon.pid, orphan_pid}
         return MemoryHealth(
@@ -249,7 +249,10 @@ class Examination:
         if path is None:
             return None
         info, wishes = read_model_info(path), adapter.wishes()
-        cache = kv_cache_bytes(info, self._settings, wishes) or 0
+        cache = self._daemon.kv_cache_bytes
+        if cache is None:
+            cache = kv_cache_bytes(info, self._settings, wishes, self._host.system_memory().total_bytes) or 0
+        cache += prompt_cache_bytes(wishes)
         others = sum(_size(Path(each.path).expanduser()) or 0 for each in wishes.files)
         return info.weights_bytes + others + cache + (estimate_compute_buffer(info.vocabulary_tokens) or 0)
 

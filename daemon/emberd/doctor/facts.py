@@ -48,7 +48,7 @@ class ModelProblem(Problem):
     NOT_GGUF = "MODEL_NOT_GGUF", "The model is no GGUF file"
     TRUNCATED = "MODEL_TRUNCATED", "The model's file is cut off"
     PART_MISSING = "MODEL_PART_MISSING", "A part of the split model is missing"
-    NOT_FIRST = "MODEL_NOT_FIRST_PART", "The model's file is a later part of a split model"
+    NOT_FIRST = "MODEL_NOT_FIRST", "The model's file is a later part of a split model"
     COMPANION = "MODEL_COMPANION", "The model's file goes with a model and is none"
 
 
@@ -116,6 +116,10 @@ class DaemonHealth:
     heartbeat_remedy: str = ""
     endpoint_lacks: str = ""  # why it does not listen on ::1, which localhost can mean
     swapped_bytes: int | None = None  # of the engine, in swap or compressed
+    switched_to: str = ""  # what the engine serves instead of the settings' model
+    copied: tuple[str, ...] = ()  # files that the engine holds in memory of its own
+    replaced: tuple[str, ...] = ()  # files that it maps and that are no longer there
+    kv_cache_bytes: int | None = None  # of the engine that runs
     lock: LockState | None = None
     lock_message: str = ""  # the limit in the way
     lock_remedy: str = ""

@@ -50,6 +50,10 @@ def read_status(status: Mapping[str, Any] | None) -> DaemonHealth:
         heartbeat_remedy=heartbeat.get("remedy") or "",
         endpoint_lacks=status.get("endpoint_lacks") or "",
         swapped_bytes=memory.get("swapped_bytes"),
+        switched_to=_switched_to(status.get("serving") or {}),
+        copied=_held(status, "copied"),
+        replaced=_held(status, "replaced"),
+        kv_cache_bytes=(status.get("context") or {}).get("kv_cache_bytes"),
         lock=LockState(lock["state"]) if lock else None,
         lock_message=lock.get("message") or "",
         lock_remedy=lock.get("remedy") or "",
@@ -63,6 +67,21 @@ def read_status(status: Mapping[str, Any] | None) -> DaemonHealth:
         **{name: reuse.get(name, 0) for name in ("replays", "misses", "wasted_tokens", "lost_turns")},
         notices={each["code"]: each["message"] for each in status.get("notices", ())},
         log_sinks=None if sinks is None else tuple(sinks),
+    )
+
+
+def _switched_to(serving: Mapping[str, Any]) -> str:
+    if serving.get("is_of_settings", True):
+        return ""
+    return str(serving.get("model") or serving.get("name") or "no model")
+
+
+def _held(status: Mapping[str, Any], how: str) -> tuple[str, ...]:
+    """Return role and path of each file that is held so, without the model, of which the residency tells."""
+    return tuple(
+        f"{each['role']} {each['path']}"
+        for each in status.get("files", ())
+        if each["held"] == how and (each["role"], how) != ("model", "copied")
     )
 
 

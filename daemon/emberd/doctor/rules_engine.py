@@ -171,6 +171,30 @@ def _(facts: Facts) -> Seen:
         )
 
 
+@KINDS.note("ENGINE_SWITCHED", "The engine serves another model than the settings name")
+def _(facts: Facts) -> Seen:
+    if facts.daemon.switched_to:
+        yield (
+            f"it was told to, and serves {facts.daemon.switched_to}",
+            "Nothing if you wish it so. To go back: emberd stop and start, or change the settings.",
+        )
+
+
+@KINDS.note("ENGINE_FILES_COPIED", "Files of the engine are copies in its own memory")
+def _(facts: Facts) -> Seen:
+    if facts.daemon.copied:
+        yield (
+            f"{', '.join(facts.daemon.copied)}: emberd cannot touch them, and what leaves memory goes to swap",
+            "Nothing: engines copy projectors and adapters. Use keeps them in memory.",
+        )
+
+
+@KINDS.warning("ENGINE_FILE_REPLACED", "A file has been replaced since the engine loaded it", ("MODEL_REPLACED",))
+def _(facts: Facts) -> Seen:
+    if facts.daemon.replaced:
+        yield f"{', '.join(facts.daemon.replaced)}: the engine works with the old one", "emberd restart"
+
+
 @KINDS.warning("ENGINE_ORPHANED", "The engine runs without emberd", ("DAEMON_SILENT",))
 def _(facts: Facts) -> Seen:
     pid = facts.engine.orphan_pid

@@ -17,7 +17,7 @@ _LOAD_MODES = {
     "mlock": "LLAMA_LOAD_MODE_MLOCK",
     "mmap+mlock": "LLAMA_LOAD_MODE_MMAP_MLOCK",
 }
-_PROMPT_CACHE_MIB = 512
+PROMPT_CACHE_MIB = 512
 """Copies of earlier prompts in ordinary memory; llama.cpp's default of 8 GiB would itself be swapped."""
 
 
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parameters.n_parallel = options.parallel
     parameters.n_threads_http = options.threads_http
     parameters.load_mode = getattr(xllamacpp.llama_load_mode, _LOAD_MODES[options.load_mode])
-    parameters.cache_ram_mib = _PROMPT_CACHE_MIB
+    parameters.cache_ram_mib = PROMPT_CACHE_MIB
     if options.n_gpu_layers is not None:
         parameters.n_gpu_layers = options.n_gpu_layers
     if options.threads is not None:

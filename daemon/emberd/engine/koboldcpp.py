@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import questions
-from emberd.core.errors import ConfigError, StateUnusable
+from emberd.core.errors import ConfigError, EmberdError, StateUnusable
 from emberd.core.generation import Dialect, continued
+from emberd.core.gguf import F16_BYTES
 from emberd.core.replay import fits
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import UNTOLD, PromptCounts, prompt_text
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from emberd.core.types import LoadProgress, Switch
     from emberd.core.wishes import OwnerWishes
     from emberd.engine.http import Answer, EngineHttp
+    from emberd.engine.koboldcpp_help import Build
     from emberd.engine.program import Asker
 
 USUAL_NAMES = ("koboldcpp", "koboldcpp-mac-arm64", "koboldcpp-linux-x64", "koboldcpp-linux-x64-nocuda")
@@ -117,6 +119,7 @@ class KoboldCpp:
         self._asker = asker
         self._scratch = scratch
         self._kcpps_target = kcpps_target
+        self._build: Build | None = None
         self.password = ""
         self.switch: Switch | None = None
         self._is_in_reply = False
@@ -149,13 +152,27 @@ class KoboldCpp:
         file: Mapping[str, object] = {}
         with contextlib.suppress(ConfigError):
             file = self._read_kcpps() or {}
-        settings = of_koboldcpp(self._settings.engine.extra_args, file)
+        settings = _as_built(of_koboldcpp(self._settings.engine.extra_args, file), self._build)
         if self.switch is None:
             return settings
         with contextlib.suppress(ConfigError):
             file = self._file_in_force()
         # A switch keeps its own options only, and those of --admin (koboldcpp.py, reload_from_new_args).
-        return replace(of_koboldcpp((), file), can_switch=settings.can_switch, switch_folder=settings.switch_folder)
+        own = _as_built(of_koboldcpp((), file), self._build)
+        return replace(own, can_switch=settings.can_switch, switch_folder=settings.switch_folder)
+
+    async def ask_build(self) -> None:
+        """Ask the program for its options and defaults, which `wishes` then tells; never raises."""
+        with contextlib.suppress(EmberdError, OSError):
+            await self._ask_build(*self._command())
+
+    async def _ask_build(self, program: Path, command: tuple[str, ...]) -> Build:
+        with contextlib.suppress(StateUnusable):  # a full disk: it is rarely needed
+            make_private_folder(self._scratch)
+        said = await self._asker.ask(command, ("--help",), program, self._environment())
+        check_ran(program, said)
+        self._build = read_help(said.out)
+        return self._build
 
     def _file_in_force(self) -> Mapping[str, object]:
         """Return the .kcpps file that counts: the owner's, or that of the switch.
@@ -196,17 +213,13 @@ class KoboldCpp:
 
         Raises:
             EngineNotUsable: the program is missing or cannot run.
-            ModelError: the model, or another file, cannot be used.
-            ConfigError: an argument that this build refuses, or that would undo emberd's work.
+            ModelError: the model cannot be used.
+            ConfigError: an argument that this build refuses, or that would undo emberd's work; a missing file.
         """
         engine = self._settings.engine
         program, command = self._command()
         environment = self._environment()
-        with contextlib.suppress(StateUnusable):  # a full disk: it is rarely needed
-            make_private_folder(self._scratch)
-        said = await self._asker.ask(command, ("--help",), program, environment)
-        check_ran(program, said)
-        build = read_help(said.out)
+        build = await self._ask_build(program, command)
         wished = Wishes(
             model=str(check_model(self._settings.model.path)) if self._settings.model.path else None,
             port=port,
@@ -398,6 +411,26 @@ class KoboldCpp:
             return None
         path = Path(self._settings.engine.kcpps).expanduser().absolute()
         return koboldcpp_switch.read_kcpps(path, "engine.kcpps", path.parent)
+
+
+def _as_built(wishes: OwnerWishes, build: Build | None) -> OwnerWishes:
+    """Fill in what this build does unless told.
+
+    Sliding windows and flash attention are on where they can be switched off (1.115). Without flash attention only
+    keys are quantised (1.104, 1.115, load_model in koboldcpp.py).
+    """
+    if build is None:
+        return wishes
+    has_flash = build.offers("noflashattention")
+    if wishes.has_flash_attention is not None:
+        has_flash = wishes.has_flash_attention
+    return replace(
+        wishes,
+        default_context_tokens=build.context_tokens,
+        has_flash_attention=has_flash,
+        value_bytes=wishes.value_bytes if has_flash else max(wishes.value_bytes, F16_BYTES),
+        has_windows=build.offers("noswa") if wishes.has_windows is None else wishes.has_windows,
+    )
 
 
 _CONTEXT = re.compile(r"(?:^|\] )CtxLimit:(?P<held>\d+)/\d+, ")

@@ -42,6 +42,10 @@ _STDERR_LINES_SHOWN = 5
 _EVERY_BUILD_HAS = frozenset({"model", "port", "usemlock", "contextsize"})
 _OPTION_LINE = re.compile(r"^ {2}(-\S.*)$")  # exactly two spaces: help texts are indented more
 _VERSION = re.compile(r"\bVersion\s+(\d\S*)")  # a narrow terminal breaks the line before the number
+_DEFAULT_CONTEXT = re.compile(
+    r"^ {2}--contextsize\b(?:(?!^ {2}-).)*?\(default:? ([\d,]+)", re.DOTALL | re.MULTILINE
+)
+"""4,096 in 1.76, 8,192 in 1.104, 16,384 in 1.115.1."""
 _ERROR_LINE = re.compile(r"^\S.*?: error: (.*)$")
 _NEGATIVE_NUMBER = re.compile(r"^-\d+$|^-\d*\.\d+$")
 _HINTS = {"--usemmap": "this build maps the model unless it is given --nommap; leave --usemmap out"}
@@ -55,11 +59,13 @@ class Build:
         spellings: every option word that the help shows, with argparse's name for it (its destination).
         widths: destination -> most values it takes: 0 for a switch, MANY without a limit.
         version: as the help prints it, with a fork's suffix; None if it prints none.
+        context_tokens: the context unless told; None if the help does not say.
     """
 
     spellings: Mapping[str, str]
     widths: Mapping[str, int]
     version: str | None
+    context_tokens: int | None = None
 
     def offers(self, dest: str) -> bool:
         """Return True if the help shows an option with this destination."""
@@ -123,8 +129,10 @@ def read_help(text: str) -> Build:
             "The program does not answer --help as KoboldCPP does.",
             "Set engine.path to KoboldCPP's binary, its koboldcpp.py, or the folder it is in.",
         )
-    version = _VERSION.search(text)
-    return Build(spellings, widths, version[1] if version else None)
+    version, context = _VERSION.search(text), _DEFAULT_CONTEXT.search(text)
+    return Build(
+        spellings, widths, version[1] if version else None, int(context[1].replace(",", "")) if context else None
+    )
 
 
 def read_arguments(build: Build, arguments: Sequence[str]) -> tuple[Given, ...]:

@@ -1,7 +1,6 @@
 """What emberd does about single options of KoboldCPP: one table for command line and file.
 
-The effects were read in, and mostly tested with, KoboldCPP 1.76 and 1.104; options of later releases
-(`adminunloadtimeout`, `autoswapmode`) are known from their documentation.
+The effects were read in, and mostly tested with, KoboldCPP 1.76, 1.104 and 1.115.1.
 """
 
 from __future__ import annotations
@@ -169,6 +168,12 @@ RULES: Mapping[str, Rule] = {
     "adminunloadtimeout": _IDLE,
     "autoswapmode": _ROUTER,
     "routermode": _ROUTER,
+    "baseconfig": Rule(
+        Act.REFUSE,
+        Act.REPLACE,
+        "It is a second settings file, which emberd does not read.",
+        remedy=f"Put its content into the file of {FILE}.",
+    ),
     "launch": Rule(
         Act.WARN,
         Act.REPLACE,

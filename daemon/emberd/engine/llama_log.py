@@ -75,6 +75,9 @@ _BUFFER = re.compile(r"load_tensors:\s+(?P<name>\S+) (?:model )?buffer size\s*=\
 _KEEP_ALIVE = re.compile(r"creating a residency set collection \(keep_alive = (?P<seconds>\d+) s\)")
 _RESIDENCY_SETS = re.compile(r"use residency sets\s*=\s*(?P<is_used>true|false)")
 _WORKING_SET = re.compile(r"recommendedMaxWorkingSetSize\s*=\s*(?P<mb>[\d.]+) MB")
+_KV_BUFFER = re.compile(r"llama_kv_cache\w*:\s+\S+ KV buffer size\s*=\s*(?P<mib>[\d.]+) MiB")
+"""One line for each device and part (with and without a sliding window); since 2023, as in KoboldCPP 1.76."""
+_CONTEXT = re.compile(r"llama_(?:context|new_context_with_model|init_from_model): n_ctx\s+= (?P<cells>\d+)")
 _CACHE = re.compile(r"n_slots = \d+, .*kv_unified = '(?P<is_shared>true|false)'")
 """tools/server/server-context.cpp, load_model; seen in builds 11434 and 11549."""
 _REPACKED_NAMES = ("REPACK", "AARCH64", "AMX", "KLEIDIAI", "RISCV64")
@@ -134,7 +137,7 @@ def note(facts: LoadFacts, line: str) -> LoadFacts:
     if found:
         if found["path"] != facts.model:
             return replace(facts, model=facts.model or found["path"])
-        return replace(facts, is_mapped=None, warnings=(), buffers=())
+        return replace(facts, is_mapped=None, warnings=(), buffers=(), context_tokens=None, kv_bytes=None)
     found = _MAPPED.search(line)
     if found:
         is_mapped = found["is_mapped"] == "true"
@@ -144,6 +147,12 @@ def note(facts: LoadFacts, line: str) -> LoadFacts:
 
 
 def _note_cache(facts: LoadFacts, line: str) -> LoadFacts:
+    found = _KV_BUFFER.search(line)
+    if found:
+        return replace(facts, kv_bytes=(facts.kv_bytes or 0) + round(float(found["mib"]) * _MIB))
+    found = _CONTEXT.search(line)
+    if found and facts.context_tokens is None:  # a draft model has one too
+        return replace(facts, context_tokens=int(found["cells"]))
     found = _CACHE.search(line)
     return replace(facts, is_cache_shared=found["is_shared"] == "true") if found else facts
 

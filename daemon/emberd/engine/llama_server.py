@@ -8,21 +8,32 @@ import importlib.util
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import questions
-from emberd.core.errors import ConfigError, EngineNotUsable
+from emberd.core.errors import ConfigError, EmberdError, EngineNotUsable
 from emberd.core.generation import Dialect, continued, continued_as_text, templated
+from emberd.core.preflight import USUAL_PROMPT_CACHE_MIB, prompt_cache_bound_mib
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import PromptCounts
 from emberd.core.types import Activity, LaunchPlan, Notice, Readiness, Switch
 from emberd.core.wishes import OwnerWishes
 from emberd.engine import llama_log
+from emberd.engine.embedded import PROMPT_CACHE_MIB
 from emberd.engine.http import NOTHING_LISTENS, Answer
 from emberd.engine.process import HARMFUL, STOP_SIGNALS
 from emberd.engine.program import check_executable, check_ran, find_program
-from emberd.engine.wishes import API_KEY, API_KEY_VARIABLE, given, of_llama_server, without
+from emberd.engine.wishes import (
+    API_KEY,
+    API_KEY_VARIABLE,
+    FIT_CONTEXT_TOKENS,
+    PROMPT_CACHE,
+    given,
+    of_llama_server,
+    without,
+)
 from emberd.host.model_file import check_files, check_model
 
 if TYPE_CHECKING:
@@ -38,6 +49,8 @@ if TYPE_CHECKING:
     from emberd.engine.program import Asker
 
 _HTTP_OK = 200
+_SLEEP = "ing sleeping state"
+"""`server is entering sleeping state`, `... exiting ...` (tools/server/server-context.cpp, build 11434)."""
 _HTTP_LOADING = 503
 """llama-server answers 503 "Loading model" to everything until the model is there (tools/server/README.md)."""
 _OWNED = {
@@ -60,6 +73,8 @@ _VERBOSE = frozenset(
     {"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity", "--log-prompts-dir"}
 )
 _HELP_COLUMN = 40
+_USUAL_SLOTS = 4
+"""Unless told (tools/server/server.cpp, since 2025)."""
 _OWN_THREADS = 8
 """HTTP threads beyond those that wait for a reply. By default the server has four more than slots (llama.cpp,
 tools/server, `n_threads_http`), and requests that wait for a slot would leave none for /health."""
@@ -105,8 +120,11 @@ class LlamaServer:
         return Path(named).expanduser().absolute() if named else None
 
     async def served_name(self, port: int, timeout_s: float) -> str | None:
-        """Return the model's path in /props."""
-        served = (await self._http.get(port, "/props", timeout_s, self.password)).get("model_path")
+        """Return the model's path in /props, which a sleeping server answers without waking."""
+        props = await self._http.get(port, "/props", timeout_s, self.password)
+        served = props.get("model_path")
+        if props.get("is_sleeping") is True:
+            return ""
         return served if isinstance(served, str) else None
 
     def calls_it(self, model: Path, name: str) -> bool:
@@ -120,12 +138,17 @@ class LlamaServer:
         """Return None, for the same reason."""
 
     def loads_again(self, line: str) -> bool:
-        """Recognise the end of an idle server's sleep (--sleep-idle-seconds): it reads the model again."""
-        return llama_log.reads_model(line) is not None
+        """Recognise both ends of an idle server's sleep (--sleep-idle-seconds), in which it has no model."""
+        return _SLEEP in line
 
     def wishes(self) -> OwnerWishes:
-        """Return nothing: the embedded engine takes no options from its owner."""
-        return OwnerWishes()
+        """Return what the embedded engine does, which takes no options from its owner."""
+        return OwnerWishes(
+            least_context_tokens=FIT_CONTEXT_TOKENS, has_windows=True, prompt_cache_mib=PROMPT_CACHE_MIB
+        )
+
+    async def ask_build(self) -> None:
+        """Do nothing: the embedded engine's build is known."""
 
     async def probe_readiness(self, port: int, timeout_s: float) -> Readiness:
         """Ask /health, then compare the model's path in /props."""
@@ -312,6 +335,7 @@ class ExternalServer(LlamaServer):
         super().__init__(settings, host, http)
         self._asker = asker
         self._password: str | None = None
+        self._offered: frozenset[str] | None = None
 
     @property
     def password(self) -> str:
@@ -323,7 +347,35 @@ class ExternalServer(LlamaServer):
 
     def wishes(self) -> OwnerWishes:
         """Return what extra_args and llama.cpp's own variables, which the engine inherits, ask for."""
-        return of_llama_server(self._settings.engine.extra_args, os.environ)
+        wishes = of_llama_server(self._settings.engine.extra_args, os.environ)
+        if self._offered is None:
+            return wishes
+        return replace(
+            wishes,
+            least_context_tokens=wishes.least_context_tokens if "--fit" in self._offered else None,
+            has_windows="--swa-full" in self._offered if wishes.has_windows is None else wishes.has_windows,
+            slots=wishes.slots or _USUAL_SLOTS,
+            prompt_cache_mib=self._bound() if wishes.prompt_cache_mib is None else wishes.prompt_cache_mib,
+        )
+
+    def _bound(self) -> int | None:
+        """Return the bound for copies of prompts in MiB, None if this build keeps none."""
+        if PROMPT_CACHE not in (self._offered or ()):
+            return None
+        return prompt_cache_bound_mib(self._host.system_memory().total_bytes)
+
+    async def ask_build(self) -> None:
+        """Ask the program for its options, which `wishes` then heeds; never raises."""
+        with contextlib.suppress(EmberdError, OSError):
+            await self._ask_build()
+
+    async def _ask_build(self) -> tuple[Path, frozenset[str]]:
+        program = find_program(self._settings.engine.path, ("llama-server",), "llama-server")
+        check_executable(program, self._host)
+        said = await self._asker.ask((str(program),), ("--help",), program, {})
+        check_ran(program, said)
+        offered = self._offered = read_options(said.out)
+        return program, offered
 
     async def plan(self, port: int, *, will_lock: bool, switch: Switch | None = None) -> LaunchPlan:  # noqa: ARG002
         """Compose the command line from this build's --help.
@@ -336,11 +388,7 @@ class ExternalServer(LlamaServer):
         """
         engine = self._settings.engine
         model = check_model(self._settings.model.path)
-        program = find_program(engine.path, ("llama-server",), "llama-server")
-        check_executable(program, self._host)
-        said = await self._asker.ask((str(program),), ("--help",), program, {})
-        check_ran(program, said)
-        offered = read_options(said.out)
+        program, offered = await self._ask_build()
         if "--port" not in offered or "--ctx-size" not in offered:
             raise EngineNotUsable(
                 f"{program} is not llama-server (its --help offers no --ctx-size)", "Set engine.path."
@@ -360,6 +408,11 @@ class ExternalServer(LlamaServer):
         if "--threads-http" in offered - {name for name, _ in given(engine.extra_args)}:
             arguments += ["--threads-http", str(self.most_connections + _OWN_THREADS)]
         arguments += _sizes(engine.context_size, engine.gpu_layers)
+        bound_mib = self._bound()
+        is_unset = of_llama_server(engine.extra_args, os.environ).prompt_cache_mib is None
+        if is_unset and bound_mib is not None and bound_mib < USUAL_PROMPT_CACHE_MIB:
+            arguments += [PROMPT_CACHE, str(bound_mib)]
+            notices += (_bounded_cache(bound_mib),)
         environment = dict(self._host.engine_environment(engine.metal_keep_alive_s))
         if wishes.api_keys:
             environment[API_KEY_VARIABLE] = ",".join(wishes.api_keys)
@@ -373,6 +426,15 @@ class ExternalServer(LlamaServer):
         if "--load-mode" in offered:
             return ["--load-mode", _load_mode(will_lock=will_lock)]
         return ["--mlock"] if will_lock else []
+
+
+def _bounded_cache(mib: int) -> Notice:
+    said = (
+        f"llama-server would keep copies of earlier prompts in up to {USUAL_PROMPT_CACHE_MIB >> 10} GiB of memory; "
+        f"it is told {PROMPT_CACHE} {mib}, a sixteenth of this computer's. Set {PROMPT_CACHE} in engine.extra_args "
+        "to choose another size."
+    )
+    return Notice("prompt_cache_bounded", said)
 
 
 def _sizes(context_size: int, gpu_layers: int) -> list[str]:

@@ -47,6 +47,7 @@ class EngineRecord:
         will_lock: the engine was asked to lock the model.
         started_at: wall-clock time of the start, seconds since the epoch, for display only.
         is_mapped: the weights are pages of the file; None if its log did not tell.
+        context_tokens: cells of its KV cache, kv_bytes: their size; None if its log did not tell.
         switch: what it was switched to, None if it serves the settings' model.
     """
 
@@ -60,6 +61,8 @@ class EngineRecord:
     started_at: float
     will_lock: bool
     is_mapped: bool | None = None
+    context_tokens: int | None = None
+    kv_bytes: int | None = None
     switch: Switch | None = None
 
     def status(self, *, is_adopted: bool) -> EngineStatus:
@@ -116,6 +119,8 @@ def load(path: Path) -> EngineRecord | None:
             started_at=float(content["started_at"]),
             will_lock=bool(content.get("will_lock", True)),
             is_mapped=is_mapped if isinstance(is_mapped := content.get("is_mapped"), bool) else None,
+            context_tokens=tokens if isinstance(tokens := content.get("context_tokens"), int) else None,
+            kv_bytes=size if isinstance(size := content.get("kv_bytes"), int) else None,
             switch=from_plain(Switch, switch) if isinstance(switch := content.get("switch"), dict) else None,
         )
     except FileNotFoundError:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 API_KEY, API_KEY_VARIABLE = "--api-key", "LLAMA_API_KEY"
+PROMPT_CACHE = "--cache-ram"
 PASSWORD_VARIABLE = "KCPP_PASSWORD"  # noqa: S105  # its name
 """What KoboldCPP takes for --password (1.115)."""
 _OFF = frozenset({"", "0", "-1", "false", "none", "off", "disabled", "no"})
@@ -57,6 +58,13 @@ class _Names:
     one_slot: tuple[str, ...] = ()
     reply: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
+    flash: tuple[str, ...] = ()
+    no_flash: tuple[str, ...] = ()
+    windows: tuple[str, ...] = ()
+    no_windows: tuple[str, ...] = ()
+    fit: tuple[str, ...] = ()
+    fit_context: tuple[str, ...] = ()
+    prompt_cache: tuple[str, ...] = ()
     switch: tuple[str, ...] = ()
     switch_folder: tuple[str, ...] = ()
     switch_models: tuple[str, ...] = ()
@@ -80,6 +88,10 @@ _KOBOLDCPP = _Names(
     unload=("--adminunloadtimeout", "--autoswapmode"),
     reply=("--defaultgenamt",),
     rename=("--hordemodelname",),
+    flash=("--flashattention", "--flash-attn", "-fa"),
+    no_flash=("--noflashattention", "--no-flash-attn", "-nofa"),
+    windows=("--useswa",),
+    no_windows=("--noswa", "--swa-full"),
     switch=("--admin", "--routermode", "--autoswapmode"),
     switch_folder=("--admindir",),
     switch_models=("--admintextmodelsdir",),
@@ -95,6 +107,10 @@ _LLAMA_SERVER = _Names(
     values=("--cache-type-v", "-ctv"),
     slots=("--parallel", "-np"),
     unload=("--sleep-idle-seconds",),
+    no_windows=("--swa-full",),
+    fit=("--fit", "-fit"),
+    fit_context=("--fit-ctx", "-fitc"),
+    prompt_cache=(PROMPT_CACHE, "-cram"),
     embeddings=("--embeddings", "--embedding"),
     rerank=("--reranking", "--rerank"),
     api_key=(API_KEY,),
@@ -112,12 +128,18 @@ _VARIABLES = {
     "LLAMA_ARG_MMPROJ": "--mmproj",
     "LLAMA_ARG_MODEL_DRAFT": "--model-draft",
     "LLAMA_ARG_SPEC_DRAFT_MODEL": "--spec-draft-model",
+    "LLAMA_ARG_FIT": "--fit",
+    "LLAMA_ARG_FIT_CTX": "--fit-ctx",
+    "LLAMA_ARG_SWA_FULL": "--swa-full",
+    "LLAMA_ARG_CACHE_RAM": PROMPT_CACHE,
     "LLAMA_ARG_EMBEDDINGS": "--embeddings",
     "LLAMA_ARG_RERANKING": "--reranking",
     API_KEY_VARIABLE: API_KEY,
     "LLAMA_ARG_API_KEY_FILE": "--api-key-file",
 }
 
+FIT_CONTEXT_TOKENS = 4096
+"""llama.cpp, common/common.h, `fit_params_min_ctx`."""
 _REPEATED = frozenset({"--lora", "--lora-scaled", "--control-vector", "--control-vector-scaled"})
 _SPELLINGS = {option: role.value for option, role in OPTIONS.items() if role in {Role.PROJECTOR, Role.DRAFT}}
 """Options of which only the last one counts, whatever its spelling."""
@@ -207,9 +229,14 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         )
         return tuple(part for part in found if part)
 
+    def switch(on: tuple[str, ...], off: tuple[str, ...]) -> bool | None:
+        found = last(*on, *off)
+        return None if found is None else bool(is_asked(found[0])) is (found[0] in on)
+
+    fits = bool(names.fit) and is_asked(*names.fit) is not False and last(*names.context) is None
+    prompt_cache = value(*names.prompt_cache)
     mode = value(*names.load_mode)
-    mapping = last(*names.map, *names.copy)
-    maps = None if mapping is None else bool(is_asked(mapping[0])) is (mapping[0] in names.map)
+    maps = switch(names.map, names.copy)
     locks = is_asked(*names.lock)
     if mode and mode != "auto":
         locks, maps = "mlock" in mode or locks, "mmap" in mode
@@ -217,8 +244,12 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         locks=locks,
         maps=maps,
         context_tokens=count(*names.context),
+        least_context_tokens=(count(*names.fit_context) or FIT_CONTEXT_TOKENS) if fits else None,
         key_bytes=_NUMBER_BYTES.get(value(*names.keys).lower(), F16_BYTES),
         value_bytes=_NUMBER_BYTES.get(value(*names.values).lower(), F16_BYTES),
+        has_flash_attention=switch(names.flash, names.no_flash),
+        has_windows=switch(names.windows, names.no_windows),
+        prompt_cache_mib=int(prompt_cache) if re.fullmatch(r"-?\d+", prompt_cache) else None,
         slots=None if any(is_asked(name) for name in names.one_slot) else count(*names.slots),
         queue=count(*names.queue),
         unloads_by=next((name for name in names.unload if is_asked(name)), ""),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.engine_files import FileOnDisk, Role, is_address
-from emberd.core.errors import ModelError
+from emberd.core.errors import ConfigError, ModelError
 from emberd.core.gguf import MAGIC, read_header, read_kind, split_names, split_place
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def check_files(files: Iterable[NamedFile], source: str) -> None:
         source: where the options stand, for the remedy.
 
     Raises:
-        ModelError: naming every file that is missing or unreadable.
+        ConfigError: naming every file that is missing or unreadable.
     """
     problems = []
     for each in files:
@@ -138,7 +138,7 @@ def check_files(files: Iterable[NamedFile], source: str) -> None:
             why = "not found" if isinstance(error, FileNotFoundError) else error.strerror
             problems.append(f"{each.option} {path}: {why}")
     if problems:
-        raise ModelError("; ".join(problems), f"Mend the path in {source}, or its permissions.")
+        raise ConfigError("; ".join(problems), f"Mend the path in {source}, or its permissions.")
 
 
 def look_up(files: Iterable[NamedFile]) -> tuple[FileOnDisk, ...]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from emberd.core import exit_status
 from emberd.core.errors import StateUnusable
+from emberd.core.load_facts import LoadFacts
 from emberd.core.memory import is_released
 from emberd.core.status import to_plain
 from emberd.engine import record as records
@@ -103,9 +104,7 @@ class EngineRun:
     async def decide_lock(self) -> tuple[bool, tuple[Notice, ...]]:
         """Return whether to ask for the lock, and notices about it."""
         try:
-            decision = await self._meter.decide(
-                self._settings(), self._gate.engine.wishes(), self._gate.engine.model_path()
-            )
+            decision = await self._meter.decide(self._settings(), self._gate.engine)
         except Exception:  # noqa: BLE001  # a reading that fails must not keep the engine from starting
             self._log.exception("lock_meter_bug")
             return self._settings().engine.lock != "never", ()
@@ -181,7 +180,9 @@ class EngineRun:
         found = replace(
             self._gate.now.record,
             command_digest=self._gate.now.record.command_digest if command is None else records.digest(command),
-            is_mapped=self._meter.is_mapped,
+            is_mapped=self._meter.told.is_mapped,
+            context_tokens=self._meter.told.context_tokens,
+            kv_bytes=self._meter.told.kv_bytes,
             switch=self._gate.now.serving.switch,
         )
         if found != self._gate.now.record:
@@ -233,7 +234,8 @@ class EngineRun:
             self._paths.record.unlink(missing_ok=True)
             return False
         self._gate.engine.switch = record.switch
-        await self._meter.adopt(self._gate.engine.model_path(), is_mapped=record.is_mapped)
+        told = LoadFacts(is_mapped=record.is_mapped, context_tokens=record.context_tokens, kv_bytes=record.kv_bytes)
+        await self._meter.adopt(self._gate.engine.model_path(), told)
         self._output.skip_to_end()
         self._output.make_room()
         self._take(process, record, is_adopted=True)

@@ -261,7 +261,7 @@ class Exchange:
                 self._whole = self._turns.with_room(self._whole, chunk)
             return chunk
         if self._asked_s is not None:
-            self._turns.spoke(time.monotonic() - self._asked_s, self._first)
+            self._turns.first_tokens.spoke(time.monotonic() - self._asked_s, self._first)
             self._asked_s = None
         return self._stream.take(chunk)
 

@@ -48,7 +48,7 @@ class Forecaster:
         self._learned: FirstToken | None = None
         self.missing_bytes: int | None = None
         """Of the weights, not in memory; None if unknown."""
-        turns.foretell = self._foretell
+        turns.first_tokens.foretell = self._foretell
         self._judged: FirstTokenStatus | None = None
 
     @property
@@ -74,7 +74,7 @@ class Forecaster:
 
     async def learn(self, *, may_look: bool) -> None:
         """Judge the forecast by the last reply; look again now and then if nobody uses the model (`may_look`)."""
-        told = self._turns.last_first_token
+        told = self._turns.first_tokens.last
         if told is not None and told is not self._learned:
             self._learned = told
             self._experience = self._experience.with_first_token(Temperature(told.temperature), told.took_s)

@@ -40,6 +40,8 @@ _MOST_PENDING = 24 * 60
 COLD_KEPT = 9
 """The last first tokens of a cold model tell how slow it is; as many as core/forecast.py keeps."""
 _CACHE_KIB = 64
+_JOURNAL_PAGES = 200
+"""A busy day's: the journal is brought into the file about once a day, and no day has a week's at once."""
 Account = TypeVar("Account", SwapWrites, WarmthCost)
 Row = TypeVar("Row")
 _MIGRATIONS = (
@@ -313,6 +315,7 @@ class History:
             raise _NotUnderstood("it is another program's database")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_JOURNAL_PAGES}")
         for step, statement in enumerate(_MIGRATIONS[version:], start=version + 1):
             with connection:
                 connection.execute("BEGIN IMMEDIATE")

@@ -13,23 +13,26 @@ from emberd.core.errors import ModelError
 from emberd.core.gguf import estimate_compute_buffer, estimate_kv_cache, keeps_state
 from emberd.core.load_facts import KeepAliveState, LoadFacts, judge_keep_alive
 from emberd.core.lock import LockEvidence, LockState, LockVerdict, judge_lock
-from emberd.core.preflight import Preflight, PreflightFacts, preflight
+from emberd.core.preflight import USUAL_PROMPT_CACHE_MIB, Preflight, PreflightFacts, preflight
+from emberd.core.status import ContextStatus
 from emberd.core.wishes import context_tokens, lock_policy
 from emberd.engine import llama_log
 from emberd.host.model_file import look_up, read_model_info
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from emberd.core.engine_files import EngineFile
     from emberd.core.load_facts import KeepAliveVerdict
     from emberd.core.lock_limits import WireRefusals
-    from emberd.core.ports import Host
+    from emberd.core.ports import Engine, Host
+    from emberd.core.reuse import CacheRoom
     from emberd.core.settings import Settings
     from emberd.core.wishes import OwnerWishes
     from emberd.host.model_file import ModelInfo
 
 
+_FIT_MARGIN_BYTES = 1 << 30
 _LOCKED = frozenset({Role.DRAFT})
 """What KoboldCPP 1.104 and llama-server map and lock with the model; projectors and adapters are copied."""
 
@@ -46,6 +49,7 @@ class LockMeter:
         self._wired_before: int | None = None
         self._refusals_before: WireRefusals | None = None
         self._was_held = False
+        self._estimate: Callable[[int], int | None] = lambda _: None
         self.verdict: LockVerdict | None = None
         """The last verdict, None before the first."""
 
@@ -69,20 +73,24 @@ class LockMeter:
         """Whether the slots share the cells of one KV cache, None if the engine's log does not tell."""
         return self._load.is_cache_shared
 
-    async def decide(self, settings: Settings, wishes: OwnerWishes, model: Path | None) -> Preflight:
+    async def decide(self, settings: Settings, engine: Engine) -> Preflight:
         """Decide before a start whether the engine is to lock, and begin to follow it."""
-        info = self._info = await self._model_info(model)
+        await engine.ask_build()
+        wishes = engine.wishes()
+        info = self._info = await self._model_info(engine.model_path())
         found = look_up(wishes.files)
         self._others_bytes = sum(each.size_bytes or 0 for each in found if each.role in _LOCKED)
         memory = self._host.system_memory()
         self._load, self._was_held, self.verdict = LoadFacts(), False, None
+        self._estimate = lambda tokens: kv_bytes_of(info, wishes, tokens) if info else None
         self._wired_before = memory.wired_bytes
         self._refusals_before = self._host.wire_refusals()
         return preflight(
             PreflightFacts(
                 limits=self._host.lock_limits(None),
                 weights_bytes=self.weights_bytes,
-                kv_bytes=kv_cache_bytes(info, settings, wishes) if info else None,
+                kv_bytes=kv_cache_bytes(info, settings, wishes, memory.total_bytes) if info else None,
+                prompt_cache_bytes=prompt_cache_bytes(wishes),
                 compute_bytes=estimate_compute_buffer(info.vocabulary_tokens) if info else None,
                 others_bytes=sum(each.size_bytes or 0 for each in found if each.role not in _LOCKED),
                 ram_bytes=memory.total_bytes,
@@ -93,10 +101,11 @@ class LockMeter:
             lock_policy(settings, wishes),
         )
 
-    async def adopt(self, model: Path | None, *, is_mapped: bool | None) -> None:
-        """Begin to follow an engine that already runs; of its log only `is_mapped` is still known."""
+    async def adopt(self, model: Path | None, told: LoadFacts) -> None:
+        """Begin to follow an engine that already runs; `told` is what is still known of its log."""
         self._info = await self._model_info(model)
-        self._load, self._was_held, self.verdict = LoadFacts(is_mapped=is_mapped), False, None
+        self._load, self._was_held, self.verdict = told, False, None
+        self._estimate = lambda _: None
         self._wired_before = self._refusals_before = None
 
     async def follow(self, model: Path | None, files: Sequence[EngineFile]) -> None:
@@ -118,7 +127,8 @@ class LockMeter:
         facts = PreflightFacts(
             limits=self._host.lock_limits(None),
             weights_bytes=self.weights_bytes,
-            kv_bytes=kv_cache_bytes(self._info, settings, wishes) if self._info else None,
+            kv_bytes=kv_cache_bytes(self._info, settings, wishes, memory.total_bytes) if self._info else None,
+            prompt_cache_bytes=prompt_cache_bytes(wishes),
             compute_bytes=estimate_compute_buffer(self._info.vocabulary_tokens) if self._info else None,
             ram_bytes=memory.total_bytes,
             available_bytes=None,  # what the engine has taken already is missing from it
@@ -151,6 +161,20 @@ class LockMeter:
         last, self.verdict = self.verdict, verdict
         return last is None or (last.state, last.reason) != (verdict.state, verdict.reason)
 
+    @property
+    def told(self) -> LoadFacts:
+        """What the engine's log has told of memory."""
+        return self._load
+
+    def context(self, room: CacheRoom) -> ContextStatus:
+        """Return the context of the loaded engine, by its own words as far as they go."""
+        tokens = self._load.context_tokens if room.cells is None else room.cells
+        kv_bytes = self._load.kv_bytes
+        is_measured = kv_bytes is not None
+        if kv_bytes is None and tokens is not None:
+            kv_bytes = self._estimate(tokens * (1 if room.is_shared else room.conversations))
+        return ContextStatus(tokens, room.conversations, kv_bytes, is_measured)
+
     def heartbeat(self, wanted_s: int) -> KeepAliveVerdict | None:
         """Return what the engine's log says about Metal's heartbeat, None where it says nothing of Metal."""
         verdict = judge_keep_alive(self._load, wanted_s)
@@ -170,11 +194,39 @@ class LockMeter:
         return self._known[model][1]
 
 
-def kv_cache_bytes(info: ModelInfo, settings: Settings, wishes: OwnerWishes) -> int | None:
-    """Return the size of the KV cache that the engine will have, None if unknown."""
+def kv_cache_bytes(
+    info: ModelInfo, settings: Settings, wishes: OwnerWishes, ram_bytes: int | None = None
+) -> int | None:
+    """Return the size of the KV cache that the engine will have, None if unknown.
+
+    A llama-server that may choose its context takes the model's own, or as much of it as leaves 1 GiB of the memory
+    (common/fit.cpp, `fit_params_target`): of the computer's without a graphics card, of the card's with one, so
+    this is an upper bound.
+    """
     tokens = context_tokens(settings, wishes)
-    sizes = {"key_bytes": wishes.key_bytes, "value_bytes": wishes.value_bytes}
-    return estimate_kv_cache(info.metadata, tokens, **sizes).size_bytes
+    full, least_tokens = kv_bytes_of(info, wishes, tokens), wishes.least_context_tokens
+    if tokens or full is None or least_tokens is None or ram_bytes is None:
+        return full
+    other_bytes = info.weights_bytes + (estimate_compute_buffer(info.vocabulary_tokens) or 0)
+    least = kv_bytes_of(info, wishes, least_tokens) or 0
+    return min(full, max(least, ram_bytes - _FIT_MARGIN_BYTES - other_bytes))
+
+
+def kv_bytes_of(info: ModelInfo, wishes: OwnerWishes, tokens: int) -> int | None:
+    """Return the size of a KV cache of so many tokens, None if unknown."""
+    return estimate_kv_cache(
+        info.metadata,
+        tokens,
+        key_bytes=wishes.key_bytes,
+        value_bytes=wishes.value_bytes,
+        window_slots=(wishes.slots or 1) if wishes.has_windows else None,
+    ).size_bytes
+
+
+def prompt_cache_bytes(wishes: OwnerWishes) -> int:
+    """Return the size that copies of earlier prompts may reach besides the KV cache."""
+    mib = wishes.prompt_cache_mib or 0
+    return (USUAL_PROMPT_CACHE_MIB if mib < 0 else mib) << 20
 
 
 def _users() -> int | None:

@@ -62,7 +62,7 @@ class Proxy:
         turns: Turns,
         knocks: Knocks,
         log: FilteringBoundLogger,
-        recall: Callable[[str, str], Said | None] = lambda *_: None,
+        recall: Callable[..., Said | None] = lambda *_, **__: None,
     ) -> None:
         self._gate = gate
         self._settings = settings
@@ -90,12 +90,13 @@ class Proxy:
             if shown is None:
                 return
             client = Client(shown, scope["path"])
-            self._add_password(scope)
+            if not is_open:
+                self._add_password(scope)
             makes_text = changes_cache(scope["method"], scope["path"])
             is_user_back = makes_text or self._knocks.knock()
-            if not makes_text and await self._recalled(scope, client):
-                return
             wakes = needs_engine(scope["method"], scope["path"], is_user_back=is_user_back)
+            if not makes_text and await self._recalled(scope, client, wakes=wakes):
+                return
             body = Body(receive, _PROMPT_BYTES if makes_text else _FIRST_PART_BYTES)
             await self._serve(scope, body, client, wakes=wakes)
         except (ClientGone, ReplyBrokenOff):
@@ -115,9 +116,9 @@ class Proxy:
         if password and self._rules().key:
             scope["headers"].append((b"authorization", f"Bearer {password}".encode()))
 
-    async def _recalled(self, scope: Scope, client: Client) -> bool:
+    async def _recalled(self, scope: Scope, client: Client, *, wakes: bool) -> bool:
         """Answer a question that needs no engine, if none is ready; return whether it was one."""
-        said = self._recall(scope["method"], scope["path"])
+        said = self._recall(scope["method"], scope["path"], wakes=wakes)
         if said is not None:
             await client.send({"type": "http.response.start", "status": said.status, "headers": said.headers})
             await client.send({"type": "http.response.body", "body": said.body})

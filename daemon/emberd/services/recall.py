@@ -66,13 +66,14 @@ class Recall:
             await self._ask()
             await self._gate.wait_for(*(state for state in State if state is not State.READY))
 
-    def answer(self, method: str, path: str) -> Said | None:
-        """Return the answer to a question, None if the engine is to be asked or waited for."""
+    def answer(self, method: str, path: str, *, wakes: bool) -> Said | None:
+        """Return the answer to a question, None if the engine is to be asked, awaited or started (`wakes`)."""
         gate, questions = self._gate, self._gate.engine.questions
-        is_at_rest = gate.state in lifecycle.AT_REST and gate.now.has_begun
-        if gate.port is not None or is_at_rest or gate.now.is_closing:
+        is_cool = gate.state is State.COOL
+        is_at_rest = gate.state in lifecycle.AT_REST and gate.now.has_begun and not is_cool
+        if gate.port is not None or is_at_rest or gate.now.is_closing or (is_cool and wakes):
             return None  # an engine at rest does not come back by itself: the reason is the better answer
-        if questions.is_health(method, path):
+        if questions.is_health(method, path) and not is_cool:
             headers = [(b"retry-after", str(RETRY_AFTER_S).encode())]
             return _said(503, "application/json; charset=utf-8", questions.loading, headers)
         if not questions.is_told(method, path):

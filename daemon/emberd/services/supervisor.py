@@ -137,6 +137,7 @@ class Supervisor:
             engine=None if record is None else record.status(is_adopted=self.gate.is_adopted),
             serving=self._switching.status() if life.state in SERVING else None,
             lock=self._meter.verdict if life.state in SERVING and not self.gate.is_empty else None,
+            context=self._meter.context(self.gate.room) if life.state in SERVING else None,
             metal_heartbeat=self._meter.heartbeat(self._settings.engine.metal_keep_alive_s),
             notices=self._run.notices,
             output_file=str(self._paths.output),

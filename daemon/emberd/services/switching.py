@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from emberd.services.lock_meter import LockMeter
 
 _ASK_S = 2.0
-_LOADS_AGAIN = "it is loading a model in place of the one that it served"
+_LOADS_AGAIN = "it loads or unloads a model by itself"
 
 
 class Switching:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from emberd.core.minute import FirstToken
 from emberd.core.reply import counts_of, sent_back, text_of
 from emberd.core.reuse import (
     CacheRoom,
@@ -28,11 +26,13 @@ from emberd.core.status import ReuseStatus
 from emberd.core.tally import Tally
 from emberd.core.turn import UNTOLD, Turn, is_of_same_conversation
 from emberd.core.warmth import Cache
+from emberd.services.first_tokens import FirstTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from emberd.core.generation import Generation
+    from emberd.core.minute import FirstToken
     from emberd.core.ports import Engine
     from emberd.core.streamed import StreamedReply
     from emberd.core.turn import PromptCounts
@@ -76,8 +76,6 @@ class Ended:
         return Turn(generation.path, generation.body, text, counts, self.was_cut, said=said)
 
 
-_MOST_FIRST_TOKENS = 256
-"""So many of a minute are kept for the history."""
 _AWAY_S = 60.0
 """Kobold Lite polls all the time while its page is open: a user is back only after so much silence."""
 
@@ -114,14 +112,8 @@ class Turns:
         asked."""
         self.last_replay = UNTOLD
         """The engine's counts of the last replay."""
-        self._tally = tally or Tally()
-        self._began_s = time.monotonic()
+        self.first_tokens = FirstTokens(tally or Tally())
         self._first: FirstToken | None = None
-        self._first_tokens: deque[FirstToken] = deque(maxlen=_MOST_FIRST_TOKENS)
-        self.last_first_token: FirstToken | None = None
-        """Of the last streamed reply that has begun."""
-        self.foretell: Callable[[], FirstToken] = FirstToken
-        """Returns what is foretold of the next first token."""
         self.ended_s: float | None = None
         """When a user's generation ended last, on the monotonic clock."""
         self.used_s: float | None = None
@@ -166,9 +158,7 @@ class Turns:
 
     def begin(self, engine_key: str | None) -> FirstToken:
         """A user's generation is about to be sent to this engine; return what is foretold of its first token."""
-        first = self.foretell()
-        if not self._running:
-            first.idle_s = round(time.monotonic() - (self.ended_s or self._began_s), 3)
+        first = self.first_tokens.begin(self.ended_s, is_alone=not self._running)
         if not self._running or engine_key != self._cache_of:
             self._before, self._has_changed = (self._cache_of, self._is_known), False
         self._running += 1
@@ -225,19 +215,10 @@ class Turns:
         """A request has used the model, and left the prompt cache as it was."""
         self.used_s = time.monotonic()
 
-    def spoke(self, seconds: float, first: FirstToken) -> None:
-        """A streamed reply began this long after its request."""
-        first.at_s, first.took_s = round(time.time(), 3), round(seconds, 3)
-        self._tally.note_first_token(seconds)
-        self._first_tokens.append(first)
-        self.last_first_token = first
-
     def take_first_tokens(self) -> list[FirstToken]:
-        """Return the first tokens since the last call; the counts of the last one may be filled in later."""
+        """Return the first tokens since the last call, with the counts of the last turn if it has ended."""
         self._take_apart()
-        taken = list(self._first_tokens)
-        self._first_tokens.clear()
-        return taken
+        return self.first_tokens.take()
 
     def forget(self) -> bool:
         """Forget request and reply, not the engine's cache; return True if there was something to forget."""
@@ -316,10 +297,7 @@ class Turns:
         if tell is not None:
             turn = tell()
             self._counts = self._in_log if turn is None else turn.counts
-            self._tally.reused_tokens += self._counts.reused or 0
-            self._tally.processed_tokens += self._counts.processed or 0
-            if self._first is not None:
-                self._first.reused, self._first.processed = self._counts.reused, self._counts.processed
+            self.first_tokens.count(self._first, self._counts)
             self._remember(turn)
 
     def _remember(self, turn: Turn | None) -> None:
