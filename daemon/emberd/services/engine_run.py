@@ -165,6 +165,8 @@ class EngineRun:
                     each.unlink()
 
     def _take(self, process: EngineProcess, record: records.EngineRecord, *, is_adopted: bool) -> None:
+        if self.process is not None:  # it has ended; its watch holds a descriptor
+            self.process.close()
         self.process = process
         self._gate.change(record=record, pids=(process.pid,), is_adopted=is_adopted)
         self._switching.begin(self._gate, loads=not is_adopted)
