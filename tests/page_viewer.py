@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from typing import TYPE_CHECKING, Any
 
 from browser import WAIT_S, Browser
@@ -52,8 +53,16 @@ class Viewer(Browser):
             }};
             look();
         }})"""
-        told = self.do("Runtime.evaluate", expression=look, awaitPromise=True)
-        if "exceptionDetails" in told:
+        ends_s = time.monotonic() + WAIT_S
+        while True:
+            try:
+                told = self.do("Runtime.evaluate", expression=look, awaitPromise=True)
+            except AssertionError as error:
+                if "navigated" not in str(error) or time.monotonic() > ends_s:
+                    raise
+                continue  # the page went away while it was asked: the next one is asked
+            if "exceptionDetails" not in told:
+                return
             raise AssertionError(f"{condition} did not come; the page says: {self.run('document.body.innerText')}")
 
     def press(self, key: str) -> None:

@@ -137,6 +137,7 @@ def test_it_can_be_used_by_keyboard_alone(browser: Viewer, daemon: Daemon):
     browser.press("Enter")
     browser.wait_for("document.getElementById('answer').textContent === 'Paused for 1 h 0 min.'")
     daemon.wait_for(lambda status: status["warmth"]["paused_for_s"], "the pause")
+    browser.wait_for("!document.querySelector('[data-do=resume]').disabled")
     tab_to(f"{active}.dataset.do === 'resume'")
     browser.press("Enter")
     daemon.wait_for(lambda status: not status["warmth"]["paused_for_s"], "the end of the pause")
@@ -162,9 +163,8 @@ def test_a_browser_without_a_session_logs_in_and_then_sees_the_page(browser: Vie
     browser.view(f"{daemon.url}/emberd/")
     browser.wait_for("location.pathname === '/emberd/login' && document.querySelector('input[name=key]')")
     assert "sesame" not in browser.run("document.documentElement.outerHTML")
-    browser.run(
-        "document.querySelector('input[name=key]').value = 'sesame'; document.querySelector('form').submit()"
-    )
+    browser.run("document.querySelector('input[name=key]').value = 'sesame'")
+    browser.run("void setTimeout(() => document.querySelector('form').submit())")
     browser.wait_for("location.pathname === '/emberd/'")
     browser.wait_for(f"{IS_LIVE} && {SENTENCE}.startsWith('Warm.')")
     browser.run("document.querySelector('[data-do=pause]').click()")

@@ -113,7 +113,7 @@ async function act(verb) {
     tell(find("answer"), `That did not work: ${error.message}`);
   }
   if (verb === "warm") isWarming = false;
-  enable();
+  await ask("status").then(show, enable); // at once, not with the next event
 }
 
 function said(verb, answer) {
@@ -213,7 +213,7 @@ async function days() {
   const scroll = make("div.scroll", table(head, past.days.map(row).reverse(), [1, 2, 3, 4]));
   scroll.tabIndex = 0;
   scroll.setAttribute("role", "region");
-  scroll.setAttribute("aria-labelledby", "days-title");
+  scroll.setAttribute("aria-label", "Day by day");
   find("days").replaceChildren(scroll);
 }
 
