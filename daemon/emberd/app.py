@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from emberd.host.start_history import StartHistory
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
+    from emberd.core.engine_files import EngineFile
     from emberd.core.settings import Settings
     from emberd.core.status import Status
     from emberd.host.config_file import Loaded
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from emberd.services.residency_map import ResidencyMap
     from emberd.services.upkeep import Duty, Upkeep
 
+_FILES_S = 30.0
 _LAST_ANSWERS_S = 2.0
 """After the engine is gone, only refusals are still on their way out."""
 _BESIDES_S = 15.0
@@ -172,6 +175,7 @@ class _Serving:
         self._supervisor = services.supervisor
         self._log = daemon.log
         self._map: ResidencyMap | None = None
+        self._files: tuple[str | None, float, tuple[EngineFile, ...]] | None = None
 
     async def run(self) -> Why:
         """Serve until there is a reason to end, and shut down.
@@ -330,6 +334,7 @@ class _Serving:
             "pause": keepwarm.pause,
             "resume": keepwarm.resume,
             "cool": keepwarm.cool,
+            "live": self._live,
             "history": self._services.recorder.past,
             "metrics": self._metrics,
             "layers": self._layers,
@@ -340,8 +345,24 @@ class _Serving:
 
         return to_plain(await self.status())
 
-    async def status(self) -> Status:
-        """Return what the daemon knows now of itself, its engine and this computer."""
+    async def _live(self) -> dict[str, Any]:
+        from emberd.core.status import to_plain  # noqa: PLC0415
+
+        return to_plain(await self.status(is_live=True))
+
+    async def _engine_files(self, *, is_live: bool) -> tuple[EngineFile, ...]:
+        """Return the engine's files; for a live view those of the last look, for this one takes tens of ms."""
+        key, now_s = self._supervisor.gate.engine_key, time.monotonic()
+        last = self._files
+        if not is_live or last is None or last[0] != key or now_s - last[1] > _FILES_S:
+            last = self._files = (key, now_s, await asyncio.to_thread(self._supervisor.files))
+        return last[2]
+
+    async def status(self, *, is_live: bool = False) -> Status:
+        """Return what the daemon knows now of itself, its engine and this computer.
+
+        If `is_live`, it is asked for every two seconds, and which files the engine has may be _FILES_S old.
+        """
         from emberd.services import logs  # noqa: PLC0415
 
         services, settings = self._services, self._settings.now
@@ -358,7 +379,7 @@ class _Serving:
             prevents_sleep=services.sleep.is_held,
             residency=await services.residency.status(),
             files=await services.residency.files(
-                await asyncio.to_thread(self._supervisor.files),
+                await self._engine_files(is_live=is_live),
                 is_locked_outside=services.keepwarm.is_locked_outside,
             ),
             warmth=await services.keepwarm.status(),

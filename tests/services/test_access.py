@@ -42,7 +42,7 @@ def program(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
 
 
 def ask(daemon: Daemon, path: str = "/api/v1/generate", **headers: str) -> httpx.Response:
-    body = {"prompt": "x", "max_length": 1}
+    body = {"prompt": "x", "max_length": 1, "n_predict": 1}  # KoboldCPP's name, and llama.cpp's
     return httpx.post(daemon.url + path, json=body, headers=headers, timeout=30, trust_env=False)
 
 

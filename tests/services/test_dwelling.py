@@ -55,7 +55,7 @@ class ReadyEngine:
     """A supervisor and a gate whose engine is ready and idle."""
 
     port: int | None = 1
-    is_adopted = False
+    is_adopted = is_empty = False
     lock_state = LockState.ABSENT
     will_lock = False
     engine_key = "1:a"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
 import socket
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,7 +32,6 @@ from emberd.services.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
 LIMIT_S = 30
 
@@ -237,6 +239,27 @@ async def test_a_state_file_that_cannot_be_written_does_not_take_the_engine_away
     await rig.pid()
     assert "state_not_saved" in rig.names()
     rig.paths.record.rmdir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the descriptors")
+async def test_engines_that_die_leave_no_descriptor_behind(rig: Rig):
+    def watches() -> int:
+        found = 0
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found += "pidfd" in str(descriptor.readlink())
+        return found
+
+    rig.begin()
+    pid = await rig.pid()
+    before = watches()
+    for _ in range(2):
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(LIMIT_S):
+            while (engine := rig.supervisor.status().engine) is None or engine.pid == pid:
+                await rig.supervisor.gate.wait_for_change()
+        pid = await rig.pid()
+    assert watches() == before
 
 
 async def test_a_bug_in_a_piece_of_work_does_not_strand_the_state_machine(

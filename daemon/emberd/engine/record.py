@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from emberd.core.errors import AlreadyRunning
-from emberd.core.status import from_plain
+from emberd.core.status import EngineStatus, from_plain
 from emberd.core.types import Switch
 from emberd.engine.process import STOP_SIGNALS, ProcessTree, is_alive
 from emberd.host.files import write_atomically
@@ -64,6 +64,17 @@ class EngineRecord:
     context_tokens: int | None = None
     kv_bytes: int | None = None
     switch: Switch | None = None
+
+    def status(self, *, is_adopted: bool) -> EngineStatus:
+        """Return what the status tells of it."""
+        return EngineStatus(
+            kind=self.engine,
+            pid=self.pid,
+            port=self.port,
+            adopted=is_adopted,
+            started_at=self.started_at,
+            command=self.command,
+        )
 
 
 def digest(words: Sequence[str]) -> str:

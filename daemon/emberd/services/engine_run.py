@@ -74,7 +74,7 @@ class EngineRun:
         self._wired_loaded: int | None = None
         self._died_s: float | None = None
         self._is_unsaved = False
-        self.obstacles = Obstacles(settings, paths.record.parent)
+        self.obstacles = Obstacles(settings, paths.record.parent, log)
         self.process: EngineProcess | None = None
         self.notices: tuple[Notice, ...] = ()
         """What the owner should know of the engine's settings."""
@@ -165,6 +165,8 @@ class EngineRun:
                     each.unlink()
 
     def _take(self, process: EngineProcess, record: records.EngineRecord, *, is_adopted: bool) -> None:
+        if self.process is not None:  # it has ended; its watch holds a descriptor
+            self.process.close()
         self.process = process
         self._gate.change(record=record, pids=(process.pid,), is_adopted=is_adopted)
         self._switching.begin(self._gate, loads=not is_adopted)

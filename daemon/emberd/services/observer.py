@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _APART_S = 10.0
 _KEPT = 3
 """Rates are those of the last 20 to 30 s."""
+_PROPORTIONAL_S = 30.0
 _FRESH_S = 1.0
 """Questions asked together, such as the parts of a status, share an observation up to this age."""
 
@@ -37,6 +38,7 @@ class Observer:
         self._pressure = Pressure.NORMAL
         self._last: Observation | None = None
         self._worst = SystemMemory()
+        self._proportional: tuple[float, tuple[int, ...], int | None] | None = None
 
     def look(self) -> Observation:
         """Read everything now."""
@@ -67,7 +69,7 @@ class Observer:
         oldest = self._readings[0] if self._readings else None
         seen = self.look()
         rates = SwapRates() if oldest is None else swap_rates(oldest[1], seen.system, seen.at_s - oldest[0])
-        proportional_bytes = await asyncio.to_thread(self._host.proportional_bytes, seen.engine.pids)
+        proportional_bytes = await self._proportional_bytes(seen)
         return MemoryStatus(
             power=await asyncio.to_thread(self._host.power),
             gpu=self._host.gpu_limits(),
@@ -78,6 +80,14 @@ class Observer:
                 swap_out_bytes_per_s=rates.out_bytes_per_s,
             ),
         )
+
+    async def _proportional_bytes(self, seen: Observation) -> int | None:
+        """Return the engine's PSS, read now and then: the kernel walks all its pages for it, 5 ms for 300 MB."""
+        last = self._proportional
+        if last is None or last[1] != seen.engine.pids or seen.at_s - last[0] > _PROPORTIONAL_S:
+            found = await asyncio.to_thread(self._host.proportional_bytes, seen.engine.pids)
+            last = self._proportional = (seen.at_s, seen.engine.pids, found)
+        return last[2]
 
     def _note_pressure(self, seen: SystemMemory) -> None:
         was, self._pressure = self._pressure, seen.pressure

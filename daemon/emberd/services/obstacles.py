@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 from emberd.core import causes
 from emberd.core.causes import LEAST_ROOM_BYTES, Cause, Kind
-from emberd.core.errors import EmberdError, ModelError
+from emberd.core.errors import EmberdError, ModelError, StateUnusable
+from emberd.core.lifecycle import CauseGone, LaunchFailed
 from emberd.host.files import make_private_folder, write_atomically
 from emberd.host.model_file import check_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from structlog.typing import FilteringBoundLogger
 
     from emberd.core.settings import Settings
 
@@ -31,25 +34,32 @@ class Obstacles:
         directory: the state directory.
     """
 
-    def __init__(self, settings: Callable[[], Settings], directory: Path) -> None:
+    def __init__(self, settings: Callable[[], Settings], directory: Path, log: FilteringBoundLogger) -> None:
         self._settings = settings
         self._directory = directory
+        self._log = log
         self._marks = self._read_marks()
-
-    def of_error(self, error: EmberdError) -> Cause | None:
-        """Return the passing cause of a start that was refused."""
-        return self._noted(causes.of_error(error))
 
     def of_exit(self, status: int | None, last_words: str) -> Cause | None:
         """Return the passing cause of an engine's end."""
         return self._noted(causes.of_exit(status, last_words, self._missing_model(), self.full_disk()))
 
-    async def wait_for_passing(self, cause: Cause, first_s: float) -> None:
-        """Return when this cause has gone, as far as can be seen; look for the first time after `first_s`."""
-        await asyncio.sleep(first_s)
+    def failed_launch(self, error: EmberdError | OSError) -> LaunchFailed:
+        """Return what a start that was refused means."""
+        if isinstance(error, OSError):
+            reason = f"cannot start the engine: {error}"
+            return LaunchFailed(reason, is_permanent=False, cause=causes.of_os_error(error))
+        cause = self._noted(causes.of_error(error))
+        return LaunchFailed(str(error), is_permanent=not isinstance(error, StateUnusable), cause=cause)
+
+    async def watch(self, cause: Cause, retries: int, post: Callable[[CauseGone], None]) -> None:
+        """Post when this cause has gone, as far as can be seen; later if so many tries were in vain."""
+        await asyncio.sleep(causes.look_after_s(retries))
         # Disks tell nobody that they have room again.
         while not await asyncio.to_thread(self.has_gone, cause):  # noqa: ASYNC110
             await asyncio.sleep(_LOOK_S)
+        self._log.info("obstacle_gone", cause=cause.kind.value, was=cause.message)
+        post(CauseGone())
 
     def has_gone(self, cause: Cause) -> bool:
         """Return True if this cause is seen to have gone; what cannot be seen is only waited for."""

@@ -127,7 +127,7 @@ class Page:
 
     async def view(self) -> dict[str, Any]:
         """Return what the live part of the page shows: the sentence, the status, the last events in words."""
-        plain = await self._ask("status")
+        plain = await self._ask("live" if "live" in self._verbs else "status")
         examined = self._examined[1] if self._examined else {}
         found = [Finding(each["title"], each["evidence"], each["remedy"]) for each in _ills(examined)]
         sentence = say(from_plain(Status, plain), found[0] if found else None)

@@ -91,7 +91,8 @@ class ResidencyMeter:
     async def _counts(self, paths: Sequence[str]) -> dict[str, int | None]:
         """Return the resident bytes of files, none during a pass over them or if they cannot be told."""
         found: dict[str, int | None] = {}
-        if self.toucher.is_touching or not paths:
+        is_slow = self._asked is not None and not self._asked.done()
+        if self.toucher.is_touching or is_slow or not paths:
             return found
         async with self._reading:
             self.toucher.use(paths)

@@ -11,10 +11,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core import lifecycle
-from emberd.core.causes import look_after_s, of_os_error
-from emberd.core.errors import EmberdError, StateUnusable
+from emberd.core.errors import EmberdError
 from emberd.core.lifecycle import Effect, Event, Lifecycle, State
-from emberd.core.status import EngineStatus, Status
+from emberd.core.status import Status
 from emberd.services.engine_output import EngineOutput
 from emberd.services.engine_run import EngineRun, plan_digest
 from emberd.services.gate import SERVING, EngineNow, Gate
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from emberd.core.causes import Cause
     from emberd.core.engine_files import EngineFile
     from emberd.core.ports import Engine, Host
     from emberd.core.settings import Settings
@@ -90,6 +88,7 @@ class Supervisor:
         self._probing = Probing(
             lambda: self._settings.lifecycle, log, self.gate, self._run, self._output, self.post
         )
+        self.keep_record = self._run.keep_record
         self.launch_error: EmberdError | None = None
         """Why the engine cannot be started at all; None if it could, or was never tried."""
 
@@ -135,16 +134,7 @@ class Supervisor:
             requests_in_flight=self.gate.in_flight,
             requests_held=self.gate.held,
             loading=self._output.progress if life.state is State.LOADING else None,
-            engine=None
-            if record is None
-            else EngineStatus(
-                kind=record.engine,
-                pid=record.pid,
-                port=record.port,
-                adopted=self.gate.is_adopted,
-                started_at=record.started_at,
-                command=record.command,
-            ),
+            engine=None if record is None else record.status(is_adopted=self.gate.is_adopted),
             serving=self._switching.status() if life.state in SERVING else None,
             lock=self._meter.verdict if life.state in SERVING and not self.gate.is_empty else None,
             context=self._meter.context(self.gate.room) if life.state in SERVING else None,
@@ -259,7 +249,7 @@ class Supervisor:
             fields["reason"] = after.reason
         if after.cause is not None:
             fields["remedy"] = after.cause.remedy
-            self._spawn("obstacle", self._wait_for_passing(after.cause, after.retries))
+            self._spawn("obstacle", self._run.obstacles.watch(after.cause, after.retries, self.post))
         else:
             self._cancel("obstacle")
         if self._record and after.state in lifecycle.HAS_PROCESS:
@@ -306,8 +296,6 @@ class Supervisor:
                 self.post(lifecycle.LaunchFailed(f"internal error: {error!r}", is_permanent=False))
             elif name == "end":
                 self.post(lifecycle.Gone())
-            elif name == "obstacle":
-                self.post(lifecycle.CauseGone())
             else:
                 self.post(lifecycle.Stuck(f"internal error: {error!r}"))
 
@@ -334,14 +322,9 @@ class Supervisor:
             self._run.start(replace(plan, notices=(*plan.notices, *reasons)), of_settings, will_lock=will_lock)
             self._follow()
             self.post(lifecycle.Launched())
-        except EmberdError as error:
-            self.launch_error = error
-            cause = await asyncio.to_thread(self._run.obstacles.of_error, error)
-            permanent = not isinstance(error, StateUnusable)
-            self.post(lifecycle.LaunchFailed(str(error), is_permanent=permanent, cause=cause))
-        except OSError as error:
-            reason = f"cannot start the engine: {error}"
-            self.post(lifecycle.LaunchFailed(reason, is_permanent=False, cause=of_os_error(error)))
+        except (EmberdError, OSError) as error:
+            self.launch_error = error if isinstance(error, EmberdError) else None
+            self.post(await asyncio.to_thread(self._run.obstacles.failed_launch, error))
 
     def _follow(self) -> None:
         process = self._run.process
@@ -375,18 +358,8 @@ class Supervisor:
     # --- watch ----------------------------------------------------------------------------------------------
 
     async def _watch_exit(self, process: EngineProcess) -> None:
-        reason, cause = await self._run.wait_for_exit(process, lambda: self._life.state is State.STOPPING)
-        self.post(lifecycle.Exited(reason, cause))
-
-    async def _wait_for_passing(self, cause: Cause, retries: int) -> None:
-        """Tell the owner task as soon as what keeps the engine from running has gone."""
-        await self._run.obstacles.wait_for_passing(cause, look_after_s(retries))
-        self._log.info("obstacle_gone", cause=cause.kind.value, was=cause.message)
-        self.post(lifecycle.CauseGone())
-
-    def keep_record(self) -> None:
-        """Write the state file if it is not on disk: see `EngineRun.keep_record`."""
-        self._run.keep_record()
+        ended = await self._run.wait_for_exit(process, lambda: self._life.state is State.STOPPING)
+        self.post(lifecycle.Exited(*ended))
 
     async def _probe(self) -> None:
         record = self._record
