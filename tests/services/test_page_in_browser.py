@@ -98,7 +98,7 @@ def test_the_map_shows_each_layer(browser: Viewer, daemon: Daemon):
 
 
 def test_it_follows_an_engine_that_dies_and_comes_back(browser: Viewer, make_daemon: MakeDaemon):
-    daemon = make_daemon({"warmth.mode": "auto"}, STANDIN_LOAD_SECONDS="1")
+    daemon = make_daemon({"warmth.mode": "auto"}, STANDIN_LOAD_SECONDS="4")  # longer than two events are apart
     daemon.start()
     pid = daemon.wait_ready()["engine"]["pid"]
     look_at(browser, daemon)
