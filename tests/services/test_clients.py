@@ -139,7 +139,7 @@ def test_a_cut_stream_of_theirs_can_be_continued_within_its_budget(request_: Req
     assert generation is not None
     assert generation.obstacle() == ""
     rest = continued(generation, " the sea", 2)
-    budgets = {name: rest[name] for name in ("max_length", "max_tokens", "n_predict") if name in rest}
+    budgets = {name: rest.body[name] for name in ("max_length", "max_tokens", "n_predict") if name in rest.body}
     assert set(budgets.values()) == {REPLY_TOKENS - 2}
 
 

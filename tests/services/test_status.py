@@ -51,7 +51,7 @@ model settings_file state state_for_s reason remedy exit_code failures next_star
 starts engine
 """
 NEW = """
-remedy exit_code failures
+remedy exit_code failures requests swap.endurance_bytes
 serving: name model is_of_settings switched_by survives_restart
 files[]: path role size_bytes held resident_bytes locked_bytes
 warmth.is_helpless warmth.is_storming warmth.over_budget_for_s warmth.given_back
@@ -65,7 +65,7 @@ warmth.cost.processed_tokens warmth.cost_today.processed_tokens
 NEW_STANDBY = """
 crashes_in_a_row last_exit requests_in_flight requests_held loading lock metal_heartbeat notices output_file
 requests_waiting longest_wait_s seconds_since_knock remembers_turn memory prevents_sleep residency warmth swap log
-serving files context
+serving files context requests
 """
 """One that cannot start has all keys of one that can, with nothing in them."""
 PASSING = {"warmth.progress.done_bytes", "warmth.progress.total_bytes"}

@@ -72,13 +72,17 @@ class Recorder:
                 self._log.exception("recorder_bug")
             await asyncio.sleep(MINUTE_S - time.time() % MINUTE_S)
 
-    async def tick(self) -> Minute | None:
-        """Keep what has happened since the last call, in memory; None if that was less than a second ago."""
+    async def tick(self, *, is_last: bool = False) -> Minute | None:
+        """Keep what has happened since the last call, in memory; None if that was less than a second ago.
+
+        Args:
+            is_last: keep also what has happened in less than a second.
+        """
         writes = await self._swap.tick()
         now_s, seen = time.monotonic(), self._swap.observer.recent()
         observed_s = round(now_s - self._seen_s)
         is_first = self._observation is None
-        if not observed_s or is_first:
+        if is_first or not (observed_s or is_last):
             self._observation = self._observation or seen
             if is_first:
                 self._seen_s = now_s
@@ -146,7 +150,7 @@ class Recorder:
     async def close(self) -> None:
         """Write everything, also the minute that has begun, and close the file."""
         try:
-            await self.tick()
+            await self.tick(is_last=True)
             await self._spending.save()
         except Exception:  # noqa: BLE001  # a row is not worth a failed end
             self._log.exception("recorder_bug")
