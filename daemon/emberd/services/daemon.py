@@ -23,7 +23,7 @@ from emberd.services.notifier import Notifier
 from emberd.services.proxy import make_app
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
     from pathlib import Path
     from typing import Self
 
@@ -40,6 +40,8 @@ NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool", "history
 """Verbs that an emberd without an engine refuses."""
 _OWN_FILES = 64
 """Open files besides connections: about 20 when idle."""
+_CANCELLATIONS, _CANCEL_LIMIT_S = 4, 5.0
+"""How often a task is told to end, and how long it is waited for each time."""
 
 
 class Daemon:
@@ -141,10 +143,10 @@ class Daemon:
         return task
 
     async def end_tasks(self) -> None:
-        """End all tasks; return when they have ended."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """End all tasks."""
+        left = await end_all(self._tasks)
+        if left:
+            self.log.error("tasks_do_not_end", tasks=left)
 
     # --- the end --------------------------------------------------------------------------------------------
 
@@ -191,3 +193,23 @@ def _terminal_answers() -> bool:
     except (termios.error, OSError):
         return False
     return True
+
+
+async def end_all(tasks: Iterable[asyncio.Task[None]], limit_s: float = _CANCEL_LIMIT_S) -> list[str]:
+    """Cancel tasks until they have ended; return the names of those that have not after _CANCELLATIONS.
+
+    A cancellation can be lost: who awaits another task may take it for the end of that.
+
+    Args:
+        tasks: what to end. What they raise is dropped.
+        limit_s: how long one cancellation may take.
+    """
+    left = set(tasks)
+    for _ in range(_CANCELLATIONS):
+        if not left:
+            break
+        for task in left:
+            task.cancel()
+        ended, left = await asyncio.wait(left, timeout=limit_s)
+        await asyncio.gather(*ended, return_exceptions=True)
+    return sorted(getattr(task.get_coro(), "__qualname__", task.get_name()) for task in left)
