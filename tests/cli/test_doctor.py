@@ -216,12 +216,16 @@ def test_a_model_larger_than_the_computer_hides_what_follows_from_it(daemon: Dae
 
 
 def test_a_model_that_fits_the_computer_and_not_what_is_free_is_short_of_memory(daemon: Daemon):
-    memory = psutil.virtual_memory()
-    in_use = memory.total - memory.available
-    if in_use < GIB // 4:
-        pytest.skip("this computer is empty")
-    daemon.write_settings(model__path=str(grown(daemon.folder, memory.total - in_use // 2)))
-    found = examine(daemon)
+    found: dict[str, Any] = {}
+    for _ in range(5):  # other tests may give back memory between the reading and the look
+        memory = psutil.virtual_memory()
+        in_use = memory.total - memory.available
+        if in_use < GIB // 4:
+            pytest.skip("this computer is empty")
+        daemon.write_settings(model__path=str(grown(daemon.folder, memory.total - in_use // 2)))
+        found = examine(daemon)
+        if "RAM_SHORT" in found:
+            break
     assert "are available" in found["RAM_SHORT"]["evidence"]
     assert "should" in found["LOCK_WOULD_CHOKE"]["evidence"]
 
