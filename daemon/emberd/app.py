@@ -259,8 +259,9 @@ class _Serving:
         tasks = (starting, *services)
         awaited: set[asyncio.Future[Any]] = {self._daemon.ending, *tasks}
         done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-        starting.cancel()
-        await asyncio.wait({starting})
+        from emberd.services.daemon import end_all  # noqa: PLC0415  # imports structlog
+
+        await end_all([starting])
         for task in tasks:
             if task in done:
                 error = task.exception()

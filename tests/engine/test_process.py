@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ from emberd.host import ThisHost
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from emberd.core.ports import EventWatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HOST = ThisHost()
@@ -199,3 +202,17 @@ def test_a_program_for_another_machine_is_one_clear_error(launcher: Launcher, tm
     foreign.chmod(0o755)
     with pytest.raises(EngineNotUsable, match="cannot start"):
         launcher.start_plan(LaunchPlan((str(foreign),), {}, 20000))
+
+
+def test_an_engine_that_cannot_be_watched_is_ended_at_once(tmp_path: Path):
+    """It would be in nobody's hands, and the next start would load a second model beside it."""
+
+    class Exhausted(ThisHost):
+        def watch_exit(self, pid: int) -> EventWatch:
+            pids.append(pid)
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    pids: list[int] = []
+    with (tmp_path / "output").open("ab") as output, pytest.raises(OSError, match="Too many open files"):
+        launch(LaunchPlan((sys.executable, "-c", PATIENT), {}, 20000), output.fileno(), Exhausted())
+    assert not psutil.pid_exists(pids[0])

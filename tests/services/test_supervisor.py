@@ -305,3 +305,16 @@ async def test_an_engine_with_a_request_is_not_stopped_for_other_work(rig: Rig):
     assert await gate.cool()
     assert gate.wake()
     assert await rig.pid() != pid
+
+
+async def test_a_restart_that_comes_while_emberd_ends_starts_no_engine(rig: Rig):
+    """It would be READY and refuse every request, and the end would be waited for without end."""
+    rig.begin()
+    await rig.pid()
+    ending = asyncio.create_task(rig.supervisor.shut_down())
+    await rig.reach(State.DRAINING, State.STOPPING)
+    rig.supervisor.post(lifecycle.Restart("asked in the last moment"))
+    async with asyncio.timeout(LIMIT_S):
+        await ending
+    assert rig.supervisor.state is State.STOPPED
+    assert rig.supervisor.status().starts == 1

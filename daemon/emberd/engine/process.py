@@ -234,4 +234,9 @@ def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
             f"cannot start {program}: {error.strerror}",
             "Is it a program for this system and processor? Set engine.path in the settings.",
         ) from error
-    return EngineProcess(child.pid, host, child)
+    try:
+        return EngineProcess(child.pid, host, child)
+    except OSError:  # no descriptor to watch it by: nobody would end it
+        child.kill()
+        child.wait(KILL_WAIT_S)
+        raise

@@ -189,7 +189,9 @@ class Supervisor:
         plan = await engine.plan(self._record.port if self._record else free_port(), will_lock=will_lock)
         is_starting = self._life.state is State.STARTING and not self._is_done("launch")
         must_restart = self._record is not None and self._record.plan_digest != plan_digest(plan)
-        if not must_restart:
+        is_same = (settings.engine, settings.model) == (self._settings.engine, self._settings.model)
+        is_kept = not must_restart if self._record else is_same and self._life.state is not State.FAILED
+        if is_kept:
             engine.switch = self.gate.engine.switch
         self._settings, self.gate.engine = settings, engine
         self._output.use(engine, settings.log)
@@ -212,6 +214,9 @@ class Supervisor:
             return lifecycle.DeadlinePassed()
 
     def _apply(self, event: Event) -> None:
+        if self.gate.now.is_closing and isinstance(event, lifecycle.Start | lifecycle.Restart | lifecycle.Wake):
+            self.gate.wake_waiters()  # it would keep `shut_down` waiting for ever
+            return
         if isinstance(event, lifecycle.Cool) and self.gate.in_flight:
             self.gate.wake_waiters()  # a request has come since
             return
@@ -223,12 +228,11 @@ class Supervisor:
             self._settings.lifecycle,
             random.random(),  # noqa: S311  # jitter
         )
-        if (
-            isinstance(event, lifecycle.Exited)
-            and before.state is State.LOADING
-            and not self.gate.now.serving.loads
-        ):
-            self._switching.undo(event.reason)
+        if before.state is State.LOADING and not self._switching.has_served:
+            if isinstance(event, lifecycle.Exited):
+                self._switching.undo(event.reason)
+            elif life.is_stuck:
+                self._switching.undo(life.reason)
         self.gate.change(life=life, has_begun=True)
         if life.state is not before.state:
             self._announce(before)
@@ -353,7 +357,7 @@ class Supervisor:
         """Return True if the engine would be asked to lock; under `auto` the answer of its start stands."""
         if settings.engine.lock == "auto" and self._record is not None:
             return self._record.will_lock
-        return settings.engine.lock != "never"
+        return settings.engine.lock != "never" and not self.gate.must_not_lock
 
     # --- watch ----------------------------------------------------------------------------------------------
 

@@ -57,6 +57,11 @@ class Switching:
         self._is_loading, self._asked, self._pids = loads, None, frozenset()
         gate.change(serving=Serving(switch=gate.engine.switch))
 
+    @property
+    def has_served(self) -> bool:
+        """Whether this process was ready once."""
+        return bool(self._pids)
+
     # --- hearing of it --------------------------------------------------------------------------------------
 
     def note(self, line: str) -> None:
