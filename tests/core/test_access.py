@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from emberd.core.access import AccessRules, is_loopback, is_own_host, judge, own_names
@@ -154,7 +154,10 @@ def test_a_key_of_other_letters_is_compared_as_it_was_sent():
 
 def test_without_the_key_only_a_preflight_passes():
     assert refusal(AccessRules(key="s3cret"), host="localhost") == "wrong_key"
-    assert refusal(AccessRules(key="s3cret"), method="OPTIONS", host="localhost", origin="http://localhost:1") == ""
+    asks = {"host": "localhost", "origin": "http://localhost:1"}
+    assert refusal(AccessRules(key="s3cret"), method="OPTIONS", **asks) == "wrong_key"
+    asks |= {"access_control_request_method": "POST"}
+    assert refusal(AccessRules(key="s3cret"), method="OPTIONS", **asks) == ""
     assert "s3cret" not in repr(AccessRules(key="s3cret"))
 
 
@@ -265,6 +268,8 @@ def test_no_page_of_somebody_elses_is_let_in(name: str, scheme: str, port: str):
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
+@example("", ":")
+@example("evil@", ":80")
 def test_a_name_is_never_let_in_for_the_name_that_it_begins_or_ends_with(before: str, after: str):
     for name in ("localhost", "host.docker.internal", "studio.mine.example", "127.0.0.1"):
         for host in (f"{name}.{after}.example", f"{before}{name}.example"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from emberd.core.cors import is_preflight
 from emberd.core.credentials import has_key, has_session
 from emberd.core.generation import changes_cache
 from emberd.core.origins import is_private_name, matches_name, matches_origin
@@ -107,7 +108,7 @@ def judge(
             "foreign_page",
             f"a page of {_shown(origin)} may not use this model; add it to endpoint.origins if it may{pattern}",
         )
-    if not rules.key or is_open or method == "OPTIONS" or has_key(headers, rules.key):
+    if not rules.key or is_open or is_preflight(method, headers) or has_key(headers, rules.key):
         return None
     is_at_home = now_s is not None and _is_of_own_pages(method, path, headers, host or "")
     if is_at_home and has_session(headers, host or "", rules.key, now_s or 0.0):
@@ -231,12 +232,15 @@ def only(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str | None:
 
 
 def _name_of(host: str) -> str | None:
-    """Return the name of `name[:port]` in lower case, without brackets; None if it is none."""
+    """Return the name of `name[:port]` in lower case, without brackets; None if it is none (RFC 9110, 7.2)."""
+    if any(sign in host for sign in "@/?#\\"):
+        return None
     try:
-        name = urlsplit(f"//{host}").hostname
+        parts = urlsplit(f"//{host}")
+        _ = parts.port  # raises if it is no number
     except ValueError:
         return None
-    return name.rstrip(".") if name else None
+    return parts.hostname.rstrip(".") if parts.hostname else None
 
 
 def _is_address(name: str) -> bool:

@@ -191,7 +191,7 @@ def changes_cache(method: str, path: str) -> bool:
     """Return True if a request replaces the engine's KV cache: it makes text, or restores a state."""
     path = path.rstrip("/")
     if path.endswith("/noscript"):
-        return True  # a GET there can generate
+        return method in {"GET", "POST"}  # a GET there can generate
     is_generation = dialect_of(path) is not None or path.endswith(_OTHER_GENERATIONS)
     return method == "POST" and (is_generation or _OTHER_CHANGES.search(path) is not None)
 

@@ -8,6 +8,7 @@ error or a delay for a server that is not there.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -35,13 +36,23 @@ class Questions:
         """Return True if the engine's last answer is as good as the next one."""
         return method in {"GET", "HEAD"} and _plain(path) in self.told
 
-    def is_open(self, method: str, path: str) -> bool:
-        """Return True if the engine would answer without its key: a page, or health."""
-        if method not in {"GET", "HEAD"} or ".." in path or "%" in path:
+    def is_open(self, method: str, path: str, query: bytes = b"") -> bool:
+        """Return True if the engine would answer without its key: a page, or health.
+
+        KoboldCPP takes the query for a part of a file's name (1.115), and a path by its end (1.104): below a folder
+        of pages only what is plainly a page's file is open.
+        """
+        if method not in {"GET", "HEAD"}:
             return False
         if self.is_health(method, path) or (_plain(path) or "/") in self.pages:
             return True
-        return any(path.startswith(page) for page in self.pages if page.endswith("/") and page != "/")
+        folders = (page for page in self.pages if page.endswith("/") and page != "/" and path.startswith(page))
+        return not query and any(_PAGE_FILE.fullmatch(path.removeprefix(folder)) for folder in folders)
+
+
+_PAGE_FILE = re.compile(
+    r"(?:[\w-]+/)*[\w-]+(?:\.[\w-]+)*\.(?:css|gif|html|ico|jpg|js|map|mjs|png|svg|ttf|webp|woff2?)", re.ASCII
+)
 
 
 def _plain(path: str) -> str:

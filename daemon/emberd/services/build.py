@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from emberd.core.settings import Settings
     from emberd.host import ThisHost
     from emberd.host.paths import StatePaths
+    from emberd.services.gate import Gate
 
 _FIXED = ("endpoint.host", "endpoint.port", "state.directory")
 """Settings that cannot change while emberd runs."""
@@ -129,7 +130,7 @@ def build(settings: SettingsInForce, host: ThisHost, paths: StatePaths) -> Servi
         gate,
         EngineHttp(),
         paths.told,
-        lambda: settings.identity,
+        lambda: " ".join((settings.identity, *engine_switch(gate))),
         lambda: gate.engine.password if settings.rules.key else "",
     )
     proxy = Proxy(
@@ -168,3 +169,9 @@ def _mark(path: str) -> tuple[int, int] | None:
     except (OSError, RuntimeError):  # no home
         return None
     return found.st_mtime_ns, found.st_size
+
+
+def engine_switch(gate: Gate) -> tuple[str, ...]:
+    """Return what the engine was switched to, nothing if it serves the settings' model."""
+    switch = gate.engine.switch
+    return () if switch is None else (switch.config, switch.base, switch.model)

@@ -184,7 +184,7 @@ class Page:
             await body.read_first_part()
             asked = json.loads(body.in_hand or b"{}")
             arguments = {"seconds": _seconds(asked["seconds"])} if _ACTIONS[verb] else {}
-        except (ClientGone, ClientSilent, ValueError, TypeError, KeyError):
+        except (ClientGone, ClientSilent, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             words = f"{verb} takes a JSON object with seconds, a number up to {_LONGEST_S:.0f}"
             return _refused(400, "no_seconds", words)
         try:
@@ -234,7 +234,10 @@ def _refused(status: int, code: str, message: str, remedy: str = "") -> Response
 def _file_of(name: str) -> Path | None:
     """Return the file of that name in the folder of the page, None if there is none."""
     file = _FOLDER / (name.removeprefix("web/") or _INDEX)
-    return file if file.parent == _FOLDER and file.suffix in _KINDS and file.is_file() else None
+    try:
+        return file if file.parent == _FOLDER and file.suffix in _KINDS and file.is_file() else None
+    except OSError:  # a name that is too long for a file
+        return None
 
 
 def _send_file(file: Path, headers: list[tuple[bytes, bytes]]) -> Response:

@@ -162,7 +162,7 @@ class Places:
             patience.renew()
             # The engine may have gone, or be draining, since this request took its place in the queue.
             try:
-                return await self._gate.ensure_ready(0)
+                return await self._gate.ensure_ready(0, wakes=wakes)
             except NotReady:
                 self._give_back(lines)
             except BaseException:

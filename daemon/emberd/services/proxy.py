@@ -85,7 +85,7 @@ class Proxy:
         """Serve one request."""
         client = Client(send, scope["path"])
         try:
-            is_open = self._gate.engine.questions.is_open(scope["method"], scope["path"])
+            is_open = self._gate.engine.questions.is_open(scope["method"], scope["path"], scope["query_string"])
             shown = await self.door.admit(scope, send, is_open=is_open)
             if shown is None:
                 return

@@ -87,7 +87,7 @@ class Recall:
 
     async def _ask(self) -> None:
         port, questions = self._gate.port, self._gate.engine.questions
-        answers = {}
+        answers, asked = {}, (self._identity(), self._gate.engine_key)
         for path in questions.told:
             if port is None:
                 return
@@ -95,7 +95,8 @@ class Recall:
             if told.status in _LASTING and len(told.raw) <= _MOST_BYTES:
                 answers[path] = (told.status, told.kind, told.raw.decode(errors="replace"))
             port = self._gate.port
-        self._keep({"identity": _digest(self._identity()), "answers": answers})
+        if (self._identity(), self._gate.engine_key) == asked:  # else it is another engine by now
+            self._keep({"identity": _digest(asked[0]), "answers": answers})
 
     def _keep(self, kept: dict[str, Any]) -> None:
         self._kept = kept

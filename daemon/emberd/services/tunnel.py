@@ -61,8 +61,8 @@ class Tunnels:
 
     async def run(self, scope: Scope, body: Body, client: Client, *, wakes: bool = True) -> None:
         """Shake hands with the engine for the client, and pass bytes on until one of them ends."""
-        if self._open >= _MOST:
-            await client.refuse(NotReady("BUSY", f"{self._open} WebSockets are open already", _RETRY_S))
+        if self._open >= min(_MOST, self._gate.engine.most_connections - 1):
+            await client.refuse(NotReady("BUSY", f"no more than {self._open} WebSockets can be open", _RETRY_S))
             return
         self._open += 1
         try:
