@@ -228,11 +228,7 @@ class Supervisor:
             self._settings.lifecycle,
             random.random(),  # noqa: S311  # jitter
         )
-        if before.state is State.LOADING and not self._switching.has_served:
-            if isinstance(event, lifecycle.Exited):
-                self._switching.undo(event.reason)
-            elif life.is_stuck:
-                self._switching.undo(life.reason)
+        self._switching.judge(before, life, event)
         self.gate.change(life=life, has_begun=True)
         if life.state is not before.state:
             self._announce(before)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from emberd.core import lifecycle
 from emberd.core.engine_files import Held, NamedFile, Role, merge, weights_of
 from emberd.core.errors import EmberdError
+from emberd.core.lifecycle import State
 from emberd.core.status import ServingStatus
 from emberd.core.types import Serving
 from emberd.host.model_file import look_up
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from emberd.core.engine_files import EngineFile
-    from emberd.core.lifecycle import Event
+    from emberd.core.lifecycle import Event, Lifecycle
     from emberd.core.ports import Host
     from emberd.core.settings import Settings
     from emberd.core.types import LaunchPlan, Switch
@@ -57,11 +58,6 @@ class Switching:
         self._is_loading, self._asked, self._pids = loads, None, frozenset()
         gate.change(serving=Serving(switch=gate.engine.switch))
 
-    @property
-    def has_served(self) -> bool:
-        """Whether this process was ready once."""
-        return bool(self._pids)
-
     # --- hearing of it --------------------------------------------------------------------------------------
 
     def note(self, line: str) -> None:
@@ -93,7 +89,7 @@ class Switching:
             try:
                 return await engine.plan(of_settings.port, will_lock=will_lock, switch=engine.switch)
             except EmberdError as error:
-                self.undo(error.message)
+                self._undo(error.message)
         return of_settings
 
     def keep(self) -> None:
@@ -102,8 +98,14 @@ class Switching:
         if switch is not None:
             self.gate.engine.switch = None if switch.unloads else replace(switch, is_in_place=False)
 
-    def undo(self, reason: str) -> None:
-        """The engine cannot be started with what it was switched to: the settings' model comes next."""
+    def judge(self, before: Lifecycle, after: Lifecycle, event: Event) -> None:
+        """Undo a switch with which this process was never ready: the settings' model comes next."""
+        if before.state is not State.LOADING or self._pids:
+            return
+        if isinstance(event, lifecycle.Exited) or after.is_stuck:
+            self._undo(event.reason if isinstance(event, lifecycle.Exited) else after.reason)
+
+    def _undo(self, reason: str) -> None:
         if self.gate.engine.switch is not None:
             self._log.warning("switch_undone", config=self.gate.engine.switch.config, reason=reason)
             self.gate.engine.switch = None
