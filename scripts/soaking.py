@@ -111,6 +111,11 @@ class Daemon:
         """Return how many descriptors it has."""
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
+    def tasks(self) -> int:
+        """Return how many tasks its event loop has."""
+        said = httpx.get(f"{self.url}/emberd/metrics", timeout=LIMIT_S, trust_env=False).text
+        return int(float(said.partition("\nemberd_tasks ")[2].partition("\n")[0]))
+
 
 @contextlib.contextmanager
 def running(warmth: WarmthSettings | None = None) -> Iterator[Daemon]:

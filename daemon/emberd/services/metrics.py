@@ -6,6 +6,7 @@ has no sample. Each label has a fixed set of values.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ def _metrics(status: Status, counts: Mapping[str, int], tally: Tally, swap: Swap
     for name, value, text in (
         ("emberd_requests_in_flight", status.requests_in_flight, "Requests that the engine works on."),
         ("emberd_requests_waiting", status.requests_waiting, "Requests that wait for the engine or a place."),
+        ("emberd_tasks", len(asyncio.all_tasks()), "Tasks of emberd's event loop."),
     ):
         yield _gauge(name, text, value)
     for name, column, text in _COUNTERS:
