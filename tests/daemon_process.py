@@ -59,6 +59,8 @@ class Daemon:
             **settings,
         }
         self.environment = dict(environment)
+        self.launcher: list[str] = []
+        """Words before the command line of `emberd run`."""
         self.child: subprocess.Popen[bytes] | None = None
         self.engine_pids: set[int] = set()
 
@@ -106,7 +108,11 @@ class Daemon:
         self.write_settings()
         with self.log.open("ab") as log:
             self.child = subprocess.Popen(
-                self.command("run"), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment()
+                [*self.launcher, *self.command("run")],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self._environment(),
             )
 
     def status(self) -> dict[str, Any]:

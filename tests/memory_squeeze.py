@@ -65,6 +65,10 @@ class Group:
             else:
                 return
 
+    def take(self, pid: int) -> None:
+        """Move a process into the group; what it holds already stays counted elsewhere."""
+        (self._folder / "cgroup.procs").write_text(str(pid))
+
     def joining(self, *command: str) -> list[str]:
         """Return a command line that runs `command` within the group."""
         return ["sh", "-c", f'echo $$ > {self._folder}/cgroup.procs; exec "$@"', "sh", *command]

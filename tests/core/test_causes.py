@@ -21,6 +21,13 @@ FULL = Cause(Kind.DISK, "the disk of /state has no room", "Make room.")
         (1, "couldn't bind HTTP server socket", None, None, Kind.PORT),
         (-7, "", "model not found: /m.gguf", None, Kind.FILES),
         (-11, "", None, FULL, None),
+        (
+            -11,
+            "tensor 'blk.0.ffn_down.weight' data is not within the file bounds, model is corrupted",
+            None,
+            None,
+            Kind.FILES,
+        ),
         (1, "unknown argument", None, None, None),
     ],
 )

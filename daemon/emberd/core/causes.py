@@ -65,8 +65,14 @@ _SAID = (
         Kind.PORT,
         "emberd tries again by itself, on another port.",
     ),
+    (
+        re.compile(r"tensor \S+ data is not within the file bounds"),
+        Kind.FILES,
+        "Bring the whole file; emberd tries again when it changes.",
+    ),
 )
-"""strerror(3) of ENOSPC, EDQUOT, EROFS, ENOMEM, EADDRINUSE, and llama.cpp's own words (ggml-backend, server)."""
+"""strerror(3) of ENOSPC, EDQUOT, EROFS, ENOMEM, EADDRINUSE, and llama.cpp's own words (ggml-backend, server,
+llama-model-loader)."""
 
 
 def of_error(error: EmberdError) -> Cause | None:
