@@ -77,6 +77,13 @@ class Viewer(Browser):
         data = self.do("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))
 
+    def picture_of(self, selector: str, path: Path) -> None:
+        """Write a screenshot of a part of the page as PNG."""
+        box = self.run(f"document.querySelector({selector!r}).getBoundingClientRect().toJSON()")
+        clip = {**{name: box[name] for name in ("x", "y", "width", "height")}, "scale": 1}
+        told = self.do("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        path.write_bytes(base64.b64decode(told["data"]))
+
     def seen(self, method: str) -> list[dict[str, Any]]:
         """Return the parameters of the events of that name so far."""
         self.run("0")  # reads what has come

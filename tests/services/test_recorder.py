@@ -5,115 +5,32 @@ from __future__ import annotations
 import datetime as dt
 import sqlite3
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import structlog
 
 from emberd.core.memory import EngineMemory, Pressure, SystemMemory
 from emberd.core.minute import HOUR_S, FirstToken, Minute
 from emberd.core.swap_account import SwapWrites
-from emberd.core.tally import Tally
-from emberd.core.turn import PromptCounts, Turn
-from emberd.core.types import EngineSample
+from emberd.core.turn import PromptCounts
 from emberd.core.warmth_cost import WarmthCost
-from emberd.host import ThisHost
-from emberd.services import first_tokens, recorder, turns
-from emberd.services.accounts import Accounts, Spending
-from emberd.services.forecaster import Forecaster
 from emberd.services.history import History
-from emberd.services.observer import Observer
-from emberd.services.recorder import BATCH_S, Recorder
-from emberd.services.swap_meter import SwapMeter
-from emberd.services.turns import Turns
+from emberd.services.recorder import BATCH_S
+from recorder_rig import ENGINE, GIB, LOG, DictatedHost, Rig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from daemon_process import Daemon
 
     MakeDaemon = Callable[..., Daemon]
 
-GIB = 1 << 30
-ENGINE = "1:a"
-LOG = structlog.get_logger()
-
-
-class DictatedHost(ThisHost):
-    """This computer, but for its memory, which a test dictates."""
-
-    engine = EngineMemory(resident_bytes=5 * GIB, locked_bytes=0, swapped_bytes=0)
-    system = SystemMemory(swapped_out_bytes=0, available_bytes=8 * GIB, pressure=Pressure.NORMAL)
-
-    def engine_memory(self, pids: Sequence[int]) -> EngineMemory:  # noqa: ARG002  # as the host has it
-        return self.engine
-
-    def system_memory(self) -> SystemMemory:
-        return self.system
-
-
-@dataclass
-class IdleGate:
-    """A gate whose engine is ready and idle."""
-
-    port: int | None = 1
-    requests: int = 0
-    tally: Tally = field(default_factory=Tally)
-
-
-class Rig:
-    """A recorder of real services, on a clock of its own."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now_s = 1_780_000_000.0 // HOUR_S * HOUR_S
-        for module in (recorder, turns, first_tokens):
-            monkeypatch.setattr(module, "time", type("Clock", (), {"time": self._time, "monotonic": self._time}))
-        self.host, self.gate, self.path = DictatedHost(), IdleGate(), folder / "history.db"
-        self.spending = Spending(Accounts(self.path, LOG))
-        observer = Observer(self.host, LOG, lambda: EngineSample(ENGINE, (1,), is_idle=True, requests=0))
-        self.observer = observer
-        self.turns = Turns(lambda: 1 << 20, tally=self.gate.tally)
-        self.forecaster = Forecaster(LOG, observer, self.turns, self._nothing)
-        self.recorder = Recorder(
-            LOG,
-            SwapMeter(observer, self.spending.accounts),
-            self.gate,  # type: ignore[arg-type]  # a part of one
-            self.forecaster,
-            self.spending,
-            self.turns,
-            lambda: True,
-        )
-
-    def _time(self) -> float:
-        return self.now_s
-
-    @staticmethod
-    async def _nothing() -> None:
-        return None
-
-    async def minute(self) -> Minute:
-        """Let a minute pass."""
-        self.now_s += 60
-        made = await self.recorder.tick()
-        assert made is not None
-        return made
-
-    def turn(self, took_s: float, counts: PromptCounts) -> None:
-        """Let a user have a reply."""
-        first = self.turns.begin(ENGINE)
-        self.turns.first_tokens.spoke(took_s, first)
-        self.turns.end(ENGINE, lambda: Turn("/completion", {"prompt": "x"}, "y", counts), first=first)
-
-    def kept(self) -> History:
-        """Open the file as another program would."""
-        return History(self.path, LOG)
-
 
 @pytest.fixture
 async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    made = Rig(tmp_path, monkeypatch)
+    made = Rig(tmp_path, 1_780_000_000.0 // HOUR_S * HOUR_S, monkeypatch.setattr)
     assert await made.recorder.tick() is None, "the first reading is what the next is compared with"
     return made
 
