@@ -48,6 +48,11 @@ class Door:
         """Whether clients must send a key."""
         return bool(self._rules().key)
 
+    def same_key(self) -> Callable[[], bool]:
+        """Return a function that tells whether the key is still the one of this moment."""
+        key = self._rules().key
+        return lambda: self._rules().key == key
+
     async def admit(self, scope: Scope, send: Send, *, is_open: bool = False) -> Send | None:
         """Return how to send the answer, None if the request was answered here. Takes the keys out of `scope`.
 

@@ -143,7 +143,7 @@ class Page:
         if name == "events" and self.events.is_full:
             return _refused(503, "too_many_viewers", f"{MOST_VIEWERS} viewers are there already")
         if name == "events":
-            return LiveResponse(self.events)
+            return LiveResponse(self.events, self._door.same_key())
         try:
             if name == "history":
                 past = await self._ask("history", **_history_times(QueryParams(scope["query_string"])))
