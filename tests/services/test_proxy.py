@@ -1071,3 +1071,24 @@ async def test_the_answer_of_an_engine_that_did_not_read_the_whole_body_counts(f
             assert (answer.status_code, answer.text) == (413, "large")
     assert len(engine.heads) == 20
     assert front.gate.refused == []
+
+
+async def test_a_visit_without_the_key_to_an_open_page_is_no_knock_and_wakes_nothing(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+):
+    await serve(front, hello)
+    front.rules = AccessRules(key="let-me-in")
+    wanted: list[bool] = []
+    ensure_ready = front.gate.ensure_ready
+
+    async def watch(timeout_s: float, *, wakes: bool) -> int:
+        wanted.append(wakes)
+        return await ensure_ready(timeout_s)
+
+    monkeypatch.setattr(front.gate, "ensure_ready", watch)
+    async with client() as asking:
+        assert (await asking.get(f"{front.url}/")).status_code == 200
+        assert front.knocks.seconds_since is None
+        assert (await asking.get(f"{front.url}/", headers={"x-api-key": "let-me-in"})).status_code == 200
+    assert front.knocks.seconds_since is not None
+    assert wanted == [False, True]

@@ -86,6 +86,7 @@ class Proxy:
         client = Client(send, scope["path"])
         try:
             is_open = self._gate.engine.questions.is_open(scope["method"], scope["path"], scope["query_string"])
+            is_known = not is_open or self.door.knows(scope)
             shown = await self.door.admit(scope, send, is_open=is_open)
             if shown is None:
                 return
@@ -93,7 +94,8 @@ class Proxy:
             if not is_open:
                 self._add_password(scope)
             makes_text = changes_cache(scope["method"], scope["path"])
-            is_user_back = makes_text or self._knocks.knock()
+            # Without the key anybody may open a page; that is no sign of the user.
+            is_user_back = makes_text or (is_known and self._knocks.knock())
             wakes = needs_engine(scope["method"], scope["path"], is_user_back=is_user_back)
             if not makes_text and await self._recalled(scope, client, wakes=wakes):
                 return
