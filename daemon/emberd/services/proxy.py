@@ -109,8 +109,7 @@ class Proxy:
                 await client.answer(408, "request_timeout", message, headers={"connection": "close"})
         except asyncio.CancelledError:
             # Only the end of the endpoint cancels, which waits for this task; raising would be logged as a bug.
-            if not client.has_begun:
-                await client.refuse(NotReady("STOPPING", "emberd is shutting down", _RETRY_STOPPING_S))
+            await _refuse_at_end(client)
 
     def _add_password(self, scope: Scope) -> None:
         """Put the engine's password in the place of emberd's key, which was taken out."""
@@ -144,6 +143,21 @@ class Proxy:
             ended, _ = await asyncio.gather(passing, leaving, return_exceptions=True)
         if isinstance(ended, Exception):
             raise ended
+
+
+async def _refuse_at_end(client: Client) -> None:
+    """Say that emberd ends, to a client that has no answer yet."""
+    if not client.has_begun:
+        await client.refuse(NotReady("STOPPING", "emberd is shutting down", _RETRY_STOPPING_S))
+
+
+async def _until_end(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Serve a request of emberd's own pages; the end of the endpoint cancels it, as one in the proxy."""
+    client = Client(send, scope["path"])
+    try:
+        await app(scope, receive, client.send)
+    except asyncio.CancelledError:
+        await _refuse_at_end(client)
 
 
 def make_app(
@@ -181,7 +195,12 @@ def make_app(
         path = scope["path"]
         if path != "/emberd" and not path.startswith("/emberd/"):
             await proxy(scope, receive, send)
-        elif login is not None and path in {LOGIN_PATH, LOGOUT_PATH}:
+        else:
+            await _until_end(serve_own, scope, receive, send)
+
+    async def serve_own(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if login is not None and path in {LOGIN_PATH, LOGOUT_PATH}:
             await login(scope, receive, send)
         elif page is None or path.removeprefix("/emberd/") in routes:
             await own(scope, receive, send)
