@@ -72,6 +72,11 @@ async def test_a_ready_engine_lets_in_and_a_failed_one_says_why():
         await gate_at(State.LOADING, record=RECORD, is_closing=True)[0].ensure_ready(60)
 
 
+async def test_nobody_is_let_in_to_a_ready_engine_while_emberd_ends():
+    with pytest.raises(NotReady, match="shutting down"):
+        await gate_at(State.READY, record=RECORD, is_closing=True)[0].ensure_ready(60)
+
+
 def test_the_last_request_of_a_drain_says_that_it_was_the_last():
     gate, _, posted = gate_at(State.DRAINING, record=RECORD)
     with gate.admitted() as flowed, gate.admitted():

@@ -15,6 +15,7 @@ import pytest
 from emberd.core.load_facts import KeepAliveState, LoadFacts
 from emberd.core.lock import LockState
 from emberd.core.memory import EngineMemory, SystemMemory
+from emberd.core.reuse import CacheRoom
 from emberd.core.settings import EngineSettings, ModelSettings, Settings
 from emberd.core.wishes import OwnerWishes
 from emberd.engine.wishes import of_koboldcpp
@@ -224,3 +225,15 @@ def test_metals_heartbeat_is_read_from_the_engines_log():
     held = meter.heartbeat(180)
     assert held is not None
     assert held.state is KeepAliveState.HELD
+
+
+async def test_the_estimate_of_the_cache_is_that_of_the_model_that_is_served_now(model: Path):
+    meter, room = LockMeter(ThisHost()), CacheRoom(1, 4096)
+    await meter.adopt(model, LoadFacts())
+    assert meter.context(room).kv_cache_bytes is None, "nothing is known yet of how it was started"
+    await meter.follow(model, (), OwnerWishes())
+    adopted = meter.context(room)
+    assert adopted.kv_cache_bytes
+    assert not adopted.is_measured
+    await meter.follow(None, ())
+    assert meter.context(room).kv_cache_bytes is None, "an unknown model is not estimated by the one before"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import structlog
 
 import emberd
 from daemon_process import Daemon
-from emberd.core.access import judge_view
+from emberd.core.access import AccessRules, judge_view
+from emberd.core.errors import EmberdError
+from emberd.services.door import Door
+from emberd.services.page import Page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -196,3 +201,31 @@ def test_with_a_key_only_the_files_are_open(make_daemon: Callable[..., Daemon]):
         assert [ask(daemon, path, headers=each).status_code for each in ({}, wrong, right)] == [401, 401, 200], path
     assert ask(daemon, "do/pause", "POST", headers=OWN, json={"seconds": 60}).status_code == 401
     assert ask(daemon, "do/resume", "POST", headers={**OWN, **right}).status_code == 200
+
+
+# --- what it cannot tell ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["status", "doctor", "layers", "report"])
+async def test_what_cannot_be_told_is_one_clear_error(name: str):
+    def fail() -> dict[str, Any]:
+        raise EmberdError("the file is broken", "Mend it.")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    log = structlog.get_logger()
+    page = Page(dict.fromkeys(("status", "doctor", "layers"), fail), Door(AccessRules, log), log)
+    scope = {"type": "http", "method": "GET", "path": f"/emberd/{name}", "query_string": b"", "headers": []}
+    await page({**scope, "client": ("127.0.0.1", 1)}, receive, send)
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"]) == {
+        "error": "the file is broken",
+        "code": "cannot_tell",
+        "remedy": "Mend it.",
+    }

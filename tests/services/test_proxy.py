@@ -1071,3 +1071,54 @@ async def test_the_answer_of_an_engine_that_did_not_read_the_whole_body_counts(f
             assert (answer.status_code, answer.text) == (413, "large")
     assert len(engine.heads) == 20
     assert front.gate.refused == []
+
+
+async def test_a_visit_without_the_key_to_an_open_page_is_no_knock_and_wakes_nothing(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+):
+    await serve(front, hello)
+    front.rules = AccessRules(key="let-me-in")
+    wanted: list[bool] = []
+    ensure_ready = front.gate.ensure_ready
+
+    async def watch(timeout_s: float, *, wakes: bool) -> int:
+        wanted.append(wakes)
+        return await ensure_ready(timeout_s)
+
+    monkeypatch.setattr(front.gate, "ensure_ready", watch)
+    async with client() as asking:
+        assert (await asking.get(f"{front.url}/")).status_code == 200
+        assert front.knocks.seconds_since is None
+        assert (await asking.get(f"{front.url}/", headers={"x-api-key": "let-me-in"})).status_code == 200
+    assert front.knocks.seconds_since is not None
+    assert wanted == [False, True]
+
+
+@pytest.mark.parametrize("path", ["/emberd/login", "/emberd/status"])
+async def test_a_page_that_is_still_asked_for_when_emberd_ends_is_answered(path: str):
+    has_come = asyncio.Event()
+
+    async def hang(*_: Any) -> None:
+        has_come.set()
+        await asyncio.Event().wait()
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    app = make_app(hang, lambda: "READY", lambda: True, hang, hang)
+    scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}
+    answering = asyncio.create_task(app(scope, unused_receive, send))  # type: ignore[arg-type]
+    async with asyncio.timeout(LIMIT_S):
+        await has_come.wait()
+        answering.cancel()
+        await asyncio.wait({answering})
+    assert not answering.cancelled()
+    assert sent[0]["status"] == 503
+    assert (b"retry-after", b"5") in sent[0]["headers"]
+    assert b"shutting down" in sent[1]["body"]
+
+
+async def unused_receive() -> Any:
+    raise AssertionError

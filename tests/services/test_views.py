@@ -185,6 +185,27 @@ def test_pages_of_others_and_askers_without_the_key_are_told_nothing(make_daemon
     assert get(daemon, "healthz").status_code == 200
 
 
+def test_a_viewer_that_came_in_by_an_old_key_is_ended_when_the_key_changes(make_daemon: MakeDaemon):
+    daemon = make_daemon()
+    key = daemon.folder / "key"
+    key.write_text("let-me-in\n")
+    key.chmod(0o600)
+    daemon.settings["endpoint.api_key_file"] = str(key)
+    daemon.start()
+    daemon.wait_ready()
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=15)
+    with contextlib.closing(connection):
+        connection.request("GET", "/emberd/events", headers={"authorization": "Bearer let-me-in"})
+        answer = connection.getresponse()
+        assert answer.status == 200
+        key.write_text("another-one\n")
+        assert daemon.verb("reload").returncode == 0
+        deadline_s = time.monotonic() + 10
+        while answer.readline() and time.monotonic() < deadline_s:
+            pass
+        assert answer.isclosed(), "the view went on"
+
+
 def test_the_history_of_a_real_daemon_outlives_it_and_is_read_without_it(ready: Daemon):
     ready.complete()
     assert ready.verb("stop").returncode == 0

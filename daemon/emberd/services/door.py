@@ -48,6 +48,16 @@ class Door:
         """Whether clients must send a key."""
         return bool(self._rules().key)
 
+    def knows(self, scope: Scope) -> bool:
+        """Return True if a request may come in by itself, not only because its path is open. Ask before `admit`."""
+        headers, rules = scope["headers"], self._rules()
+        return access.judge(scope["method"], scope["path"], headers, rules, now_s=time.time()) is None
+
+    def same_key(self) -> Callable[[], bool]:
+        """Return a function that tells whether the key is still the one of this moment."""
+        key = self._rules().key
+        return lambda: self._rules().key == key
+
     async def admit(self, scope: Scope, send: Send, *, is_open: bool = False) -> Send | None:
         """Return how to send the answer, None if the request was answered here. Takes the keys out of `scope`.
 

@@ -283,7 +283,7 @@ class EngineRun:
         report("engine_exited", pid=process.pid, status=process.status, meaning=self.last_exit)
         passing: Cause | None = None
         if not was_asked:
-            passing = await asyncio.to_thread(self.obstacles.of_exit, process.status, self._output.said)
+            passing = await self.obstacles.find_after_exit(process.status, self._output.said)
         meaning = self.last_exit if passing is None else f"{passing.message}: {self.last_exit}"
         return self._output.with_last_words(meaning), passing
 

@@ -51,8 +51,17 @@ class Events:
         """End all views: a daemon that ends waits for nobody who only looks."""
         self._is_closed.set()
 
-    async def serve(self, receive: Receive, send: Send, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """Tell one viewer until it leaves, reads nothing, or the daemon ends. Look at `is_full` before."""
+    async def serve(
+        self,
+        receive: Receive,
+        send: Send,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        may_see: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Tell one viewer until it leaves, reads nothing, or the daemon ends. Look at `is_full` before.
+
+        `may_see` is asked before each event: when it says no, the viewer is told no more.
+        """
         self._viewers += 1
         if self._telling is None:
             self._telling = asyncio.create_task(self._tell(), name="events")
@@ -62,7 +71,7 @@ class Events:
             with contextlib.suppress(TimeoutError):
                 start = {"type": "http.response.start", "status": 200, "headers": list(headers)}
                 await self._send(send, start)
-                await self._follow(send, {leaving, closing})
+                await self._follow(send, {leaving, closing}, may_see)
         finally:
             for task in (leaving, closing):
                 task.cancel()
@@ -71,7 +80,7 @@ class Events:
                 self._telling.cancel()
                 self._telling, self._event = None, b""
 
-    async def _follow(self, send: Send, ends: set[asyncio.Task[Any]]) -> None:
+    async def _follow(self, send: Send, ends: set[asyncio.Task[Any]], may_see: Callable[[], bool]) -> None:
         await self._send(send, {"type": "http.response.body", "body": _AGAIN + self._event, "more_body": True})
         while not any(each.done() for each in ends):
             coming = asyncio.create_task(self._has_come.wait())
@@ -79,9 +88,10 @@ class Events:
                 await asyncio.wait({coming, *ends}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 coming.cancel()
-            if self._is_closed.is_set():
+            if self._is_closed.is_set() or not may_see():
                 await self._send(send, {"type": "http.response.body", "body": b""})
-            elif not any(each.done() for each in ends):
+                return
+            if not any(each.done() for each in ends):
                 await self._send(send, {"type": "http.response.body", "body": self._event, "more_body": True})
 
     @staticmethod
@@ -107,17 +117,18 @@ class Events:
 
 
 class LiveResponse(Response):
-    """The live view for one viewer."""
+    """The live view for one viewer, as long as it `may_see`."""
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, may_see: Callable[[], bool]) -> None:
         # A reverse proxy must not collect events (nginx.org, ngx_http_proxy_module).
         super().__init__(media_type="text/event-stream", headers={"x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._may_see = may_see
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's
         """Tell the viewer."""
-        await self._events.serve(receive, send, self.raw_headers)
+        await self._events.serve(receive, send, self.raw_headers, self._may_see)
 
 
 async def _left(receive: Receive) -> None:

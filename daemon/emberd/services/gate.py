@@ -197,13 +197,14 @@ class Gate:
         Raises:
             NotReady: not within `timeout_s`, or never (stopped, failed, cool, emberd is shutting down).
         """
+        self._refuse_if_hopeless(wakes=wakes)
         port = self.port
-        if port is not None and not self.now.is_closing:
+        if port is not None:
             return port
         self.held += 1
         try:
             async with asyncio.timeout(timeout_s):
-                while (port := self.port) is None:
+                while (port := self.port) is None or self.now.is_closing:
                     self._refuse_if_hopeless(wakes=wakes)
                     if wakes:
                         self.wake()

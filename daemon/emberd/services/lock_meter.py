@@ -108,9 +108,15 @@ class LockMeter:
         self._estimate = lambda _: None
         self._wired_before = self._refusals_before = None
 
-    async def follow(self, model: Path | None, files: Sequence[EngineFile]) -> None:
-        """Follow what a ready engine really serves: of the other files, a lock reaches those that are mapped."""
-        self._info = await self._model_info(model)
+    async def follow(
+        self, model: Path | None, files: Sequence[EngineFile], wishes: OwnerWishes | None = None
+    ) -> None:
+        """Follow what a ready engine really serves: of the other files, a lock reaches those that are mapped.
+
+        `wishes` are those that this engine was started with, None if they are unknown.
+        """
+        info = self._info = await self._model_info(model)
+        self._estimate = lambda tokens: kv_bytes_of(info, wishes, tokens) if info and wishes else None
         others = [each for each in files if each.role is not Role.MODEL and each.held is Held.MAPPED]
         infos = [await self._model_info(Path(each.path)) for each in others]
         self._others_bytes = sum(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _PROBE = "room.probe"
 _LOOK_S = 1.0
+EXIT_LIMIT_S = 3.0
+"""How long files and disks are looked at for the cause of an engine's end."""
 
 
 class Obstacles:
@@ -39,6 +43,29 @@ class Obstacles:
         self._directory = directory
         self._log = log
         self._marks = self._read_marks()
+
+    async def find_after_exit(self, status: int | None, last_words: str) -> Cause | None:
+        """Return the passing cause of an engine's end, as far as it is seen within EXIT_LIMIT_S.
+
+        A network volume that is dead never answers. The news of the end does not wait for it: then only the
+        engine's own words count. The thread is a daemon thread, so that it does not hold up the end of emberd.
+        """
+        answer: Future[Cause | None] = Future()
+        answer.set_running_or_notify_cancel()  # it cannot be cancelled, so that a late answer finds its place
+
+        def look() -> None:
+            try:
+                answer.set_result(self.of_exit(status, last_words))
+            except Exception as error:  # noqa: BLE001  # told to the caller
+                answer.set_exception(error)
+
+        threading.Thread(target=look, name="cause of an exit", daemon=True).start()
+        try:
+            async with asyncio.timeout(EXIT_LIMIT_S):
+                return await asyncio.wrap_future(answer)
+        except TimeoutError:
+            self._log.warning("exit_cause_unknown", reason="a file system does not answer", seconds=EXIT_LIMIT_S)
+            return causes.of_exit(status, last_words, None, None)
 
     def of_exit(self, status: int | None, last_words: str) -> Cause | None:
         """Return the passing cause of an engine's end."""

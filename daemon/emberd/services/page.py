@@ -27,7 +27,7 @@ from emberd.services.events import MOST_VIEWERS, Events, LiveResponse
 from emberd.services.messages import Body, ClientGone, ClientSilent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from starlette.types import Receive, Scope, Send
     from structlog.typing import FilteringBoundLogger
@@ -116,7 +116,7 @@ class Page:
         views = {"doctor": self._doctor, "layers": self._layers, "report": self._report, "status": self.view}
         show = views.get(name)
         if method in {"GET", "HEAD"} and show is not None:
-            return JSONResponse(await show())
+            return await _shown(show)
         if method == "GET" and name in {"events", "history", "metrics"}:
             return await self._tell(name, scope)
         if method == "POST" and name.removeprefix("do/") in _ACTIONS:
@@ -143,7 +143,7 @@ class Page:
         if name == "events" and self.events.is_full:
             return _refused(503, "too_many_viewers", f"{MOST_VIEWERS} viewers are there already")
         if name == "events":
-            return LiveResponse(self.events)
+            return LiveResponse(self.events, self._door.same_key())
         try:
             if name == "history":
                 past = await self._ask("history", **_history_times(QueryParams(scope["query_string"])))
@@ -191,6 +191,13 @@ class Page:
             return JSONResponse(await self._ask(verb, **arguments))
         except EmberdError as error:
             return _refused(409, "refused", error.message, error.remedy)
+
+
+async def _shown(show: Callable[[], Awaitable[dict[str, Any]]]) -> Response:
+    try:
+        return JSONResponse(await show())
+    except EmberdError as error:
+        return _refused(503, "cannot_tell", error.message, error.remedy)
 
 
 def _history_times(asked: QueryParams) -> dict[str, float]:

@@ -86,6 +86,7 @@ class Proxy:
         client = Client(send, scope["path"])
         try:
             is_open = self._gate.engine.questions.is_open(scope["method"], scope["path"], scope["query_string"])
+            is_known = not is_open or self.door.knows(scope)
             shown = await self.door.admit(scope, send, is_open=is_open)
             if shown is None:
                 return
@@ -93,7 +94,8 @@ class Proxy:
             if not is_open:
                 self._add_password(scope)
             makes_text = changes_cache(scope["method"], scope["path"])
-            is_user_back = makes_text or self._knocks.knock()
+            # Without the key anybody may open a page; that is no sign of the user.
+            is_user_back = makes_text or (is_known and self._knocks.knock())
             wakes = needs_engine(scope["method"], scope["path"], is_user_back=is_user_back)
             if not makes_text and await self._recalled(scope, client, wakes=wakes):
                 return
@@ -107,8 +109,7 @@ class Proxy:
                 await client.answer(408, "request_timeout", message, headers={"connection": "close"})
         except asyncio.CancelledError:
             # Only the end of the endpoint cancels, which waits for this task; raising would be logged as a bug.
-            if not client.has_begun:
-                await client.refuse(NotReady("STOPPING", "emberd is shutting down", _RETRY_STOPPING_S))
+            await _refuse_at_end(client)
 
     def _add_password(self, scope: Scope) -> None:
         """Put the engine's password in the place of emberd's key, which was taken out."""
@@ -142,6 +143,21 @@ class Proxy:
             ended, _ = await asyncio.gather(passing, leaving, return_exceptions=True)
         if isinstance(ended, Exception):
             raise ended
+
+
+async def _refuse_at_end(client: Client) -> None:
+    """Say that emberd ends, to a client that has no answer yet."""
+    if not client.has_begun:
+        await client.refuse(NotReady("STOPPING", "emberd is shutting down", _RETRY_STOPPING_S))
+
+
+async def _until_end(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Serve a request of emberd's own pages; the end of the endpoint cancels it, as one in the proxy."""
+    client = Client(send, scope["path"])
+    try:
+        await app(scope, receive, client.send)
+    except asyncio.CancelledError:
+        await _refuse_at_end(client)
 
 
 def make_app(
@@ -179,7 +195,12 @@ def make_app(
         path = scope["path"]
         if path != "/emberd" and not path.startswith("/emberd/"):
             await proxy(scope, receive, send)
-        elif login is not None and path in {LOGIN_PATH, LOGOUT_PATH}:
+        else:
+            await _until_end(serve_own, scope, receive, send)
+
+    async def serve_own(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if login is not None and path in {LOGIN_PATH, LOGOUT_PATH}:
             await login(scope, receive, send)
         elif page is None or path.removeprefix("/emberd/") in routes:
             await own(scope, receive, send)

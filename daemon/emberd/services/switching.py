@@ -128,8 +128,9 @@ class Switching:
             model = next((path for path in others if engine.calls_it(path, name or "")), None)
         self._is_loading, self._pids, self._asked = False, now, None
         named = [NamedFile(str(model), Role.MODEL)] if model else []
-        files = merge(look_up([*named, *(engine.wishes().files if is_known else ())]), mapped)
-        await self.meter.follow(model, files)
+        wishes = engine.wishes() if is_known else None
+        files = merge(look_up([*named, *(wishes.files if wishes else ())]), mapped)
+        await self.meter.follow(model, files, wishes)
         may_lock = not has_loaded or self.meter.has_room(self._settings(), engine.wishes())
         gate.change(serving=Serving(name, model, files, engine.switch, is_known, loads, may_lock))
         if has_loaded:
