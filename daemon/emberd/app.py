@@ -104,7 +104,7 @@ def _stand_by(
     error: EmberdError, wait_s: float, loaded: Loaded, option: str | None, instance: Instance, history: StartHistory
 ) -> Why:
     """Stand by until stopped, or until it is time to try again."""
-    from emberd.services.daemon import Daemon  # noqa: PLC0415  # imports structlog
+    from emberd.services.daemon import Daemon, run_to_end  # noqa: PLC0415  # imports structlog
     from emberd.services.standby import Standby  # noqa: PLC0415  # rarely needed
 
     async def stand_by() -> Why:
@@ -112,7 +112,7 @@ def _stand_by(
             return await Standby(daemon, error, wait_s, history.failures, loaded, option, _examine_waiting).run()
 
     history.waits()
-    why = asyncio.run(stand_by())
+    why = run_to_end(stand_by())
     if why is Why.STOPPED:
         history.ended()
     elif why is Why.ASKED:
@@ -145,7 +145,7 @@ def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -
     instance.listen(settings.endpoint.host, settings.endpoint.port)
     # From here on clients wait in the backlog; slow imports come later.
     from emberd.services.build import SettingsInForce, build  # noqa: PLC0415
-    from emberd.services.daemon import Daemon  # noqa: PLC0415
+    from emberd.services.daemon import Daemon, run_to_end  # noqa: PLC0415
 
     async def serve() -> Why:
         in_force = SettingsInForce(settings, path, key)
@@ -153,7 +153,7 @@ def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -
             return await _Serving(daemon, build(in_force, host, paths), in_force, paths, tell_ready).run()
 
     host.forbid_core_dumps()
-    return asyncio.run(serve())
+    return run_to_end(serve())
 
 
 class _Serving:

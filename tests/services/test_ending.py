@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 
-from emberd.services.daemon import end_all
+from emberd.services.daemon import end_all, run_to_end
 
 
 async def test_a_task_that_misses_a_cancellation_is_cancelled_again():
@@ -41,3 +42,25 @@ async def test_a_task_that_never_ends_is_named_and_left():
     assert left.endswith("stubborn")
     stop.set()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_a_loop_ends_although_a_task_ignores_its_end_and_a_thread_waits():
+    released = threading.Event()
+
+    async def stubborn() -> None:
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+    async def work() -> str:
+        kept.append(asyncio.create_task(stubborn()))
+        asyncio.get_running_loop().run_in_executor(None, released.wait, 60)
+        await asyncio.sleep(0)
+        return "done"
+
+    kept: list[asyncio.Task[None]] = []
+    try:
+        assert run_to_end(work(), limit_s=0.01) == "done"
+        assert not kept[0].done()
+    finally:
+        released.set()

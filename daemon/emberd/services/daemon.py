@@ -10,7 +10,8 @@ import signal
 import sys
 import termios
 import time
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from emberd import __version__
 from emberd.core.errors import EmberdError
@@ -40,8 +41,11 @@ NEED_ENGINE = ("forget", "warm", "progress", "pause", "resume", "cool", "history
 """Verbs that an emberd without an engine refuses."""
 _OWN_FILES = 64
 """Open files besides connections: about 20 when idle."""
+T = TypeVar("T")
 _CANCELLATIONS, _CANCEL_LIMIT_S = 4, 5.0
 """How often a task is told to end, and how long it is waited for each time."""
+_LAST_LIMIT_S = 0.5
+"""The same when all have been waited for."""
 
 
 class Daemon:
@@ -71,6 +75,9 @@ class Daemon:
         await self.end_tasks()
         if self._control is not None:
             await self._control.close()
+        # Requests and verbs have tasks that nobody else ends, and the end of a loop cancels each only once: once an
+        # emberd that was to replace itself waited there for ever, with eight clients.
+        await self._end(asyncio.all_tasks() - {asyncio.current_task()})
         logs.close()
 
     @property
@@ -143,8 +150,11 @@ class Daemon:
         return task
 
     async def end_tasks(self) -> None:
-        """End all tasks."""
-        left = await end_all(self._tasks)
+        """End all tasks of `spawn`."""
+        await self._end(self._tasks)
+
+    async def _end(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        left = await end_all(tasks)
         if left:
             self.log.error("tasks_do_not_end", tasks=left)
 
@@ -195,7 +205,7 @@ def _terminal_answers() -> bool:
     return True
 
 
-async def end_all(tasks: Iterable[asyncio.Task[None]], limit_s: float = _CANCEL_LIMIT_S) -> list[str]:
+async def end_all(tasks: Iterable[asyncio.Task[Any]], limit_s: float = _CANCEL_LIMIT_S) -> list[str]:
     """Cancel tasks until they have ended; return the names of those that have not after _CANCELLATIONS.
 
     A cancellation can be lost: who awaits another task may take it for the end of that.
@@ -213,3 +223,27 @@ async def end_all(tasks: Iterable[asyncio.Task[None]], limit_s: float = _CANCEL_
         ended, left = await asyncio.wait(left, timeout=limit_s)
         await asyncio.gather(*ended, return_exceptions=True)
     return sorted(getattr(task.get_coro(), "__qualname__", task.get_name()) for task in left)
+
+
+def run_to_end(work: Coroutine[Any, Any, T], limit_s: float = _LAST_LIMIT_S) -> T:
+    """Run this work in a loop of its own, and return its result, whatever of it does not end.
+
+    `asyncio.run` waits without a bound for tasks that ignore their cancellation, and for threads: one that reads
+    from a dead volume never ends, and the program that is to replace this one must begin.
+
+    Args:
+        work: ends its own tasks.
+        limit_s: how long each cancellation of those that are left may take.
+    """
+    loop = asyncio.new_event_loop()
+    threads = ThreadPoolExecutor(thread_name_prefix="emberd")
+    loop.set_default_executor(threads)
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        loop.run_until_complete(end_all(asyncio.all_tasks(loop), limit_s))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        threads.shutdown(wait=False, cancel_futures=True)
+        asyncio.set_event_loop(None)
+        loop.close()
