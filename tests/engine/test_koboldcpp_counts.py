@@ -74,18 +74,3 @@ def test_a_reply_of_several_lines_stays_private(tmp_path: Path):
     assert reader.read_lines() == own
     os.close(descriptor)
     assert b"SECRET" not in path.read_bytes()
-
-
-def test_a_reply_that_goes_on_after_an_adoption_stays_private(tmp_path: Path):
-    unused: Any = None
-    path = tmp_path / "engine.log"
-    descriptor = open_for_engine(path)
-    os.write(descriptor, b"Output: SECRET one\n")
-    for words, seen in ((b"", []), (f"SECRET two\n{SHORT}\nanother line\n".encode(), [SHORT, "another line"])):
-        engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused)
-        reader = OutputFollower(path, engine.is_private, 1 << 20, 1)  # another emberd
-        reader.skip_to_end()
-        os.write(descriptor, words)
-        assert reader.read_lines() == seen
-    os.close(descriptor)
-    assert b"SECRET" not in path.read_bytes()

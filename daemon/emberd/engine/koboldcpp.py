@@ -52,8 +52,6 @@ _PRIVATE = re.compile(r"Namespace\(|Body Err:|^(?:Input|Output):|password='")
 """`Namespace(` shows passwords and `Body Err:` whole request bodies, both even with --quiet. Either can follow
 the counts of a generation, whose line ends only with the next one (1.104, 1.115)."""
 _REPLY = "Output:"
-_SCRUBBED = re.compile(r"\*{7,}")
-"""A line that an earlier emberd scrubbed, at least as long as `Output:`: a reply may go on behind it."""
 _OWN_WORDS = re.compile(
     r"\[\d\d:\d\d:\d\d\] CtxLimit|Processing Prompt|Generating|Admin: |Reloading new |Terminating old "
     r"|Restarting Kobold|Attempting to recover|\[Unload Timeout\]|llama_|load_|System: |Loading |Initializing "
@@ -367,10 +365,8 @@ class KoboldCpp:
     def is_private(self, line: str) -> bool:
         """Recognise the lines that hold passwords, prompts or replies; a reply can have several."""
         is_begun = _PRIVATE.search(line) is not None
-        self._is_in_reply = (
-            line.startswith(_REPLY)
-            or _SCRUBBED.fullmatch(line) is not None
-            or (self._is_in_reply and not is_begun and _OWN_WORDS.match(line) is None)
+        self._is_in_reply = line.startswith(_REPLY) or (
+            self._is_in_reply and not is_begun and _OWN_WORDS.match(line) is None
         )
         return is_begun or self._is_in_reply
 
