@@ -2,7 +2,8 @@
 
 =============================  ======================================================================
 `STANDIN_VERSION`              personality: `1.76`, `1.104` (default), or `1.115.1`: as 1.104, but for its
-                               counts in the log, `--parallelrequests` and `KCPP_PASSWORD`
+                               counts in the log, `--parallelrequests`, `KCPP_PASSWORD`, and
+                               `/v1/messages` and `/v1/responses`
 `STANDIN_LOAD_SECONDS`         extra seconds of loading, default 0
 `STANDIN_PROMPT_BASE_MS`       milliseconds before any prompt, default 5
 `STANDIN_PROMPT_MS_PER_TOKEN`  milliseconds per prompt token that is not in the cache, default 1
