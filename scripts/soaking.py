@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ class Daemon:
     pid: int
     log: Path
     versions: list[Path]
+    finished: Path
     disk: SmallDisk | None = None
 
     @property
@@ -105,6 +107,11 @@ class Daemon:
             if time.monotonic() > deadline_s:
                 sys.exit(f"upgraded to {self.versions[0].name}, but it is {found}")
             time.sleep(0.02)
+
+    def finished_twice(self) -> int:
+        """Return how many requests the engine has answered more than once; for prompts that were sent only once."""
+        lines = self.finished.read_text().splitlines() if self.finished.exists() else []
+        return sum(count > 1 for count in Counter(lines).values())
 
     def pss_mib(self) -> float:
         """Return its proportional set size."""
@@ -171,6 +178,7 @@ def running(warmth: WarmthSettings | None = None) -> Iterator[Daemon]:
             "STANDIN_TOKEN_MS": PAUSE_MS,
             "STANDIN_PROMPT_MS_PER_TOKEN": "0.2",
             "STANDIN_VERSION": "1.115.1",
+            "STANDIN_FINISHED_FILE": str(folder / "finished"),
             "PYTHONPATH": str(folder / "current"),
         }
         manager = str(shutil.which("systemd-socket-activate"))
@@ -185,7 +193,7 @@ def running(warmth: WarmthSettings | None = None) -> Iterator[Daemon]:
                 start_new_session=True,
             )
         control = StatePaths(folder / "disk" / "state").control
-        daemon = Daemon(port, control, command, child.pid, log, versions, disk)
+        daemon = Daemon(port, control, command, child.pid, log, versions, folder / "finished", disk)
         try:
             first_answer(daemon.url)
             daemon.wait_ready()
