@@ -1,9 +1,8 @@
-"""What the soaks share: emberd on a service manager's socket, clients that know what a reply must be."""
+"""What the soaks share: emberd on a service manager's socket, faults to provoke."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -12,18 +11,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "koboldcpp_standin")]
+import httpx
+from asking import TESTS  # it leads to the modules of the tests
 
-import httpx  # noqa: E402  # after the path
-from generation import next_token  # noqa: E402
-
-from emberd.core.errors import EmberdError  # noqa: E402
-from emberd.core.settings import (  # noqa: E402
+import emberd
+from emberd.core.errors import EmberdError
+from emberd.core.settings import (
     EndpointSettings,
     EngineSettings,
     LifecycleSettings,
@@ -33,25 +31,16 @@ from emberd.core.settings import (  # noqa: E402
     WarmthSettings,
     to_toml,
 )
-from emberd.host.paths import StatePaths  # noqa: E402
-from emberd.services.control import ask  # noqa: E402
-from synthetic_gguf import write_gguf  # noqa: E402
+from emberd.host.paths import StatePaths
+from emberd.services.control import ask
+from small_disk import CAN_MOUNT, SmallDisk
+from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LIMIT_S = 120.0
-LENGTH = 24
 PAUSE_MS = "4"
-HTTP_OK = 200
-WAYS = (
-    ("/api/v1/generate", "kobold", False),
-    ("/api/extra/generate/stream", "kobold", True),
-    ("/v1/completions", "completions", False),
-    ("/v1/completions", "completions", True),
-    ("/v1/chat/completions", "chat", False),
-    ("/v1/chat/completions", "chat", True),
-)
 
 
 # --- emberd on a socket of the service manager's -----------------------------------------------------------------
@@ -66,6 +55,9 @@ class Daemon:
     command: list[str]
     pid: int
     log: Path
+    versions: list[Path]
+    finished: Path
+    disk: SmallDisk | None = None
 
     @property
     def url(self) -> str:
@@ -100,6 +92,27 @@ class Daemon:
         if said.returncode:
             sys.exit(f"restart --daemon: {said.stderr}")
 
+    def upgrade(self) -> None:
+        """Put the other version in the place of this one, and restart emberd.
+
+        Exits if it is not that version afterwards.
+        """
+        self.versions.reverse()
+        link = self.versions[0].with_name("next")
+        link.symlink_to(self.versions[0])
+        link.replace(link.with_name("current"))
+        self.replace()
+        deadline_s = time.monotonic() + LIMIT_S
+        while (found := self.status()["version"]) != self.versions[0].name:
+            if time.monotonic() > deadline_s:
+                sys.exit(f"upgraded to {self.versions[0].name}, but it is {found}")
+            time.sleep(0.02)
+
+    def finished_twice(self) -> int:
+        """Return how many requests the engine has answered more than once; for prompts that were sent only once."""
+        lines = self.finished.read_text().splitlines() if self.finished.exists() else []
+        return sum(count > 1 for count in Counter(lines).values())
+
     def pss_mib(self) -> float:
         """Return its proportional set size."""
         for line in Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines():
@@ -117,6 +130,26 @@ class Daemon:
         return int(float(said.partition("\nemberd_tasks ")[2].partition("\n")[0]))
 
 
+def lay_out_versions(folder: Path) -> list[Path]:
+    """Copy emberd twice, with different versions; `current` beside them leads to the first."""
+    made = []
+    for version in ("0.1.0", "0.1.1"):
+        copy = folder / version / "emberd"
+        shutil.copytree(Path(emberd.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        (copy / "__init__.py").write_text(f'"""emberd."""\n\n__version__ = "{version}"\n')
+        made.append(copy.parent)
+    (folder / "current").symlink_to(made[0])
+    return made
+
+
+def small_disk(folder: Path) -> SmallDisk | None:
+    """Return a small file system on this folder, None where this user may not mount one."""
+    folder.mkdir()
+    with contextlib.suppress(OSError):
+        return SmallDisk(folder, "size=64m") if CAN_MOUNT else None
+    return None
+
+
 @contextlib.contextmanager
 def running(warmth: WarmthSettings | None = None) -> Iterator[Daemon]:
     """Start emberd under systemd-socket-activate, and end it and its engine; keep-warm is off by default."""
@@ -126,6 +159,7 @@ def running(warmth: WarmthSettings | None = None) -> Iterator[Daemon]:
             probe.bind(("127.0.0.1", 0))
             port: int = probe.getsockname()[1]
         model = write_gguf(folder / "model.gguf").path
+        versions, disk = lay_out_versions(folder), small_disk(folder / "disk")
         settings = Settings(
             model=ModelSettings(path=str(model)),
             engine=EngineSettings(kind="koboldcpp", path=str(TESTS / "koboldcpp_standin"), lock="never"),
@@ -134,24 +168,32 @@ def running(warmth: WarmthSettings | None = None) -> Iterator[Daemon]:
                 crash_limit=1000, backoff_initial_s=0, backoff_max_s=0, stable_after_s=0, probe_interval_s=0.2
             ),
             warmth=warmth or WarmthSettings(mode="off"),
-            state=StateSettings(directory=str(folder / "state")),
+            state=StateSettings(directory=str(folder / "disk" / "state")),
         )
         config = folder / "config.toml"
         config.write_text(to_toml(settings, with_help=False))
         command = [sys.executable, "-c", "from emberd.cli.main import main; main()", "--config", str(config)]
         log = folder / "emberd.log"
-        fast = {"STANDIN_TOKEN_MS": PAUSE_MS, "STANDIN_PROMPT_MS_PER_TOKEN": "0.2"}
+        fast = {
+            "STANDIN_TOKEN_MS": PAUSE_MS,
+            "STANDIN_PROMPT_MS_PER_TOKEN": "0.2",
+            "STANDIN_VERSION": "1.115.1",
+            "STANDIN_FINISHED_FILE": str(folder / "finished"),
+            "PYTHONPATH": str(folder / "current"),
+        }
         manager = str(shutil.which("systemd-socket-activate"))
+        # The manager passes on nothing else of its environment.
+        given = [f"--setenv={name}={value}" for name, value in fast.items()]
         with log.open("wb") as output:
             # The manager starts emberd with the first connection, and becomes it.
             child = subprocess.Popen(
-                [manager, f"--listen=127.0.0.1:{port}", *command, "run"],
+                [manager, f"--listen=127.0.0.1:{port}", *given, *command, "run"],
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **fast},
                 start_new_session=True,
             )
-        daemon = Daemon(port, StatePaths(folder / "state").control, command, child.pid, log)
+        control = StatePaths(folder / "disk" / "state").control
+        daemon = Daemon(port, control, command, child.pid, log, versions, folder / "finished", disk)
         try:
             first_answer(daemon.url)
             daemon.wait_ready()
@@ -159,6 +201,8 @@ def running(warmth: WarmthSettings | None = None) -> Iterator[Daemon]:
         finally:
             child.send_signal(signal.SIGTERM)
             child.wait(LIMIT_S)
+            if disk is not None:
+                disk.take_away()
 
 
 def first_answer(url: str) -> None:
@@ -173,54 +217,37 @@ def first_answer(url: str) -> None:
         time.sleep(0.05)
 
 
-def body_of(dialect: str, prompt: str, *, is_streamed: bool) -> dict[str, Any]:
-    """Return a request's body."""
-    if dialect == "kobold":
-        return {"prompt": prompt, "max_length": LENGTH}
-    asked: dict[str, Any] = {"prompt": prompt}
-    if dialect == "chat":
-        asked = {"messages": [{"role": "user", "content": prompt}]}
-    return {**asked, "max_tokens": LENGTH, "stream": is_streamed}
+# --- faults ------------------------------------------------------------------------------------------------------
 
 
-def expected_text(dialect: str, prompt: str) -> str:
-    """Return what the engine says to a prompt when nothing goes wrong."""
-    text = f"\n### Instruction:\n{prompt}\n### Response:\n" if dialect == "chat" else prompt
-    said = ""
-    for _ in range(LENGTH):
-        said += next_token(text + said)
-    return said
+def stop_for(pid: int, seconds: float) -> None:
+    """Stop a process (SIGSTOP), and let it go on; nothing if it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(seconds)
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
-def piece_of(event: dict[str, Any]) -> str:
-    """Return the text in a reply or in an event of one."""
-    if "results" in event:
-        return str(event["results"][0]["text"])
-    if "token" in event:
-        return str(event["token"])
-    choice = event["choices"][0]
-    said = choice.get("message") or choice.get("delta") or {}
-    return str(choice.get("text") or said.get("content") or "")
+@contextlib.contextmanager
+def flooded(control: Path, programs: int) -> Iterator[None]:
+    """Let so many programs send nonsense to the control socket, or say nothing."""
+    with contextlib.ExitStack() as flood:
+        for number in range(programs):
+            one = flood.enter_context(socket.socket(socket.AF_UNIX))
+            one.settimeout(10)
+            with contextlib.suppress(OSError):
+                one.connect(str(control))
+                one.send(b"{" * 4000 if number % 2 else b"x\n")
+        yield
 
 
-async def ask_once(client: httpx.AsyncClient, way: tuple[str, str, bool], prompt: str) -> str:
-    """Ask; return what is wrong with the reply, empty for nothing."""
-    path, dialect, is_streamed = way
-    body = body_of(dialect, prompt, is_streamed=is_streamed)
-    said = ""
+@contextlib.contextmanager
+def full(disk: SmallDisk) -> Iterator[None]:
+    """Leave no room on a disk."""
+    disk.fill()
     try:
-        async with client.stream("POST", path, json=body) as answer:
-            if answer.status_code != HTTP_OK:
-                return f"status {answer.status_code}: {(await answer.aread()).decode()[:200]}"
-            if is_streamed:
-                async for line in answer.aiter_lines():
-                    if line.startswith("data: {"):
-                        said += piece_of(json.loads(line.removeprefix("data: ")))
-            else:
-                said = piece_of(json.loads(await answer.aread()))
-    except httpx.ConnectError as error:
-        return f"refused: {error!r}"
-    except (httpx.HTTPError, KeyError, ValueError) as error:
-        return f"lost: {error!r}"
-    expected = expected_text(dialect, prompt)
-    return "" if said == expected else f"text: {said!r} instead of {expected!r}"
+        yield
+    finally:
+        disk.make_room()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import newer_apis
 import options as command_line
 from generation import Job, tokens_of
 
@@ -191,7 +192,8 @@ class Site:
     def prepare(self, path: str, body: bytes, key: str) -> Answer | tuple[Job, Shape]:
         """Turn a request that has the model's turn into a job, or into the answer that it gets instead."""
         is_ollama = path.endswith(_OLLAMA) and not self.model.switches.is_old
-        if not path.endswith(_GENERATING) and not is_ollama:
+        is_newest = path.endswith(newer_apis.PATHS) and self.model.switches.is_batching
+        if not path.endswith(_GENERATING) and not is_ollama and not is_newest:
             return Answer(404, b"", "text/html")
         self.model.mark_start()
         if not self._is_allowed(key):
@@ -204,8 +206,9 @@ class Site:
         if not self.model.is_intact():
             return failure(500, "A file of the program has vanished.", "server_error")
         self.model.announce(asked)
-        if path.endswith("/completions") or is_ollama:
-            return (self._ollama_job if is_ollama else self._openai_job)(asked, is_chat="/chat" in path)
+        if is_newest or is_ollama or path.endswith("/completions"):
+            make = self._newest_job if is_newest else self._ollama_job if is_ollama else self._openai_job
+            return make(asked, path)
         job = self._job(asked, str(asked.get("memory", "")) + str(asked.get("prompt", "")), asked.get("max_length"))
         return job, Shape(path.endswith("/stream"), self._kobold_whole, _kobold_event)
 
@@ -221,7 +224,14 @@ class Site:
             ignores_end=bool(asked.get("ban_eos_token") or asked.get("bypass_eos")),
         )
 
-    def _openai_job(self, asked: dict[str, Any], *, is_chat: bool) -> tuple[Job, Shape]:
+    def _newest_job(self, asked: dict[str, Any], path: str) -> tuple[Job, Shape]:
+        chat = newer_apis.as_chat(path, asked)
+        job = self._job(chat, self._chat_prompt(chat), chat["max_tokens"])
+        whole, event = newer_apis.shape_of(path, self.name)
+        return job, Shape(bool(asked.get("stream")), whole, event)
+
+    def _openai_job(self, asked: dict[str, Any], path: str) -> tuple[Job, Shape]:
+        is_chat = "/chat" in path
         length = asked.get("max_tokens", asked.get("max_completion_tokens"))
         if not length and not self.model.switches.is_old:
             length = None  # zero means the default, as in the original
@@ -252,7 +262,8 @@ class Site:
 
         return job, Shape(bool(asked.get("stream")), whole, event, b"data: [DONE]\n\n")
 
-    def _ollama_job(self, asked: dict[str, Any], *, is_chat: bool) -> tuple[Job, Shape]:
+    def _ollama_job(self, asked: dict[str, Any], path: str) -> tuple[Job, Shape]:
+        is_chat = "/chat" in path
         options = asked.get("options") or {}
         said = "".join(map(chr, asked.get("context") or ()))
         said += f"\n\n### Instruction:\n{asked.get('prompt', '')}\n\n### Response:\n"

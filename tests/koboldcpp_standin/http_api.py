@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -94,6 +95,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             return
         self.model.run(job)
         self._send(endpoints.reply(json.dumps(shape.whole(job)).encode()))
+        self._note_finished(job)
 
     def _stream(self, job: Job, shape: endpoints.Shape) -> None:
         """Send text as it grows; a client that has gone ends the generation."""
@@ -124,7 +126,13 @@ class ApiHandler(BaseHTTPRequestHandler):
                 self.wfile.write(shape.event(piece, job.finish_reason if ends_here else None))
             if ends_here:
                 self.wfile.write(shape.farewell)
+                self._note_finished(job)
                 return
+
+    def _note_finished(self, job: Job) -> None:
+        if (path := self.model.switches.finished_file) is not None:
+            with path.open("a") as file:
+                file.write(hashlib.sha256(job.prompt.encode()).hexdigest() + "\n")
 
     def _path(self) -> str:
         # The older version looks for a path that ends so, query and all.

@@ -2,7 +2,8 @@
 
 =============================  ======================================================================
 `STANDIN_VERSION`              personality: `1.76`, `1.104` (default), or `1.115.1`: as 1.104, but for its
-                               counts in the log, `--parallelrequests` and `KCPP_PASSWORD`
+                               counts in the log, `--parallelrequests`, `KCPP_PASSWORD`, and
+                               `/v1/messages` and `/v1/responses`
 `STANDIN_LOAD_SECONDS`         extra seconds of loading, default 0
 `STANDIN_PROMPT_BASE_MS`       milliseconds before any prompt, default 5
 `STANDIN_PROMPT_MS_PER_TOKEN`  milliseconds per prompt token that is not in the cache, default 1
@@ -16,6 +17,7 @@
 `STANDIN_CRASH_AFTER_TOKENS`   crash in the middle of a generation, after this many tokens
 `STANDIN_CRASH_WITH`           exit code or signal name of that crash, default SIGSEGV
 `STANDIN_ONCE_FILE`            path: hang and crash switches work only in the process that creates it
+`STANDIN_FINISHED_FILE`        path: gets a line, the digest of the prompt, for each reply that was sent to its end
 `STANDIN_IGNORE_SIGTERM`       1: SIGTERM does nothing
 `STANDIN_IGNORE_SIGINT`        1: SIGINT does nothing
 `STANDIN_MLOCK_FAILS`          1: mlock is refused as if the limit were too low
@@ -57,6 +59,7 @@ class Switches:
     crash_after_tokens: int = 0
     crash_with: str = "SIGSEGV"
     once_file: Path | None = None
+    finished_file: Path | None = None
     ignores_sigterm: bool = False
     ignores_sigint: bool = False
     mlock_fails: bool = False
@@ -96,7 +99,7 @@ def read_switches(environment: Mapping[str, str]) -> Switches:
     version = text("VERSION", NEW)
     if version not in {OLD, NEW, BATCHING}:
         raise SystemExit(f"STANDIN_VERSION must be {OLD}, {NEW} or {BATCHING}, not {version}")
-    once_file = text("ONCE_FILE")
+    once_file, finished_file = text("ONCE_FILE"), text("FINISHED_FILE")
     return Switches(
         version=version,
         load_s=float(text("LOAD_SECONDS", "0")),
@@ -111,6 +114,7 @@ def read_switches(environment: Mapping[str, str]) -> Switches:
         crash_after_tokens=int(text("CRASH_AFTER_TOKENS", "0")),
         crash_with=text("CRASH_WITH", "SIGSEGV"),
         once_file=Path(once_file) if once_file else None,
+        finished_file=Path(finished_file) if finished_file else None,
         ignores_sigterm=text("IGNORE_SIGTERM") == "1",
         ignores_sigint=text("IGNORE_SIGINT") == "1",
         mlock_fails=text("MLOCK_FAILS") == "1",
