@@ -15,6 +15,8 @@ import httpx  # noqa: E402  # after the path
 from generation import next_token  # noqa: E402
 
 LENGTH = 24
+LINES = ("ollama", "ollama-chat")
+"""Dialects whose streams are lines of JSON."""
 HTTP_OK = 200
 TOLD = "told"
 """How it is called when a stream that no engine can continue ended with its dialect's own error."""
@@ -30,9 +32,11 @@ WAYS = (
     ("/v1/responses", "responses", False),
     ("/v1/responses", "responses", True),
     ("/api/generate", "ollama", False),
+    ("/api/generate", "ollama", True),
     ("/api/chat", "ollama-chat", False),
+    ("/api/chat", "ollama-chat", True),
 )
-"""Path, dialect, and whether the reply is streamed. KoboldCPP 1.104 does not stream in Ollama's."""
+"""Path, dialect, and whether the reply is streamed."""
 
 
 @dataclass
@@ -67,9 +71,12 @@ class Reply:
             if event["sequence_number"] <= self.number:
                 raise ValueError(f"event {event['sequence_number']} behind event {self.number}")
             self.number = event["sequence_number"]
+        elif dialect in LINES and "error" in event:
+            self.error = event["error"]
+            return
         self.text += piece_of(event)
         choice = event.get("choices", [{}])[0]
-        is_end = kind in {"message_stop", "response.completed"} or event.get("finish_reason")
+        is_end = kind in {"message_stop", "response.completed"} or event.get("finish_reason") or event.get("done")
         self.ends += bool(is_end or choice.get("finish_reason"))
 
 
@@ -195,7 +202,7 @@ async def _read_stream(answer: httpx.Response, dialect: str, reply: Reply) -> bo
         async for line in answer.aiter_lines():
             if line.startswith("event: "):
                 named = line.removeprefix("event: ")
-            elif line.startswith("data: {"):
+            elif line.startswith("{" if dialect in LINES else "data: {"):
                 reply.take(dialect, named, json.loads(line.removeprefix("data: ")))
                 named = ""
             done += line == "data: [DONE]"

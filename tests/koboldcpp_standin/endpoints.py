@@ -52,12 +52,14 @@ class Shape:
         whole: turns a finished job into the response object.
         event: turns a piece of text and the reason of the end, if it is the end, into bytes of a stream.
         farewell: the last bytes of a stream.
+        lines: turns the response object into the lines of Ollama's stream, all sent at the end; None otherwise.
     """
 
     is_stream: bool
     whole: Callable[[Job], dict[str, Any]]
     event: Callable[[str, str | None], bytes]
     farewell: bytes = b""
+    lines: Callable[[dict[str, Any]], tuple[bytes, ...]] | None = None
 
 
 def reply(body: bytes) -> Answer:
@@ -280,7 +282,13 @@ class Site:
             head = {"model": self.name, "created_at": "2024-07-19T15:26:55+00:00", **reply}
             return head | {"done": True, "done_reason": job.finish_reason} | counts | dict.fromkeys(names, 1)
 
-        return job, Shape(is_stream=False, whole=whole, event=_kobold_event)
+        def lines(made: dict[str, Any]) -> tuple[bytes, ...]:
+            name, nothing = ("message", {"role": "assistant", "content": ""}) if is_chat else ("response", "")
+            head = {"model": self.name, "created_at": made["created_at"], name: made[name], "done": False}
+            return tuple(json.dumps(each).encode() + b"\n" for each in (head, {**made, name: nothing}))
+
+        is_in_lines = self.model.switches.is_batching and asked.get("stream", True)
+        return job, Shape(is_stream=False, whole=whole, event=_kobold_event, lines=lines if is_in_lines else None)
 
     def _chat_prompt(self, asked: dict[str, Any]) -> str:
         """Lay the messages out in the Alpaca manner, behind the tools.

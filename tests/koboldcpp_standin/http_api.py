@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ THREADS_IPV4 = 16
 """When IPv6 binds too, it gets the rest."""
 FIRST_READ_S = 0.35
 READ_EVERY_S = 0.02
+BETWEEN_LINES_S = 0.05
 
 
 class ApiHandler(BaseHTTPRequestHandler):
@@ -94,17 +96,26 @@ class ApiHandler(BaseHTTPRequestHandler):
             self._stream(job, shape)
             return
         self.model.run(job)
-        self._send(endpoints.reply(json.dumps(shape.whole(job)).encode()))
+        if shape.lines is None:
+            self._send(endpoints.reply(json.dumps(shape.whole(job)).encode()))
+        else:
+            self._begin_stream()
+            for line in shape.lines(shape.whole(job)):
+                self.wfile.write(line)
+                time.sleep(BETWEEN_LINES_S)
         self._note_finished(job)
 
-    def _stream(self, job: Job, shape: endpoints.Shape) -> None:
-        """Send text as it grows; a client that has gone ends the generation."""
+    def _begin_stream(self) -> None:
+        """Send a stream's head. It promises more than the server keeps: the stream's end is the connection's."""
         self._send_head(
             200,
             {"cache-control": "no-cache", "connection": "keep-alive", "content-type": "text/event-stream"},
         )
-        # The header promises more than the server keeps: the end of the stream is the end of the connection.
         self.close_connection = True
+
+    def _stream(self, job: Job, shape: endpoints.Shape) -> None:
+        """Send text as it grows; a client that has gone ends the generation."""
+        self._begin_stream()
         worker = threading.Thread(target=self.model.run, args=(job,), daemon=True)
         worker.start()
         try:
