@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +16,7 @@ import psutil
 from emberd.core.errors import EmberdError
 from emberd.host.paths import StatePaths
 from emberd.services.control import ask
+from engine_process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,15 +30,6 @@ FAST = {
     "lifecycle.stop_timeout_s": 5.0,
     "warmth.mode": "off",
 }
-
-
-def free_port() -> int:
-    """Return a loopback port that nothing listens on; a later bind to port 0 is never given one of these."""
-    for port in random.sample(range(10_000, 20_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port between 10000 and 20000")
 
 
 class Daemon:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from daemon_process import free_port
+from engine_process import free_port
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:

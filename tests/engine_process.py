@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import re
 import signal
 import socket
@@ -15,7 +17,7 @@ import urllib.request
 from typing import IO, TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 POLL_S = 0.02
@@ -163,12 +165,28 @@ class EngineProcess:
         return True
 
 
+def _own_ports() -> Iterator[int]:
+    """Give the ports of this test process, each once in a round.
+
+    A port is free between being named and being bound. Processes that drew from the same ports met there.
+    A bind to port 0 is never given one of these (Linux, ip_local_port_range: from 32768).
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    own = list(range(10_000 + number, 30_000, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+    random.shuffle(own)
+    return itertools.cycle(own)
+
+
+_PORTS = _own_ports()
+
+
 def free_port() -> int:
-    """Return a TCP port on 127.0.0.1 that nobody used a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a loopback port that nothing listens on."""
+    for port in itertools.islice(_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port between 10000 and 30000")
 
 
 def is_port_open(port: int) -> bool:

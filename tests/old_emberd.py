@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from daemon_process import Daemon, free_port
+from daemon_process import Daemon
+from engine_process import free_port
 from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from service_trial import (
     settings_of_trial,
 )
 
-from daemon_process import free_port
 from emberd.core.settings import Settings, read
+from engine_process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from daemon_process import free_port, is_alive
+from daemon_process import is_alive
+from engine_process import free_port
 from launchctl_process import FOLDER, Launchctl
 
 sys.path.insert(0, str(FOLDER))

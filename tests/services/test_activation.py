@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from daemon_process import free_port
+from engine_process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from daemon_process import WAIT_S, free_port
+from daemon_process import WAIT_S
 from emberd.core.errors import PortTaken
 from emberd.host.instance import Instance
 from emberd.host.listener import bind, has_ipv6_loopback
+from engine_process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

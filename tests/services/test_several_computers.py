@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from daemon_process import WAIT_S, free_port
+from daemon_process import WAIT_S
+from engine_process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,10 +17,10 @@ import httpx
 import psutil
 import pytest
 
-from daemon_process import free_port
 from emberd.core.errors import EmberdError
 from emberd.host import ThisHost
 from emberd.host.start_history import StartHistory
+from engine_process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
