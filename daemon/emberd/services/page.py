@@ -155,7 +155,7 @@ class Page:
             words = "since and until are seconds since the epoch, step is seconds; each may be left out"
             return _refused(400, "no_time", words)
         except EmberdError as error:
-            return _refused(503, "no_engine", error.message, error.remedy)
+            return _refused(503, "cannot_tell", error.message, error.remedy)
 
     async def _doctor(self) -> dict[str, Any]:
         async with self._examining:

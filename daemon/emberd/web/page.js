@@ -221,6 +221,5 @@ find("range").addEventListener("change", () => history());
 setInterval(() => document.hidden || history(true), HISTORY_MS);
 setInterval(() => document.hidden || days(), DAYS_MS);
 setInterval(() => document.hidden || doctor(), DOCTOR_MS);
-history().then(days);
-doctor();
 follow(show, () => history(true));
+history().then(days).then(doctor); // one after another: the charts come first
