@@ -72,6 +72,31 @@ class Viewer(Browser):
         self.do("Input.dispatchKeyEvent", type="keyDown", text=text, **facts)
         self.do("Input.dispatchKeyEvent", type="keyUp", **facts)
 
+    def pinch(self, selector: str, before: float, after: float) -> None:
+        """Put two fingers on the middle of an element, so many pixels apart, and move them to another distance."""
+        x, y = self._middle_of(selector)
+
+        def fingers(apart: float) -> list[dict[str, float]]:
+            return [{"x": x + way * apart / 2, "y": y, "id": number} for number, way in enumerate((-1, 1))]
+
+        self.do("Input.dispatchTouchEvent", type="touchStart", touchPoints=fingers(before))
+        for step in range(1, 6):
+            points = fingers(before + (after - before) * step / 5)
+            self.do("Input.dispatchTouchEvent", type="touchMove", touchPoints=points)
+        self.do("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def drag(self, selector: str, begin: float, end: float) -> None:
+        """Drag the mouse over an element, from and to so many pixels right of its middle."""
+        x, y = self._middle_of(selector)
+        held = {"button": "left", "buttons": 1, "clickCount": 1, "y": y}
+        self.do("Input.dispatchMouseEvent", type="mousePressed", x=x + begin, **held)
+        self.do("Input.dispatchMouseEvent", type="mouseMoved", x=x + end, **held)
+        self.do("Input.dispatchMouseEvent", type="mouseReleased", x=x + end, **held)
+
+    def _middle_of(self, selector: str) -> tuple[float, float]:
+        box = self.run(f"document.querySelector({selector!r}).getBoundingClientRect().toJSON()")
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
     def picture(self, path: Path) -> None:
         """Write a screenshot of the whole page as PNG."""
         data = self.do("Page.captureScreenshot", captureBeyondViewport=True)["data"]

@@ -154,6 +154,26 @@ def test_it_can_be_used_by_keyboard_alone(browser: Viewer, daemon: Daemon):
     tab_to(f"{active}.className === 'plot'")
 
 
+def test_the_charts_zoom_by_finger_and_by_mouse_and_show_all_again(browser: Viewer, daemon: Daemon):
+    look_at(browser, daemon, **PHONE)
+    is_zoomed = "!document.getElementById('zoomed').hidden"
+    browser.run("document.querySelector('.u-over').scrollIntoView({block: 'center'})")
+    assert not browser.run(is_zoomed)
+    browser.pinch(".u-over", 40, 160)
+    browser.wait_for(is_zoomed)
+    shown = browser.run("document.getElementById('zoom').textContent")
+    browser.pinch(".u-over", 40, 160)
+    browser.wait_for(f"document.getElementById('zoom').textContent !== '{shown}'")
+    for _ in range(2):
+        browser.pinch(".u-over", 200, 40)
+    browser.wait_for(f"!({is_zoomed})")
+    browser.drag(".u-over", 40, 120)
+    browser.wait_for(is_zoomed)
+    browser.run("document.getElementById('all').click()")
+    browser.wait_for(f"!({is_zoomed})")
+    assert browser.complaints() == []
+
+
 def test_a_browser_without_a_session_logs_in_and_then_sees_the_page(browser: Viewer, make_daemon: MakeDaemon):
     daemon = make_daemon({"warmth.mode": "auto", "endpoint.api_key": "sesame"})
     daemon.write_settings()

@@ -102,8 +102,17 @@ export function drawCharts(history, [from, to], { keepsZoom = false } = {}) {
   span = [from, to];
   if (!shown.length) build();
   for (const chart of shown) update(chart);
+  tellZoom();
   performance.mark("charts");
 }
+
+function tellZoom() {
+  const isZoomed = zoom[0] > span[0] || zoom[1] < span[1];
+  if (isZoomed) tell(find("zoom"), zoom.map(words.moment).join(" to "));
+  find("zoomed").hidden = !isZoomed;
+}
+
+find("all").addEventListener("click", () => zoomTo(...span));
 
 function build() {
   find("charts").replaceChildren();
@@ -335,6 +344,7 @@ function zoomTo(from, to) {
     u?.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
     if (behind.open) behind.refresh();
   }
+  tellZoom();
   setTimeout(point); // uPlot takes over a scale at the end of this task
 }
 
