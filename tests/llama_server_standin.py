@@ -28,6 +28,7 @@ _HELP = """usage: llama-server [options]
 --slots                                 tell of the slots
 --no-prefill-assistant                  an assistant's last message is a whole one
 --chat-template TEMPLATE                Jinja
+--mmproj FILE                           projector
 --embeddings                            only embeddings
 --api-prefix PREFIX                     path
 --api-key KEY                           keys, separated by commas
@@ -71,6 +72,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--slots", action="store_true")
     parser.add_argument("--no-prefill-assistant", action="store_true")
     parser.add_argument("--chat-template", default="")
+    parser.add_argument("--mmproj", default="")
     parser.add_argument("--embeddings", action="store_true")
     parser.add_argument("--api-key", default=os.environ.get("LLAMA_API_KEY", ""))
     parser.add_argument("--api-key-file", type=Path, default=os.environ.get("LLAMA_ARG_API_KEY_FILE"))
@@ -93,6 +95,7 @@ def main(arguments: list[str]) -> int:
     parameters.load_mode = getattr(xllamacpp.llama_load_mode, f"LLAMA_LOAD_MODE_{_MODES[options.load_mode]}")
     parameters.prefill_assistant = not options.no_prefill_assistant
     parameters.chat_template = options.chat_template
+    parameters.mmproj.path = options.mmproj
     parameters.embedding = options.embeddings
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     server = xllamacpp.Server(parameters)

@@ -17,7 +17,7 @@ from itertools import product
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 ALIGNMENT_BYTES = 32
@@ -203,6 +203,44 @@ def write_truncated(path: Path, *, kept_fraction: float = 0.5, seed: int = 0) ->
     )
 
 
+def write_projector(path: Path, *, embedding: int, seed: int = 0) -> None:
+    """Write a projector that turns each image into 16 embeddings of noise, for a model of this width.
+
+    Its shape is that of Gemma 3's (llama.cpp, tools/mtmd/clip.cpp, build 11434), with one block.
+    """
+    side, patch, wide = 224, 14, 64
+    square = (wide, wide)
+    block = {f"attn_{name}": square for name in ("q", "k", "v", "out")} | {"ffn_up": square, "ffn_down": square}
+    tensors: dict[str, tuple[int, ...]] = {
+        "v.patch_embd.weight": (patch, patch, 3, wide),
+        "v.patch_embd.bias": (wide,),
+    }
+    tensors["v.position_embd.weight"] = (wide, (side // patch) ** 2)
+    for name, dimensions in {**block, "ln1": (wide,), "ln2": (wide,)}.items():
+        tensors |= {f"v.blk.0.{name}.weight": dimensions, f"v.blk.0.{name}.bias": (wide,)}
+    tensors |= {"v.post_ln.weight": (wide,), "v.post_ln.bias": (wide,)}
+    tensors |= {"mm.input_projection.weight": (embedding, wide), "mm.soft_emb_norm.weight": (wide,)}
+    numbers = {"image_size": side, "patch_size": patch, "embedding_length": wide, "feed_forward_length": wide}
+    numbers |= {"projection_dim": embedding, "block_count": 1, "attention.head_count": 2}
+    half = [struct.pack("<f", 0.5)] * 3
+    metadata = [
+        _entry("general.architecture", _STRING, _text("clip")),
+        _entry("general.type", _STRING, _text("mmproj")),
+        _entry("clip.projector_type", _STRING, _text("gemma3")),
+        _entry("clip.has_vision_encoder", _BOOL, b"\x01"),
+        _entry("clip.use_gelu", _BOOL, b"\x01"),
+        _entry("clip.vision.attention.layer_norm_epsilon", _FLOAT32, struct.pack("<f", 1e-6)),
+        _list("clip.vision.image_mean", _FLOAT32, half),
+        _list("clip.vision.image_std", _FLOAT32, half),
+        *(_number(f"clip.vision.{name}", value) for name, value in numbers.items()),
+    ]
+    source = random.Random(seed)  # noqa: S311  # noise is no secret
+    with path.open("wb") as file:
+        file.write(_laid_out(metadata, tensors.items()))
+        for dimensions in tensors.values():
+            array("f", (source.uniform(-0.1, 0.1) for _ in range(math.prod(dimensions)))).tofile(file)
+
+
 def write_unknown_architecture(path: Path, *, seed: int = 0) -> GgufSummary:
     """Write a well-formed file of an architecture that no runtime knows."""
     return write_gguf(path, architecture="emberdtest", seed=seed)
@@ -309,9 +347,14 @@ def _header(
             _number(f"{architecture}.ssm.state_size", _STATE_SIZE),
             _number(f"{architecture}.ssm.time_step_rank", shape.embedding // _STATE_SIZE),
         ]
+    return _laid_out(metadata, shape.tensors())
+
+
+def _laid_out(metadata: list[bytes], tensors: Iterable[tuple[str, tuple[int, ...]]]) -> bytes:
+    """Return a header of these entries and tensors, padded to the alignment."""
     infos = bytearray()
     offset = count = 0
-    for name, dimensions in shape.tensors():
+    for name, dimensions in tensors:
         infos += _text(name) + struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions)
         infos += struct.pack("<IQ", 0, offset)  # type 0 is a 32-bit float
         offset += math.prod(dimensions) * FLOAT_BYTES

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
+import struct
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -23,7 +26,7 @@ from emberd.engine.llama_server import ExternalServer
 from emberd.services.turns import Ended
 from engine_process import EngineProcess, free_port
 from llama_server_standin import REAL_VARIABLE, real_program, write_program
-from synthetic_gguf import write_gguf
+from synthetic_gguf import write_gguf, write_projector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 START_S = 90.0
 CELLS = 1024
+PROJECTOR = "projector.gguf"
 ADAPTER: Any = ExternalServer(Settings(), None, EngineHttp(), None)  # type: ignore[arg-type]  # asks, starts none
 STORY = " ".join(["ba ke lo mi"] * 90)
 """About 360 tokens for the synthetic model: three conversations of it do not fit into the cells."""
@@ -73,8 +77,10 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model of noise."""
-    return write_gguf(tmp_path_factory.mktemp("model") / "noise.gguf", target_bytes=12 << 20).path
+    """A small model of noise, with a projector beside it."""
+    made = write_gguf(tmp_path_factory.mktemp("model") / "noise.gguf", target_bytes=12 << 20)
+    write_projector(made.path.with_name(PROJECTOR), embedding=made.embedding)
+    return made.path
 
 
 @pytest.fixture
@@ -93,7 +99,8 @@ def server(request: pytest.FixtureRequest, program: Path, model: Path) -> Iterat
         "--port",
         str(port),
     ]
-    with EngineProcess([str(program), *words, *getattr(request, "param", [])]) as process:
+    more = [str(model.with_name(word)) if word == PROJECTOR else word for word in getattr(request, "param", [])]
+    with EngineProcess([str(program), *words, *more]) as process:
         url = f"http://127.0.0.1:{port}"
         process.wait_for_answer(url + "/health", within_s=START_S)
         with httpx.Client(base_url=url, timeout=60, trust_env=False, limits=NO_REUSE) as client:
@@ -217,6 +224,29 @@ def costs_of_replays(server: Server, turn: Turn) -> list[int]:
         assert answer.status_code == 200, answer.text
         costs.append(ADAPTER.counts_in_reply(answer.json()).processed or 0)
     return costs
+
+
+def picture(shade: int) -> str:
+    """Return a picture as clients send one: a PNG (W3C) of one pixel, as an address that has it in it."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes((0, shade)))))
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, data in (*chunks, (b"IEND", b"")):
+        png += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+@pytest.mark.parametrize("server", [["--mmproj", PROJECTOR]], indirect=True)
+def test_a_chat_with_pictures_is_kept(server: Server):
+    pictures = [{"type": "image_url", "image_url": {"url": picture(shade)}} for shade in (0, 200)]
+    user = {"role": "user", "content": [{"type": "text", "text": STORY}, *pictures]}
+    body = {"messages": [user], "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    turn = say(server, "/v1/chat/completions", body)
+    assert costs_of_replays(server, turn)[-1] <= 4
+    history = [user, *turn.said, {"role": "user", "content": "ba ke lo"}]
+    following = say(server, "/v1/chat/completions", {**body, "messages": history})
+    assert 0 < (following.counts.processed or 0) < 50
+    other = {**user, "content": [user["content"][0], *reversed(pictures)]}
+    assert (say(server, "/v1/chat/completions", {**body, "messages": [other]}).counts.processed or 0) > 30
 
 
 @pytest.mark.parametrize("server", [[], ["--no-prefill-assistant"]], indirect=True)
