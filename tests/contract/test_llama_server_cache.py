@@ -249,6 +249,36 @@ def test_a_chat_with_pictures_is_kept(server: Server):
     assert (say(server, "/v1/chat/completions", {**body, "messages": [other]}).counts.processed or 0) > 30
 
 
+THINKS = """
+{%- set found = namespace(last=-1) %}
+{%- for each in messages %}{% if each.role == 'user' %}{% set found.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for each in messages %}<{{ each.role }}>
+{%- if each.reasoning_content and loop.index0 > found.last %}<think>
+{{ each.reasoning_content }}
+</think>
+
+{% endif %}{{ each.content }}</{{ each.role }}>{% endfor %}
+{%- if add_generation_prompt %}<assistant><think>
+{% endif %}"""
+"""It opens a thought, and leaves out those before the user's last message, as Qwen 3's does."""
+
+
+@pytest.mark.parametrize("server", [["--chat-template", THINKS]], indirect=True)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_the_next_turn_after_a_thought_finds_what_the_template_leaves(
+    server: Server, path: str, *, is_streamed: bool
+):
+    body = {**ASKED[path], "stream": is_streamed, "temperature": 0, "ignore_eos": True}
+    turn = say(server, path, body)
+    assert not turn.reply, "all of it is a thought"
+    assert costs_of_replays(server, turn)[-1] <= 4
+    history = [*messages_of(body), *turn.said, {"role": "user", "content": "ba ke lo"}]
+    following = say(server, path, {**body, "messages": history})
+    assert (following.counts.reused or 0) > 300
+    assert 0 < (following.counts.processed or 0) < 60
+
+
 @pytest.mark.parametrize("server", [[], ["--no-prefill-assistant"]], indirect=True)
 async def test_the_rest_of_a_chat_is_a_prompt_that_ends_with_the_reply(server: Server):
     body = {"messages": [{"role": "user", "content": "ba ke"}], "max_tokens": 20, "stream": True}
