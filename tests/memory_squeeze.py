@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from engine_process import wait_until
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -83,7 +85,7 @@ def squeeze(folder: Path, swap_bytes: int) -> Iterator[Group]:
 
 @contextmanager
 def memory_group(name: str) -> Iterator[Group]:
-    """Make a cgroup; it is gone afterwards."""
+    """Make a cgroup; it is gone afterwards, when its processes have ended."""
     folder = CONTROLLER / name
     if IS_V2:
         (_V2 / "cgroup.subtree_control").write_text("+memory")
@@ -91,6 +93,9 @@ def memory_group(name: str) -> Iterator[Group]:
     try:
         yield Group(folder)
     finally:
+        wait_until(
+            lambda: not (folder / "cgroup.procs").read_text(), what=lambda: "the end of the group's processes"
+        )
         folder.rmdir()
 
 

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 MIB = 1 << 20
 VMTOUCH = shutil.which("vmtouch") or ""
@@ -42,6 +44,31 @@ def read(path: Path, offset: int, length: int) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         file.seek(offset)
         file.read(length)
+
+
+@contextmanager
+def slow_disk(path: Path, bytes_per_s: int) -> Iterator[Callable[[int], None]]:
+    """Let processes read from this file's disk no faster; skips the test where that cannot be.
+
+    Source: kernel, cgroup-v1/blkio-controller.rst.
+
+    Yields:
+        What puts a process under that limit.
+    """
+    device = path.stat().st_dev
+    group = Path("/sys/fs/cgroup/blkio") / f"emberd-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        rule = f"{os.major(device)}:{os.minor(device)} {bytes_per_s}"
+        (group / "blkio.throttle.read_bps_device").write_text(rule)
+    except OSError as error:
+        pytest.skip(f"reads cannot be slowed down here: {error}")
+    try:
+        yield lambda pid: (group / "cgroup.procs").write_text(str(pid)) and None
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            (group.parent / "cgroup.procs").write_text(pid)
+        group.rmdir()
 
 
 def vmtouch_pages(path: Path) -> tuple[int, int]:

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from browser import PROGRAM
+from memory_squeeze import can_squeeze, memory_group
+from page_cache import evict, slow_disk
 from page_viewer import Viewer
+from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,6 +33,8 @@ SHOTS = os.environ.get("EMBERD_TEST_SHOTS", "")
 PHONE = {"width": 360, "height": 740}
 MOST_BYTES = 150 * 1024
 IS_LIVE = "document.getElementById('link').dataset.link === 'live'"
+SHARES = "[...document.querySelectorAll('.cell i')].map((each) => Number(each.style.transform.slice(7, -1)))"
+COLD_BYTES = 192 << 20
 SENTENCE = "document.getElementById('sentence').textContent"
 
 pytestmark = [pytest.mark.skipif(not PROGRAM, reason="Chromium is not installed"), pytest.mark.timeout(180)]
@@ -95,6 +101,41 @@ def test_the_map_shows_each_layer(browser: Viewer, daemon: Daemon):
     shares = "[...document.querySelectorAll('.cell i')].map((cell) => cell.style.transform)"
     browser.wait_for(f"{shares}.every((each) => each === 'scaleY(1)')")
     assert browser.run(f"{shares}.length") == 5
+
+
+@can_squeeze
+def test_a_pass_over_a_cold_model_fills_the_map_layer_by_layer(
+    browser: Viewer, make_daemon: MakeDaemon, tmp_path: Path
+):
+    model = write_gguf(tmp_path / "large.gguf", target_bytes=COLD_BYTES).path
+    evict(model)  # the engine is to bring it in, so that it counts as the group's
+    with memory_group(f"emberd-test-{os.getpid()}") as group, slow_disk(model, COLD_BYTES // 5) as slow:
+        daemon = make_daemon({"model.path": str(model), "engine.lock": "never", "warmth.mode": "auto"})
+        daemon.launcher = group.joining()
+        daemon.start()
+        try:
+            engine = daemon.wait_ready()["engine"]["pid"]
+            assert daemon.verb("pause", "1h").returncode == 0
+            look_at(browser, daemon)
+            group.limit(group.used_bytes - COLD_BYTES * 3 // 4)  # the weights leave, which nobody uses now
+            group.limit(2 << 30)
+            browser.wait_for(f"{SHARES}.some((share) => share < 0.1)")
+            for child in psutil.Process(daemon.status()["pid"]).children():
+                if child.pid != engine:
+                    slow(child.pid)
+            browser.run(
+                "window.seen = []; setInterval(() => window.seen.push("
+                f"[document.getElementById('answer').textContent, ...{SHARES}]), 50); "
+                "document.querySelector('[data-do=warm]').click()"
+            )
+            browser.wait_for("document.getElementById('answer').textContent.startsWith('Done in')")
+            browser.wait_for(f"{SHARES}.every((share) => share === 1)")
+            seen = browser.run("window.seen")
+            assert browser.complaints() == []
+        finally:
+            daemon.close()
+    while_it_ran = {round(sum(shares), 1) for said, *shares in seen if said == "Warming …"}
+    assert len(while_it_ran) >= 5, sorted(while_it_ran)
 
 
 def test_it_follows_an_engine_that_dies_and_comes_back(browser: Viewer, make_daemon: MakeDaemon):
