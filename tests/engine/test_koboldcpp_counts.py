@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emberd.core.settings import Settings
+from emberd.core.settings import EngineSettings, Settings
 from emberd.core.turn import PromptCounts
 from emberd.engine.http import EngineHttp
 from emberd.engine.koboldcpp import KoboldCpp, read_counts
@@ -74,3 +76,31 @@ def test_a_reply_of_several_lines_stays_private(tmp_path: Path):
     assert reader.read_lines() == own
     os.close(descriptor)
     assert b"SECRET" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "variable", "password"),
+    [
+        (("--password", "a"), {"password": "b"}, "c", "a"),
+        (("--password=a,b",), None, "", "a,b"),
+        ((), {"password": "b"}, "c", "b"),
+        ((), {"password": ""}, " c ", "c"),
+        ((), None, "", ""),
+    ],
+)
+def test_the_password_of_an_engine_that_is_adopted_is_known_before_anything_is_planned(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    file: dict[str, str] | None,
+    variable: str,
+    password: str,
+):
+    monkeypatch.setenv("KCPP_PASSWORD", variable)
+    settings = EngineSettings(extra_args=words)
+    if file is not None:
+        (tmp_path / "own.kcpps").write_text(json.dumps(file))
+        settings = replace(settings, kcpps=str(tmp_path / "own.kcpps"))
+    unused: Any = None
+    engine = KoboldCpp(Settings(engine=settings), ThisHost(), EngineHttp(), unused, unused, unused)
+    assert engine.password == password

@@ -8,19 +8,19 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
-from emberd.core.errors import EngineNotUsable
+from emberd.core.errors import EngineNotUsable, StateUnusable
 from emberd.core.types import LaunchPlan
-from emberd.engine.process import EngineProcess, launch
+from emberd.engine.process import EngineProcess, launch, written
 from emberd.host import ThisHost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from emberd.core.ports import EventWatch
 
@@ -58,10 +58,10 @@ class Launcher:
     def start(self, code: str) -> EngineProcess:
         return self.start_plan(LaunchPlan((sys.executable, "-c", code), {"MARK": "1"}, 20000))
 
-    def start_plan(self, plan: LaunchPlan) -> EngineProcess:
+    def start_plan(self, plan: LaunchPlan, descriptors: tuple[int, ...] = ()) -> EngineProcess:
         descriptor = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            process = launch(plan, descriptor, HOST)
+            process = launch(plan, descriptor, HOST, descriptors)
         finally:
             os.close(descriptor)
         self.groups.append(process.pid)
@@ -194,6 +194,34 @@ async def test_cpu_time_of_the_tree_is_told(launcher: Launcher):
 def test_a_program_that_cannot_start_is_one_clear_error(launcher: Launcher, program: str, words: str):
     with pytest.raises(EngineNotUsable, match=words):
         launcher.start_plan(LaunchPlan((program,), {}, 20000))
+
+
+async def test_settings_that_cannot_be_written_come_through_a_pipe(launcher: Launcher, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    reads = "import os, sys; assert os.path.exists(sys.argv[2]); print(sys.argv[1], open(sys.argv[2]).read())"
+    said: list[str] = []
+    for folder in (tmp_path, tmp_path / "file"):
+        name = str(folder / "merged.kcpps")
+        plan = LaunchPlan((sys.executable, "-c", reads, "--config", name), {}, 20000, files={name: "sesame"})
+        with written(plan, lambda error: said.append(error.message)) as (started, descriptors):
+            process = launcher.start_plan(started, descriptors)
+        await process.wait()
+        assert await launcher.said() == ["--config", "sesame"]
+        assert (started.arguments == plan.arguments) == (not descriptors) == (folder == tmp_path)
+        launcher.output.unlink()
+    assert said == [f"cannot write {tmp_path}/file/merged.kcpps: Not a directory"]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptors[0])
+
+
+def test_settings_that_neither_can_be_written_nor_fit_into_a_pipe_are_one_clear_error(tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    name = str(tmp_path / "file" / "merged.kcpps")
+    before = len(list(Path("/dev/fd").iterdir()))
+    plan = LaunchPlan(("engine", name), {}, 20000, files={name: "x" * (1 << 21)})
+    with pytest.raises(StateUnusable, match="cannot write"), written(plan, lambda _: None):
+        pass
+    assert len(list(Path("/dev/fd").iterdir())) == before
 
 
 def test_a_program_for_another_machine_is_one_clear_error(launcher: Launcher, tmp_path: Path):

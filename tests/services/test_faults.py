@@ -101,25 +101,28 @@ def test_emberd_starts_and_serves_on_a_disk_without_room_and_without_inodes(
 
 
 @needs_disk
-def test_failed_by_a_full_disk_names_it_and_ends_when_there_is_room(
+def test_a_full_disk_does_not_keep_an_engine_from_its_merged_settings(
     make_daemon: MakeDaemon, disk: SmallDisk, tmp_path: Path
 ):
-    """KoboldCPP's merged settings cannot be kept in memory: it reads them from a file."""
     kcpps = tmp_path / "own.kcpps"
-    kcpps.write_text(json.dumps({"contextsize": 2048}))
-    daemon = on_disk(make_daemon, disk, **{"engine.kcpps": str(kcpps), "lifecycle.crash_limit": 2})
+    kcpps.write_text(json.dumps({"contextsize": 2048, "password": "sesame"}))
+    daemon = on_disk(make_daemon, disk, **{"engine.kcpps": str(kcpps)})
     (disk.folder / "state").mkdir()
     disk.fill()
     daemon.start()
-    status = daemon.wait_for(lambda status: status["state"] == "FAILED", "FAILED")
-    assert "merged.kcpps: No space left on device" in status["reason"]
-    assert "Free space" in status["remedy"]
-    refused = httpx.post(f"{daemon.url}/api/v1/generate", json={"prompt": "x"}, trust_env=False, timeout=40)
-    assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
-    assert status["remedy"] in refused.text
+    engine = daemon.wait_ready()["engine"]
+    assert any(word.startswith("/dev/fd/") for word in engine["command"])
+    key = {"authorization": "Bearer sesame"}
+    body = {"prompt": "ba", "max_length": 2}
+    for _ in range(2):
+        url = f"{daemon.url}/api/v1/generate"
+        answer = httpx.post(url, json=body, headers=key, trust_env=False, timeout=40)
+        assert answer.status_code == httpx.codes.OK, answer.text
+        kill_engine(daemon)
     disk.make_room()
-    daemon.wait_ready()
-    assert daemon.complete()
+    pid = daemon.wait_ready()["engine"]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    assert str(daemon.state.directory / "merged.kcpps") in daemon.wait_ready(other_than=pid)["engine"]["command"]
 
 
 def test_a_state_directory_that_is_deleted_is_made_again_and_nobody_notices(make_daemon: MakeDaemon):

@@ -46,6 +46,7 @@ class OwnerWishes:
         ignores_missing: files that are not there are left out.
         api_keys: what it wants of its clients, one of them as a bearer token. Never shown.
         api_key_file: a file with further ones, empty for none.
+        password: KoboldCPP's one key, empty for none. Never shown.
     """
 
     locks: bool | None = None
@@ -71,6 +72,7 @@ class OwnerWishes:
     ignores_missing: bool = False
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: str = ""
+    password: str = field(default="", repr=False)
 
 
 def lock_policy(settings: Settings, wishes: OwnerWishes) -> LockPolicy:

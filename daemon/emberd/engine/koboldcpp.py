@@ -120,7 +120,7 @@ class KoboldCpp:
         self._scratch = scratch
         self._kcpps_target = kcpps_target
         self._build: Build | None = None
-        self.password = ""
+        self._password: str | None = None
         self.switch: Switch | None = None
         self._is_in_reply = False
         self.most_at_work = 1
@@ -133,6 +133,16 @@ class KoboldCpp:
     def is_work(self, method: str, path: str) -> bool:
         """Return True if a request waits for the model: every POST that is not known to be light."""
         return method == "POST" and not path.rstrip("/").endswith(_LIGHT_POSTS) and "/api/extra/data/" not in path
+
+    @property
+    def password(self) -> str:
+        """Return the key that the engine wants: the owner's, before anything is planned (an adopted engine)."""
+        if self._password is None:
+            file: Mapping[str, object] = {}
+            with contextlib.suppress(ConfigError):
+                file = self._read_kcpps() or {}
+            self._password = of_koboldcpp(self._settings.engine.extra_args, file).password or _password_given()
+        return self._password
 
     @property
     def most_connections(self) -> int:
@@ -229,14 +239,14 @@ class KoboldCpp:
             extra_args=engine.extra_args,
             kcpps=self._read_kcpps(),
             kcpps_target=str(self._kcpps_target),
-            password=os.environ.get(PASSWORD_VARIABLE, "").strip(),
+            password=_password_given(),
             is_metal=self._host.name == "darwin" and engine.gpu_layers != 0,
         )
         if switch is not None:
             wishes = of_koboldcpp(engine.extra_args, wished.kcpps or {})
             wished = switched(build, wished, koboldcpp_switch.content(switch, wishes))
         line = compose(build, wished)
-        self.password = line.password
+        self._password = line.password
         self.most_at_work = self._slots() if build.offers("parallelrequests") else 1
         if wished.model is None:
             check_model(line.model)
@@ -411,6 +421,10 @@ class KoboldCpp:
             return None
         path = Path(self._settings.engine.kcpps).expanduser().absolute()
         return koboldcpp_switch.read_kcpps(path, "engine.kcpps", path.parent)
+
+
+def _password_given() -> str:
+    return os.environ.get(PASSWORD_VARIABLE, "").strip()
 
 
 def _as_built(wishes: OwnerWishes, build: Build | None) -> OwnerWishes:

@@ -9,16 +9,19 @@ import re
 import signal
 import subprocess
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from emberd.core import causes
-from emberd.core.errors import EngineNotUsable
+from emberd.core.errors import EngineNotUsable, StateUnusable
 from emberd.host import api_key, notify_socket
+from emberd.host.files import has_text, write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from emberd.core.ports import EventWatch, Host
     from emberd.core.types import LaunchPlan
@@ -203,7 +206,59 @@ def inherited_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in own and not HARMFUL.match(name)}
 
 
-def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
+@contextlib.contextmanager
+def written(plan: LaunchPlan, say: Callable[[StateUnusable], None]) -> Iterator[tuple[LaunchPlan, tuple[int, ...]]]:
+    """Write a plan's files. The text of one that cannot be written is in a pipe, whose name stands in its place.
+
+    KoboldCPP reads its settings once (koboldcpp.py, load_config_cli, 1.76 to 1.115), and a pipe is on no disk.
+
+    Args:
+        plan: what is to be started.
+        say: is told why a file could not be written.
+
+    Yields:
+        The plan as it can be started now, and the descriptors that the engine needs for it.
+
+    Raises:
+        StateUnusable: a file can neither be written nor does it fit into a pipe.
+    """
+    pipes: dict[str, int] = {}
+    try:
+        for name, text in plan.files.items():
+            try:
+                if not has_text(Path(name), text):
+                    write_atomically(Path(name), text, may_write_over=True)
+            except StateUnusable as error:
+                pipes[name] = _in_a_pipe(text, error)
+                say(error)
+        words = tuple(f"/dev/fd/{pipes[word]}" if word in pipes else word for word in plan.arguments)
+        yield replace(plan, arguments=words), tuple(pipes.values())
+    finally:
+        for descriptor in pipes.values():
+            os.close(descriptor)
+
+
+def _in_a_pipe(text: str, why: StateUnusable) -> int:
+    """Return the reading end of a pipe that has the text in it.
+
+    Raises:
+        StateUnusable: it is too long (pipe(7): 64 KiB; macOS: 16 KiB, grown to 64).
+    """
+    read_end, write_end = os.pipe()
+    try:
+        os.set_blocking(write_end, False)
+        content = text.encode()
+        if os.write(write_end, content) == len(content):
+            return read_end
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(write_end)
+    os.close(read_end)
+    raise why
+
+
+def launch(plan: LaunchPlan, output: int, host: Host, descriptors: tuple[int, ...] = ()) -> EngineProcess:
     """Start the engine in its own session, with its output going to the descriptor `output`.
 
     emberd itself handles SIGINT, SIGTERM and SIGHUP, so the child gets their default actions back; a shell's
@@ -222,6 +277,7 @@ def launch(plan: LaunchPlan, output: int, host: Host) -> EngineProcess:
             stdout=output,
             stderr=output,
             start_new_session=True,
+            pass_fds=descriptors,
         )
     except FileNotFoundError as error:
         raise EngineNotUsable(f"engine not found: {program}", "Set engine.path in the settings.") from error

@@ -73,6 +73,7 @@ class _Names:
     rerank: tuple[str, ...] = ()
     api_key: tuple[str, ...] = ()
     api_key_file: tuple[str, ...] = ()
+    password: tuple[str, ...] = ()
 
 
 _KOBOLDCPP = _Names(
@@ -96,6 +97,7 @@ _KOBOLDCPP = _Names(
     switch_folder=("--admindir",),
     switch_models=("--admintextmodelsdir",),
     missing=("--ignoremissing",),
+    password=("--password",),
 )
 _LLAMA_SERVER = _Names(
     lock=("--mlock",),
@@ -263,4 +265,5 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         ignores_missing=bool(is_asked(*names.missing)),
         api_keys=parts(*names.api_key),
         api_key_file=value(*names.api_key_file),
+        password=value(*names.password),
     )

@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emberd.core import exit_status
@@ -17,12 +16,13 @@ from emberd.core.load_facts import LoadFacts
 from emberd.core.memory import is_released
 from emberd.core.status import to_plain
 from emberd.engine import record as records
-from emberd.engine.process import EngineProcess, ProcessTree, launch
-from emberd.host.files import has_text, make_private_folder, write_atomically
+from emberd.engine.process import EngineProcess, ProcessTree, launch, written
+from emberd.host.files import make_private_folder
 from emberd.services.obstacles import Obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
 
@@ -119,15 +119,13 @@ class EngineRun:
             will_lock: the engine is asked to lock.
         """
         self._empty_scratch()
-        for name, text in plan.files.items():
-            if not has_text(Path(name), text):
-                write_atomically(Path(name), text, may_write_over=True)
         self._output.skip_to_end()
-        output = self._output.open_for_engine()
-        try:
-            process = launch(plan, output, self._host)
-        finally:
-            os.close(output)
+        with written(plan, self._say_unwritten) as (started, descriptors):
+            output = self._output.open_for_engine()
+            try:
+                process = launch(started, output, self._host, descriptors)
+            finally:
+                os.close(output)
         if self._died_s is not None:
             gap_ms = round((process.started_s - self._died_s) * 1000, 1)
             self._log.info("engine_restarted", pid=process.pid, milliseconds_since_death=gap_ms)
@@ -137,7 +135,7 @@ class EngineRun:
             pid=process.pid,
             start_token=self._host.start_token(process.pid) or "",
             command_digest=None,
-            command=plan.shown_arguments(),
+            command=started.shown_arguments(),
             plan_digest=plan_digest(of_settings),
             port=plan.port,
             engine=self._gate.engine.name,
@@ -231,7 +229,7 @@ class EngineRun:
                 # It is ours but of no use: a model loaded beside it would choke the computer.
                 self._log.warning("engine_left_processes", pid=record.pid)
                 await tree.terminate(self._gate.engine.stop_signals, self._settings().lifecycle.stop_timeout_s)
-            self._paths.record.unlink(missing_ok=True)
+            self._forget_record()
             return False
         self._gate.engine.switch = record.switch
         told = LoadFacts(is_mapped=record.is_mapped, context_tokens=record.context_tokens, kv_bytes=record.kv_bytes)
@@ -351,6 +349,14 @@ class EngineRun:
         if left:
             self._log.error("engine_will_not_die", pids=left, message="waiting in the kernel; look at its disk")
 
+    def _say_unwritten(self, error: StateUnusable) -> None:
+        self._log.warning("state_not_kept", what="the engine's settings", error=error.message, remedy=error.remedy)
+
+    def _forget_record(self) -> None:
+        # On a read-only disk it stays; the next emberd sees that its process has ended.
+        with contextlib.suppress(OSError):
+            self._paths.record.unlink(missing_ok=True)
+
     def forget(self) -> None:
         """Forget a process that has ended, and its record."""
         if self.process is not None:
@@ -358,7 +364,7 @@ class EngineRun:
         self.process = None
         self._gate.change(record=None)
         self._died_s = None
-        self._paths.record.unlink(missing_ok=True)
+        self._forget_record()
 
     def _wired_bytes(self) -> int | None:
         try:
