@@ -153,6 +153,7 @@ def _serve(loaded: Loaded, instance: Instance, tell_ready: Callable[[], None]) -
             return await _Serving(daemon, build(in_force, host, paths), in_force, paths, tell_ready).run()
 
     host.forbid_core_dumps()
+    host.share_heap()
     return run_to_end(serve())
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from typing import TYPE_CHECKING
+
+import pytest
 
 from emberd.host.linux_memory import private_ranges, runs_in_use
 from memory_squeeze import can_squeeze, squeeze
@@ -75,3 +78,30 @@ def test_a_process_that_was_swapped_out_comes_back_in_one_call(tmp_path: Path):
         assert child.returncode == 0
     assert before > 40 * MIB
     assert after < MIB
+
+
+HEAPS = """
+import ctypes, sys, threading
+from pathlib import Path
+from emberd.host.linux import LinuxHost
+if len(sys.argv) > 1:
+    LinuxHost().share_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+found = []
+threads = [threading.Thread(target=lambda: found.append(libc.malloc(1000))) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+line = next(line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
+begin, _, end = line.split()[0].partition("-")
+print(all(int(begin, 16) <= address < int(end, 16) for address in found))
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="other allocators have one heap")
+def test_threads_allocate_from_one_heap_when_told():
+    for words, is_shared in (((), "False"), (("share",), "True")):
+        ran = subprocess.run([sys.executable, "-c", HEAPS, *words], capture_output=True, text=True, check=True)
+        assert ran.stdout.strip() == is_shared

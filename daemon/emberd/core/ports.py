@@ -243,6 +243,10 @@ class Host(Protocol):
         """Keep this process from writing a core dump when it crashes."""
         ...
 
+    def share_heap(self) -> None:
+        """Keep the heap of this process small, however many threads it has; before the first one."""
+        ...
+
     def recall_own_memory(self) -> None:
         """Bring this process back from swap, and mark its memory as used. Takes some milliseconds."""
         ...

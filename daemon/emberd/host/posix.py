@@ -102,6 +102,9 @@ class PosixHost:
         """
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
+    def share_heap(self) -> None:
+        """Do nothing where the allocator has no heaps of threads' own to join."""
+
     def raise_open_files(self) -> int:
         """Raise the soft limit of open files, 256 under launchd, as far as it goes, and return it.
 
