@@ -12,7 +12,8 @@ from emberd.core.generation import recognise
 from emberd.core.replay import make_replays
 from emberd.core.turn import UNTOLD, messages_of
 from emberd.engine.http import EngineHttp
-from emberd.engine.koboldcpp import KoboldCpp, read_counts
+from emberd.engine.koboldcpp import KoboldCpp
+from emberd.engine.koboldcpp_log import read_counts
 from emberd.services.turns import Ended
 from engine_process import wait_until
 

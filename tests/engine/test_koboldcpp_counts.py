@@ -12,7 +12,8 @@ import pytest
 from emberd.core.settings import EngineSettings, Settings
 from emberd.core.turn import PromptCounts
 from emberd.engine.http import EngineHttp
-from emberd.engine.koboldcpp import KoboldCpp, read_counts
+from emberd.engine.koboldcpp import KoboldCpp
+from emberd.engine.koboldcpp_log import read_counts
 from emberd.engine.output import OutputFollower, open_for_engine
 from emberd.host import ThisHost
 

@@ -20,7 +20,7 @@ from emberd.core.replay import fits
 from emberd.core.reuse import CacheRoom
 from emberd.core.turn import UNTOLD, PromptCounts, prompt_text
 from emberd.core.types import Activity, LaunchPlan, Readiness
-from emberd.engine import koboldcpp_switch, llama_log
+from emberd.engine import koboldcpp_log, koboldcpp_switch, llama_log
 from emberd.engine.http import NOTHING_LISTENS
 from emberd.engine.koboldcpp_flags import Wishes, compose, model_of_file, switched
 from emberd.engine.koboldcpp_help import PROBE_ARGUMENT, read_help, read_probe
@@ -48,15 +48,6 @@ USUAL_NAMES = ("koboldcpp", "koboldcpp-mac-arm64", "koboldcpp-linux-x64", "kobol
 _SCRIPT = "koboldcpp.py"
 _NAMED, _NO_MODEL = "koboldcpp/", "inactive"
 _HTTP_OK = 200
-_PRIVATE = re.compile(r"Namespace\(|Body Err:|^(?:Input|Output):|password='")
-"""`Namespace(` shows passwords and `Body Err:` whole request bodies, both even with --quiet. Either can follow
-the counts of a generation, whose line ends only with the next one (1.104, 1.115)."""
-_REPLY = "Output:"
-_OWN_WORDS = re.compile(
-    r"\[\d\d:\d\d:\d\d\] CtxLimit|Processing Prompt|Generating|Admin: |Reloading new |Terminating old "
-    r"|Restarting Kobold|Attempting to recover|\[Unload Timeout\]|llama_|load_|System: |Loading |Initializing "
-)
-"""What ends a reply in the log. A model that was switched in place prints them: --quiet is lost (1.104, 1.115)."""
 _WILL_NEVER_SERVE = ("IPv4 Socket Failed to Bind", "Both IPv4 and IPv6 cannot bind")
 """1.104 then spins on the unbound socket for ever; 1.76 exits with 1, later builds with 0."""
 _PROTECTED_MODEL = "koboldcpp/protected-model"
@@ -122,7 +113,7 @@ class KoboldCpp:
         self._build: Build | None = None
         self._password: str | None = None
         self.switch: Switch | None = None
-        self._is_in_reply = False
+        self._private_lines = koboldcpp_log.PrivateLines()
         self.most_at_work = 1
         """It works on one unless told. Six more may wait in its queue, further ones get 503 (1.104)."""
 
@@ -366,7 +357,7 @@ class KoboldCpp:
 
     def counts_in_line(self, line: str) -> PromptCounts | None:
         """Read the line at the end of each generation, which is printed even with --quiet."""
-        return read_counts(line)
+        return koboldcpp_log.read_counts(line)
 
     def read_progress(self, line: str) -> LoadProgress | None:
         """Recognise llama.cpp's and KoboldCPP's loading lines."""
@@ -374,11 +365,7 @@ class KoboldCpp:
 
     def is_private(self, line: str) -> bool:
         """Recognise the lines that hold passwords, prompts or replies; a reply can have several."""
-        is_begun = _PRIVATE.search(line) is not None
-        self._is_in_reply = line.startswith(_REPLY) or (
-            self._is_in_reply and not is_begun and _OWN_WORDS.match(line) is None
-        )
-        return is_begun or self._is_in_reply
+        return self._private_lines.is_one(line)
 
     def is_fatal(self, line: str) -> bool:
         """Recognise that the port was taken."""
@@ -445,38 +432,6 @@ def _as_built(wishes: OwnerWishes, build: Build | None) -> OwnerWishes:
         value_bytes=wishes.value_bytes if has_flash else max(wishes.value_bytes, F16_BYTES),
         has_windows=build.offers("noswa") if wishes.has_windows is None else wishes.has_windows,
     )
-
-
-_CONTEXT = re.compile(r"(?:^|\] )CtxLimit:(?P<held>\d+)/\d+, ")
-_PROCESSED = re.compile(r" Processed:(?P<count>\d+) in ")
-_PROCESS = re.compile(r" Process:(?P<seconds>[\d.]+)s \((?:[\d.]+ms/T = )?(?P<rate>[\d.]+)T/s\)")
-_GENERATED = re.compile(r" (?:Amt|Generated):(?P<count>\d+)/")
-_BATCHED = re.compile(r"\] BatchRequest:\d+, Prompt:(?P<prompt>\d+), Generated:(?P<generated>\d+)/")
-
-
-def read_counts(line: str) -> PromptCounts | None:
-    """Read the counts at the end of a generation, None from any other line (gpttype_adapter.cpp).
-
-    1.104 and before print seconds and tokens a second, each to a hundredth: their product is the count of
-    processed tokens, off by at most 0.005 s times the rate. 1.115 prints the count. Its continuous batching
-    processes a request's whole prompt.
-    """
-    found = _BATCHED.search(line)
-    if found:
-        return PromptCounts(0, int(found["prompt"]), int(found["generated"]))
-    context, generated = _CONTEXT.search(line), _GENERATED.search(line)
-    if not context or not generated:
-        return None
-    made = int(generated["count"])
-    prompt = max(int(context["held"]) - made, 0)
-    exact, process = _PROCESSED.search(line), _PROCESS.search(line)
-    if exact:
-        processed = int(exact["count"])
-    elif process:
-        processed = round(float(process["seconds"]) * float(process["rate"]))
-    else:
-        return PromptCounts(generated=made)
-    return PromptCounts(max(prompt - processed, 0), processed, made)
 
 
 def read_version(text: object) -> tuple[int, ...]:
