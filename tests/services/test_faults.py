@@ -118,11 +118,13 @@ def test_a_full_disk_does_not_keep_an_engine_from_its_merged_settings(
         url = f"{daemon.url}/api/v1/generate"
         answer = httpx.post(url, json=body, headers=key, trust_env=False, timeout=40)
         assert answer.status_code == httpx.codes.OK, answer.text
-        kill_engine(daemon)
+        killed = kill_engine(daemon)
     disk.make_room()
-    pid = daemon.wait_ready()["engine"]["pid"]
-    os.kill(pid, signal.SIGKILL)
-    assert str(daemon.state.directory / "merged.kcpps") in daemon.wait_ready(other_than=pid)["engine"]["command"]
+    # The status says READY until the end of the killed one is seen.
+    daemon.wait_ready(other_than=killed)
+    killed = kill_engine(daemon)
+    command = daemon.wait_ready(other_than=killed)["engine"]["command"]
+    assert str(daemon.state.directory / "merged.kcpps") in command
 
 
 def test_a_state_directory_that_is_deleted_is_made_again_and_nobody_notices(make_daemon: MakeDaemon):
