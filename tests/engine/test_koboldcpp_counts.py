@@ -8,14 +8,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import structlog
 
-from emberd.core.settings import EngineSettings, Settings
+from emberd.core.settings import EngineSettings, LogSettings, Settings
 from emberd.core.turn import PromptCounts
 from emberd.engine.http import EngineHttp
 from emberd.engine.koboldcpp import KoboldCpp
 from emberd.engine.koboldcpp_log import read_counts
 from emberd.engine.output import OutputFollower, open_for_engine
 from emberd.host import ThisHost
+from emberd.services.engine_output import EngineOutput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +78,24 @@ def test_a_reply_of_several_lines_stays_private(tmp_path: Path):
     os.write(descriptor, "\n".join([*own[:2], "Output: SECRET", "SECRET", own[2], ""]).encode())
     assert reader.read_lines() == own
     os.close(descriptor)
+    assert b"SECRET" not in path.read_bytes()
+
+
+def test_a_reply_stays_private_when_settings_are_read_again_in_its_middle(tmp_path: Path):
+    unused: Any = None
+    engine, new = (KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused) for _ in range(2))
+    path, noted = tmp_path / "engine.log", list[str]()
+    output = EngineOutput(
+        path, LogSettings(), engine, ThisHost(), structlog.get_logger(), noted.append, noted.append
+    )
+    descriptor = open_for_engine(path)
+    os.write(descriptor, b"Output: SECRET one\n")
+    output.read()
+    output.use(new, LogSettings())
+    os.write(descriptor, f"SECRET two\n{SHORT}\n".encode())
+    output.read()
+    os.close(descriptor)
+    assert noted == [SHORT]
     assert b"SECRET" not in path.read_bytes()
 
 

@@ -50,7 +50,7 @@ class OutputFollower:
         reserve: Callable[[int, int], None] = lambda _descriptor, _size_bytes: None,
     ) -> None:
         self._path = path
-        self._is_private = is_private
+        self.is_private = is_private
         self._rotate_bytes = rotate_bytes
         self._kept_files = kept_files
         self._reserve = reserve
@@ -61,9 +61,9 @@ class OutputFollower:
         self._is_scrubbing = False
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
 
-    def set_limits(self, is_private: Callable[[str], bool], rotate_bytes: int, kept_files: int) -> None:
+    def set_limits(self, rotate_bytes: int, kept_files: int) -> None:
         """Take over new settings; they count from the next line on."""
-        self._is_private, self._rotate_bytes, self._kept_files = is_private, rotate_bytes, kept_files
+        self._rotate_bytes, self._kept_files = rotate_bytes, kept_files
         self._room_bytes = rotate_bytes
 
     def make_room(self) -> bool:
@@ -158,7 +158,7 @@ class OutputFollower:
             is_complete = piece.endswith(b"\n")
             self._pending += piece.rstrip(b"\n")
             text = self._pending.decode("utf-8", "replace").strip()
-            if not self._is_cutting and text and self._is_private(text):
+            if not self._is_cutting and text and self.is_private(text):
                 self._is_scrubbing = True
                 start -= len(self._pending) - len(piece.rstrip(b"\n"))
             if self._is_scrubbing:

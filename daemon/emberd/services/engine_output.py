@@ -62,8 +62,11 @@ class EngineOutput:
 
     def use(self, engine: Engine, settings: LogSettings) -> None:
         """Take over new settings; they count from the next line on."""
+        if engine.name != self._engine.name:
+            # Else the filter stays that there is: it knows whether a reply is being printed.
+            self._follower.is_private = engine.is_private
         self._engine = engine
-        self._follower.set_limits(engine.is_private, *_limits(settings))
+        self._follower.set_limits(*_limits(settings))
 
     def skip_to_end(self) -> None:
         """Begin at the end of the file; lines of an earlier engine are scrubbed, not reported."""
