@@ -254,7 +254,7 @@ async def test_it_ends_when_it_may_no_longer(rig: Rig, reason: str, monkeypatch:
     elif reason == "battery":
         rig.watch._power = (time.monotonic(), Power(source=PowerSource.BATTERY))
     else:
-        await rig.service.cool(60) if reason == "cool" else rig.service.pause(60)
+        await (rig.service.cool(60) if reason == "cool" else rig.service.pause(60))
     async with asyncio.timeout(LIMIT_S):
         await rig.touching.run()
     told = rig.dwelt()
@@ -689,6 +689,28 @@ async def test_a_pass_under_way_ends_under_critical_pressure(rig: Rig):
     assert not rig.use.letting_go.is_set()
 
 
+@pytest.mark.parametrize("verb", ["pause", "cool"])
+async def test_a_pass_under_way_ends_for_a_pause_and_for_a_cool_spell(rig: Rig, verb: str):
+    rig.hears(TURN)
+    begun = asyncio.Event()
+
+    async def send(*_: Any) -> dict[str, Any] | None:
+        begun.set()
+        await asyncio.sleep(LIMIT_S)
+        return {}
+
+    async def abort(*_: Any) -> bool:
+        return True
+
+    rig.engine.engine.send, rig.engine.engine.abort = send, abort
+    async with asyncio.timeout(LIMIT_S / 2):
+        warming = asyncio.create_task(rig.service.warm())
+        await begun.wait()
+        await getattr(rig.service, verb)(60)
+        assert (await warming)["steps"] == ["touch"]
+    assert not rig.use.letting_go.is_set()
+
+
 @pytest.mark.parametrize("trigger", [Trigger.KNOCK, Trigger.RELIEVED, Trigger.EVICTING])
 @pytest.mark.parametrize("obstacle", ["user", "pressure"])
 async def test_what_woke_it_outlasts_an_obstacle_that_passes(rig: Rig, trigger: Trigger, obstacle: str):
@@ -1018,7 +1040,7 @@ async def test_in_a_storm_nothing_is_touched_where_it_would_be_wrong(rig: Rig, o
     if obstacle == "lock":
         rig.engine.lock_state = LockState.HELD
     elif obstacle == "pause":
-        rig.service.pause(60)
+        await rig.service.pause(60)
     else:
         rig.settings = replace(rig.settings, priority="machine-first")
     await rig.watch.read()

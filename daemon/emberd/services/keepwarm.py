@@ -102,9 +102,10 @@ class KeepWarm:
         refused = replays.take_refusal()
         return {"ok": True, **(done or {}), **({"refused": refused} if refused else {})}
 
-    def pause(self, seconds: float) -> dict[str, Any]:
+    async def pause(self, seconds: float) -> dict[str, Any]:
         """Warm nothing for a while; locks stay."""
         self._pauses.pause(seconds)
+        await self._use.end_pass()
         return {"ok": True, "seconds": seconds}
 
     def resume(self) -> dict[str, Any]:
@@ -117,6 +118,7 @@ class KeepWarm:
         """Let go of the model's memory for a while, or until the next request; return what was given back."""
         self._pauses.cool(seconds)
         self._gate.tally.lettings_go += 1
+        await self._use.end_pass()
         await self._look()
         given = self._pauses.given_back
         is_locked = self._gate.lock_state is LockState.HELD and self._gate.port is not None

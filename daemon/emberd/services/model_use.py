@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ModelUse:
-    """Knows which users and passes use the model; ends a pass for a user or for the thrash guard."""
+    """Knows which users and passes use the model; ends a pass for a user, the thrash guard or a person's wish."""
 
     def __init__(self, gate: Gate, places: Places) -> None:
         self._gate = gate
@@ -43,8 +43,14 @@ class ModelUse:
         """When the last request for the model came, on the monotonic clock; None for never."""
         return self._places.arrived_s
 
+    async def end_pass(self) -> None:
+        """End a pass under way; return when it has ended."""
+        self.letting_go.set()
+        async with self.passing:
+            self.letting_go.clear()  # the next reading of the pressure sets it again where it must be
+
     def interruption(self) -> asyncio.Task[None]:
-        """Wait until a user comes or the thrash guard lets go."""
+        """Wait until a user comes or a pass must end."""
         return asyncio.create_task(_first_of(self._places.next_arrival, self.letting_go))
 
 
