@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from engine_process import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,9 +69,21 @@ def slow_disk(path: Path, bytes_per_s: int) -> Iterator[Callable[[int], None]]:
     try:
         yield lambda pid: (group / "cgroup.procs").write_text(str(pid)) and None
     finally:
-        for pid in (group / "cgroup.procs").read_text().split():
+        wait_until(lambda: _remove_group(group), what=lambda: f"the end of {group}")
+
+
+def _remove_group(group: Path) -> bool:
+    """Move a group's processes up, and remove it; return False if one came meanwhile."""
+    for pid in (group / "cgroup.procs").read_text().split():
+        with suppress(ProcessLookupError):
             (group.parent / "cgroup.procs").write_text(pid)
+    try:
         group.rmdir()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def vmtouch_pages(path: Path) -> tuple[int, int]:

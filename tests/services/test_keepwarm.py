@@ -120,7 +120,7 @@ def test_a_user_who_comes_during_a_replay_is_answered_as_if_there_were_none(make
 
 def test_a_replay_that_was_given_up_holds_up_nobody(make_daemon: MakeDaemon):
     rare = {"warmth.min_interval_s": 300.0, "warmth.max_interval_s": 300.0}
-    daemon = warm_daemon(make_daemon, rare, STANDIN_TOKEN_MS="300")
+    daemon = warm_daemon(make_daemon, rare, STANDIN_TOKEN_MS="1500")  # 300 ms passed before the user came
     timed(daemon, "ba ke li mo", 2)
     perf = f"http://127.0.0.1:{daemon.status()['engine']['port']}/api/extra/perf"
     warming = threading.Thread(target=lambda: daemon.verb("warm"))

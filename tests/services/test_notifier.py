@@ -120,12 +120,12 @@ def test_an_emberd_that_stands_still_is_killed_and_the_next_one_adopts_the_engin
 
 
 def test_a_replaced_emberd_goes_on_under_the_same_pid(make_daemon: MakeDaemon, manager: ServiceManagerStandin):
+    manager.watchdog_s = 30.0  # on a busy computer the next emberd was killed at 2 s, while it started
     daemon = make_daemon()
     start(daemon, manager)
     pid = daemon.wait_ready()["pid"]
-    fed = manager.lines().count("WATCHDOG=1")
     assert daemon.verb("restart", "--daemon").returncode == 0
-    lines = manager.wait_for(lambda lines: lines.count("READY=1") == 2 and lines.count("WATCHDOG=1") >= fed + 3)
+    lines = manager.wait_for(lambda lines: "WATCHDOG=1" in lines[lines.index("RELOADING=1") :])
     begun = lines.index("RELOADING=1")
     assert lines[begun + 1].startswith("MONOTONIC_USEC=")
     assert "READY=1" in lines[begun:]
