@@ -20,7 +20,7 @@ from emberd.core.minute import (
     what_it_brought,
     worth_keeping,
 )
-from emberd.core.spark import spark
+from emberd.core.spark import evenly, spark
 from emberd.core.types import EngineSample
 
 GIB = 1 << 30
@@ -105,6 +105,20 @@ def test_without_a_cold_first_token_nothing_is_estimated():
 def test_programs_that_ask_without_a_pause_fill_no_disk():
     kept = worth_keeping([*(token(each / 10, idle_s=0) for each in range(50)), token(0.05)])
     assert sorted(each.took_s for each in kept) == [0.05, 4.9]
+
+
+def test_a_chart_of_what_is_bad_when_little_shows_the_least():
+    night = [4.5e9] * 1440
+    night[700:720] = [0.1e9] * 20
+    assert spark(night, 44, min).count("▁") == 1
+    assert set(spark(night, 44)) == {"█"}
+
+
+def test_the_time_without_emberd_has_its_place_in_a_chart():
+    hour = evenly([3600, 3660, 7140], [1, 2, 3], 3610, 7200, 60)
+    assert (len(hour), hour[:3], hour[-1]) == (60, [1, 2, None], 3)
+    assert spark(hour, 6) == "▆····█"
+    assert evenly([0, 9000], [1, 2], 3600, 3700, 60) == [None, None], "what lies outside is left out"
 
 
 def test_a_chart_shows_the_largest_of_what_shares_a_place_and_dots_for_the_unknown():

@@ -270,6 +270,8 @@ def test_history_is_csv_and_charts_without_a_daemon_too(ready: Daemon):
     rows = list(csv.DictReader(ready.verb("history", "--csv", "--since", "1h").stdout.splitlines()))
     assert sum(int(row["requests"]) for row in rows) == 1
     assert rows[0]["lettings_go"] == "0"
+    assert json.loads(ready.verb("history", "--json", "--since", "7d").stdout)["step_s"] == 600
+    assert json.loads(ready.verb("history", "--json", "--since", "7d", "--step", "1m").stdout)["step_s"] == 60
     said = ready.verb("history").stdout
     assert "requests" in said
     assert "first tokens" in said
@@ -294,9 +296,9 @@ def test_a_history_that_is_not_there_or_cannot_be_read_is_one_clear_error(make_d
 class Terminal:
     """Runs a verb on a terminal of 80 columns, and reads what it draws."""
 
-    def __init__(self, daemon: Daemon, *words: str) -> None:
+    def __init__(self, daemon: Daemon, *words: str, rows: int = 40) -> None:
         self._mine, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 80, 0, 0))
         environment = {**os.environ, "TERM": "xterm"}
         self.child = subprocess.Popen(
             daemon.command(*words), stdin=theirs, stdout=theirs, stderr=theirs, env=environment
@@ -332,6 +334,20 @@ def test_watch_says_that_the_daemon_has_gone_comes_back_with_it_and_ends_at_an_i
     assert terminal.interrupt() == 0
     assert terminal.drawn.endswith("\x1b[?25h\x1b[?1049l"), "the terminal is as it was"
     assert "Traceback" not in terminal.drawn
+
+
+def test_watch_shows_state_and_charts_on_a_low_terminal(ready: Daemon):
+    ready.complete()
+    assert ready.verb("stop").returncode == 0  # writes the minute that has begun
+    ready.end()
+    ready.start()
+    os.kill(ready.wait_ready()["engine"]["pid"], signal.SIGKILL)
+    ready.wait_for(lambda status: status["state"] == "READY" and status["last_exit"])
+    terminal = Terminal(ready, "status", "--watch", rows=10)
+    terminal.wait_for("at least")  # beside a chart
+    assert terminal.interrupt() == 0
+    assert "READY for" in terminal.drawn
+    assert "last exit" not in terminal.drawn, "the end of the status gives way"
 
 
 def test_the_address_of_the_page_is_printed(ready: Daemon):

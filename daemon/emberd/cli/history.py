@@ -12,12 +12,12 @@ import click
 from emberd.cli.talk import as_json, ask_daemon, ask_status, load_of_daemon, seconds_of, show
 from emberd.core.errors import EmberdError
 from emberd.core.minute import COLUMNS, LONG_IDLE_S, PRESSURES
-from emberd.core.spark import spark
+from emberd.core.spark import evenly, spark
 from emberd.core.words import duration
 from emberd.host.paths import state_paths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rich.table import Table
 
@@ -31,17 +31,20 @@ _SHOWN_TOKENS = 10
 @click.option(
     "--since", default="24h", metavar="DURATION", help="90m, 24h, 7d; a week by the minute, a year by the hour."
 )
+@click.option(
+    "--step", metavar="DURATION", help="Length of a row, 1m or more; by default so that there are some 1000."
+)
 @click.option("--csv", "is_csv", is_flag=True, help="Print the rows as CSV.")
 @as_json
 @click.pass_obj
-def command(config: str | None, *, since: str, is_csv: bool, is_json: bool) -> None:
+def command(config: str | None, *, since: str, step: str | None, is_csv: bool, is_json: bool) -> None:
     """Show what happened: memory, pressure, swap, passes, first tokens, and what keeping warm has brought.
 
     Works without a running emberd, too: then from its file.
     """
     if is_csv and is_json:
         raise click.UsageError("--csv and --json exclude each other")
-    past = _past(config, time.time() - seconds_of(since))
+    past = _past(config, time.time() - seconds_of(since), None if step is None else seconds_of(step))
     if is_csv:
         write = csv.writer(sys.stdout)
         write.writerow(COLUMNS)
@@ -65,10 +68,10 @@ def page(config: str | None, *, is_printed: bool, is_json: bool) -> None:
     show({"address": address}, is_json, lambda _: click.echo(address))
 
 
-def _past(config: str | None, since_s: float) -> dict[str, Any]:
+def _past(config: str | None, since_s: float, step_s: float | None) -> dict[str, Any]:
     """Ask the daemon, which also has what is not written yet; without one read the file."""
     try:
-        return ask_daemon(config, "history", since_s=since_s)
+        return ask_daemon(config, "history", since_s=since_s, step_s=step_s)
     except EmberdError as away:
         from emberd.services.past import File, tell_past  # noqa: PLC0415  # sqlite3
 
@@ -77,7 +80,7 @@ def _past(config: str | None, since_s: float) -> dict[str, Any]:
             raise EmberdError(
                 f"there is no history yet ({path})", "emberd writes it while it runs: emberd run."
             ) from away
-        return tell_past(File(path), since_s, time.time() + 1)
+        return tell_past(File(path), since_s, time.time() + 1, step_s)
 
 
 # --- in words ---------------------------------------------------------------------------------------------------
@@ -111,19 +114,23 @@ def _size(value: float) -> str:
     return _gib(value) if value >= _GIB else f"{value / _MIB:.0f} MiB"
 
 
-_CHARTS: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
-    ("in memory", "resident_bytes", _size, "min"),
-    ("missing", "missing_bytes", _size, "max"),
-    ("in swap", "swapped_bytes", _size, "max"),
-    ("available", "available_bytes", _size, "min"),
-    ("pressure", "pressure", lambda level: PRESSURES[int(level)].value, "max"),
-    ("lost", "lost_bytes", _size, "sum"),
-    ("swap, engine", "swap_engine_bytes", _size, "sum"),
-    ("swap, others", "swap_other_bytes", _size, "sum"),
-    ("passes", "passes", str, "sum"),
-    ("requests", "requests", str, "sum"),
+_CHARTS: tuple[tuple[str, tuple[str, ...], Callable[[float], str], str], ...] = (
+    ("in memory", ("resident_bytes",), _size, "min"),
+    ("locked", ("locked_bytes",), _size, "min"),
+    ("missing", ("missing_bytes",), _size, "max"),
+    ("in swap", ("swapped_bytes",), _size, "max"),
+    ("available", ("available_bytes",), _size, "min"),
+    ("pressure", ("pressure",), lambda level: PRESSURES[int(level)].value, "max"),
+    ("lost", ("lost_bytes",), _size, "sum"),
+    ("let go", ("lettings_go",), str, "sum"),
+    ("swap, engine", ("swap_engine_bytes",), _size, "sum"),
+    ("swap, others", ("swap_other_bytes", "swap_unknown_bytes"), _size, "sum"),
+    ("passes", ("passes",), str, "sum"),
+    ("requests", ("requests",), str, "sum"),
+    ("cut", ("cuts",), str, "sum"),
+    ("continued", ("continuations",), str, "sum"),
 )
-"""Title, column, how a value is written, and which value stands beside the chart."""
+"""Title, columns that are added, how a value is written, and which value stands beside the chart."""
 
 
 def charts(past: dict[str, Any], width: int) -> Table:
@@ -135,15 +142,22 @@ def charts(past: dict[str, Any], width: int) -> Table:
     table.add_column(style="bold")
     table.add_column(no_wrap=True)
     table.add_column(style="dim", no_wrap=True)
-    for title, column, say, which in _CHARTS:
-        values = past.get(column) or []
+    for title, columns, say, which in _CHARTS:
+        values = [_sum(parts) for parts in zip(*(past.get(each) or () for each in columns), strict=True)]
         known = [value for value in values if value is not None]
         if not known or not any(known):
             continue
         told = min(known) if which == "min" else max(known) if which == "max" else sum(known)
         beside = {"min": "at least ", "max": "up to ", "sum": ""}[which] + say(told)
-        table.add_row(title, Text(spark(values, max(width - _CHART_MARGIN, 8))), beside)
+        steps = evenly(past["at_s"], values, past["since_s"], past["until_s"], past["step_s"])
+        line = spark(steps, max(width - _CHART_MARGIN, 8), min if which == "min" else max)
+        table.add_row(title, Text(line), beside)
     return table
+
+
+def _sum(parts: Sequence[float | None]) -> float | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else None
 
 
 def _days(past: dict[str, Any]) -> Table:
@@ -159,7 +173,7 @@ def _days(past: dict[str, Any]) -> Table:
         estimate += f", {spared_bytes / 1e9:.0f} GB of reading" if spared_bytes else ""
         table.add_row(
             day["day"],
-            "" if share is None else f"{share:.0%}",
+            "" if share is None else f"{share:.1%}",
             f"{day['first_tokens']} first tokens",
             _seconds(day["median_s"]),
             _seconds(day["forecast_median_s"]),

@@ -17,7 +17,8 @@ from emberd.core.status import Status, from_plain
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
+    from rich.table import Table
 
 EVERY_S = 2.0
 _HOUR_S = 3600.0
@@ -67,6 +68,22 @@ def _watch(config: str | None, draw: Callable[[Status], RenderableType]) -> None
                     read_s = seen_s
                     with contextlib.suppress(EmberdError):  # it stands by, or is of an older version
                         past = ask_daemon(config, "history", since_s=time.time() - _HOUR_S)
-                shown = Group(draw(from_plain(Status, plain)), Text(""), charts(past, console.width))
+                shown = _arrange(console, draw(from_plain(Status, plain)), charts(past, console.width))
                 live.update(shown, refresh=True)
             time.sleep(EVERY_S)
+
+
+def _arrange(console: Console, status: RenderableType, graphs: Table) -> RenderableType:
+    """Put the status above the charts; on a low terminal its last lines give way, which `emberd status` shows."""
+    from rich.console import Group  # noqa: PLC0415  # heavy
+    from rich.layout import Layout  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    above = Group(status, Text(""))
+    room = console.height - graphs.row_count
+    lines = len(console.render_lines(above))
+    if not console.is_terminal or lines <= room:
+        return Group(above, graphs)
+    arranged = Layout()
+    arranged.split_column(Layout(above, size=max(room, 1)), Layout(graphs))
+    return arranged
