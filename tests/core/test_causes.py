@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from emberd.core.causes import Cause, Kind, of_error, of_exit
-from emberd.core.errors import ConfigError, EmberdError, EngineNotUsable, ModelError, StateUnusable
+from emberd.core.errors import ConfigError, EmberdError, EngineFailed, EngineNotUsable, ModelError, StateUnusable
 
 FULL = Cause(Kind.DISK, "the disk of /state has no room", "Make room.")
 
@@ -28,6 +28,9 @@ FULL = Cause(Kind.DISK, "the disk of /state has no room", "Make room.")
             None,
             Kind.FILES,
         ),
+        (1, "llama_model_load: error loading model: invalid magic", None, None, Kind.FILES),
+        (1, "common_init_from_params: failed to load model", None, None, Kind.FILES),
+        (1, "unable to allocate CPU buffer\nerror loading model", None, None, Kind.MEMORY),
         (1, "unknown argument", None, None, None),
     ],
 )
@@ -43,7 +46,8 @@ def test_the_cause_of_an_end(status: int, words: str, missing: str | None, disk:
         (StateUnusable("full", "Make room."), Kind.DISK),
         (ModelError("gone", "Mount it."), Kind.FILES),
         (EngineNotUsable("gone", "Mount it."), Kind.FILES),
-        (ConfigError("wrong", "Mend it."), None),
+        (ConfigError("--lora gone: not found", "Mend it."), Kind.FILES),
+        (EngineFailed("no", ""), None),
     ],
 )
 def test_the_cause_of_a_refused_start_has_its_words(error: EmberdError, kind: Kind | None):

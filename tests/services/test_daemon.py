@@ -267,6 +267,29 @@ def test_a_hung_engine_is_restarted(make_daemon: MakeDaemon, tmp_path: Path):
     assert any("hung" in event.get("reason", "") for event in daemon.events("engine_state"))
 
 
+def test_a_page_that_polls_does_not_hide_a_hung_engine(make_daemon: MakeDaemon, tmp_path: Path):
+    daemon = make_daemon(
+        {"lifecycle.hang_after_s": 1, "lifecycle.stop_timeout_s": 1},
+        STANDIN_HANG="generation",
+        STANDIN_ONCE_FILE=str(tmp_path / "once"),
+    )
+    daemon.start()
+    first = daemon.wait_ready()["engine"]["pid"]
+    answer, is_over = Background(daemon.complete), threading.Event()
+
+    def poll() -> None:
+        while not is_over.wait(0.1):
+            httpx.get(f"{daemon.url}/api/extra/perf", trust_env=False, timeout=40)
+
+    page = Background(poll)
+    try:
+        assert daemon.wait_ready(other_than=first)
+        assert answer.get()
+    finally:
+        is_over.set()
+        page.get()
+
+
 def test_a_long_generation_is_no_hang(make_daemon: MakeDaemon):
     daemon = make_daemon({"lifecycle.hang_after_s": 1}, STANDIN_TOKEN_MS="200")
     daemon.start()

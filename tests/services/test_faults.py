@@ -164,3 +164,48 @@ def test_a_model_that_went_away_and_came_back_is_served_within_seconds(
     daemon.wait_ready()
     assert daemon.wait_event("obstacle_gone")["cause"] == "files"
     assert daemon.complete()
+
+
+@pytest.mark.parametrize("fault", ["away", "garbage"])
+def test_an_adapter_or_settings_of_the_engine_that_are_mended_are_served_within_seconds(
+    make_daemon: MakeDaemon, tmp_path: Path, model: Path, fault: str
+):
+    kcpps, lora = tmp_path / "own.kcpps", tmp_path / "volume" / "adapter.gguf"
+    lora.parent.mkdir()
+    shutil.copy(model, lora)
+    whole = json.dumps({"lora": [str(lora)], "contextsize": 2048})
+    kcpps.write_text(whole)
+    daemon = make_daemon({"engine.kcpps": str(kcpps)})
+    daemon.start()
+    daemon.wait_ready()
+    if fault == "away":
+        lora.parent.rename(tmp_path / "away")
+    else:
+        kcpps.write_text(whole[:-5])
+    kill_engine(daemon)
+    status = daemon.wait_for(lambda status: status["state"] == "FAILED", "FAILED")
+    assert ("adapter.gguf: not found" if fault == "away" else "own.kcpps") in status["reason"]
+    assert (status["remedy"], status["next_start_in_s"]) != (None, None)
+    if fault == "away":
+        (tmp_path / "away").rename(lora.parent)
+    else:
+        kcpps.write_text(whole)
+    daemon.wait_ready()
+    assert daemon.wait_event("obstacle_gone")["cause"] == "files", "it did not wait for its next try"
+
+
+def test_a_model_that_was_a_beginning_only_is_served_when_it_is_whole(
+    make_daemon: MakeDaemon, tmp_path: Path, model: Path
+):
+    own, content = tmp_path / "own.gguf", model.read_bytes()
+    own.write_bytes(content)
+    daemon = make_daemon({"model.path": str(own)})
+    daemon.start()
+    daemon.wait_ready()
+    own.write_bytes(content[:100])
+    kill_engine(daemon)
+    status = daemon.wait_for(lambda status: status["state"] == "FAILED", "FAILED")
+    assert status["remedy"]
+    own.write_bytes(content)
+    daemon.wait_ready()
+    assert daemon.complete()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from emberd.core.errors import EngineNotUsable, ModelError, StateUnusable
+from emberd.core.errors import ConfigError, EngineNotUsable, ModelError, StateUnusable
 
 if TYPE_CHECKING:
     from emberd.core.errors import EmberdError
@@ -66,7 +66,9 @@ _SAID = (
         "emberd tries again by itself, on another port.",
     ),
     (
-        re.compile(r"tensor \S+ data is not within the file bounds"),
+        re.compile(
+            r"(?:tensor \S+ data is not within the file bounds|error loading model|failed to load model)[^\n]*"
+        ),
         Kind.FILES,
         "Bring the whole file; emberd tries again when it changes.",
     ),
@@ -79,7 +81,7 @@ def of_error(error: EmberdError) -> Cause | None:
     """Return the passing cause behind a start that was refused, None if only a person can mend it."""
     if isinstance(error, StateUnusable):
         return Cause(Kind.DISK, error.message, error.remedy)
-    if isinstance(error, ModelError | EngineNotUsable):
+    if isinstance(error, ModelError | EngineNotUsable | ConfigError):  # its files are read at each start
         return Cause(Kind.FILES, error.message, error.remedy)
     return None
 

@@ -115,7 +115,7 @@ _WORDS: dict[str, Words] = {
     "reply_cut": lambda _: "A reply was cut off by the engine's end",
     "reply_continued": lambda event: f"A cut reply was continued after {count(event['tokens_so_far'], 'token')}",
     "reply_broken_off": lambda _: "A reply broke off with the engine, and cannot be continued",
-    "request_failed": lambda _: "The engine ended before it answered a request",
+    "request_failed": lambda _: "The engine closed a connection before it answered",
     "request_invalid": lambda event: f"A request was no valid HTTP: {event['reason']}",
     "request_refused": lambda event: f"A request was refused: {str(event['reason']).replace('_', ' ')}",
     "reloaded": lambda _: "The settings were read again",

@@ -74,7 +74,7 @@ class EngineRun:
         self._wired_loaded: int | None = None
         self._died_s: float | None = None
         self._is_unsaved = False
-        self.obstacles = Obstacles(settings, paths.record.parent, log)
+        self.obstacles = Obstacles(settings, paths.record.parent, log, lambda: gate.engine.wishes().files)
         self.process: EngineProcess | None = None
         self.notices: tuple[Notice, ...] = ()
         """What the owner should know of the engine's settings."""

@@ -118,7 +118,8 @@ class Exchange:
                             await self._end_early(self._stream, client)
                             return
                         with self._gate.admitted() as flowed:
-                            await self._send(scope, body, client, rest, flowed)
+                            # What a page is told when it polls is no progress of a generation.
+                            await self._send(scope, body, client, rest, flowed if waits else _ignore)
                             return
                     except EngineRefused:
                         pass  # nothing was sent, so nothing counts
@@ -332,7 +333,7 @@ class Exchange:
 
     async def _give_up(self, client: Client, not_ready: NotReady | None) -> None:
         """Tell the client that there will be no (more) reply."""
-        why = not_ready.message if not_ready else "the engine ended before it answered"
+        why = not_ready.message if not_ready else "the engine closed the connection before it answered"
         if self._stream is not None:
             if self._stream.obstacle:
                 why = f"the engine ended, and a reply with {self._stream.obstacle} cannot be continued"
@@ -347,6 +348,10 @@ class Exchange:
         is_known = self._stream is not None or self._status in {None, _HTTP_OK}
         generation = self._generation if is_known else None
         return Ended(generation, self._stream, bytes(self._whole or b""), self._gate.engine, in_log, self._was_cut)
+
+
+def _ignore(_count: int) -> None:
+    pass
 
 
 def _cause(error: EngineBrokeOff) -> str:

@@ -7,21 +7,25 @@ import os
 import tempfile
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emberd.core import causes
 from emberd.core.causes import LEAST_ROOM_BYTES, Cause, Kind
+from emberd.core.engine_files import is_address
 from emberd.core.errors import EmberdError, ModelError, StateUnusable
+from emberd.core.gguf import split_names
 from emberd.core.lifecycle import CauseGone, LaunchFailed
 from emberd.host.files import make_private_folder, write_atomically
 from emberd.host.model_file import check_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from structlog.typing import FilteringBoundLogger
 
+    from emberd.core.engine_files import NamedFile
     from emberd.core.settings import Settings
 
 _PROBE = "room.probe"
@@ -36,10 +40,18 @@ class Obstacles:
     Args:
         settings: the present ones.
         directory: the state directory.
+        files: returns the files that the engine's options name; may raise EmberdError.
     """
 
-    def __init__(self, settings: Callable[[], Settings], directory: Path, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        directory: Path,
+        log: FilteringBoundLogger,
+        files: Callable[[], Iterable[NamedFile]] = tuple,
+    ) -> None:
         self._settings = settings
+        self._files = files
         self._directory = directory
         self._log = log
         self._marks = self._read_marks()
@@ -134,17 +146,20 @@ class Obstacles:
             return False
         return True
 
-    def _read_marks(self) -> tuple[tuple[int, ...] | None, ...]:
+    def _read_marks(self) -> dict[Path, tuple[int, ...] | None]:
         settings = self._settings()
-        return tuple(
-            _mark(each) for each in (settings.model.path, settings.engine.path, settings.engine.kcpps) if each
-        )
+        named = [settings.model.path, settings.engine.path, settings.engine.kcpps]
+        with suppress(EmberdError):  # a .kcpps file that is broken; it is looked at itself
+            named += [each.path for each in self._files()]
+        first_parts = [Path(each).expanduser() for each in named if each and not is_address(each)]
+        parts = [first.with_name(name) for first in first_parts for name in split_names(first.name)]
+        return {part: _mark(part) for part in parts}
 
 
-def _mark(path: str) -> tuple[int, ...] | None:
+def _mark(path: Path) -> tuple[int, ...] | None:
     """Return a value that changes when a file comes, goes, is written, or changes its permissions."""
     try:
-        seen = Path(path).expanduser().stat()
+        seen = path.stat()
     except OSError:
         return None
     return seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino, seen.st_size, int(os.access(path, os.R_OK))

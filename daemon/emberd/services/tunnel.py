@@ -74,7 +74,7 @@ class Tunnels:
             await client.refuse(not_ready)
         except (EngineRefused, EngineBrokeOff):
             if not client.has_begun:
-                await client.answer(502, "engine_died", "the engine ended before it answered")
+                await client.answer(502, "engine_died", "the engine closed the connection before it answered")
         finally:
             self._open -= 1
 
