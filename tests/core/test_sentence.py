@@ -31,6 +31,8 @@ WARM = Status(state="READY", warmth=WarmthStatus(mode="auto", forecast=ForecastS
 COLD = replace(WARM, warmth=WarmthStatus(mode="auto", next_look_in_s=9, forecast=ForecastStatus("cold", 12.4)))
 FOUND = Finding("The computer swaps", "3 GB in swap", "Close other programs.")
 
+DISK = Finding("The disk is full", "0 bytes free\n | last words", "Make room.", is_error=True)
+
 
 def idle(**changes: object) -> Status:
     """Return the status of a cold model, with other warmth."""
@@ -117,10 +119,14 @@ def test_each_state_without_a_ready_engine_has_its_words(status: Status, text: s
     assert (said.text, said.tone) == (text, tone)
 
 
-def test_a_failed_engine_says_why_in_one_line_unless_the_doctor_knows_better():
+def test_a_failed_engine_says_why_in_one_line_and_what_helps():
     failed = Status(state="FAILED", reason="no such file\nlast words")
     assert say(failed).why == "no such file"
-    assert say(failed, FOUND).why == "3 GB in swap"
+    assert say(failed, FOUND).why == "no such file", "a warning is no reason"
+    assert say(failed, DISK).why == "The disk is full: 0 bytes free"
+    assert say(failed, DISK).helps == "Make room."
+    assert say(replace(failed, remedy="Bring it back."), DISK).why == "no such file"
+    assert say(replace(failed, remedy="Bring it back."), DISK).helps == "Bring it back."
     assert say(replace(failed, state="STANDBY", remedy="Mend it.")).helps == "Mend it."
 
 

@@ -16,6 +16,7 @@ import emberd
 from daemon_process import Daemon
 from emberd.core.access import AccessRules, judge_view
 from emberd.core.errors import EmberdError
+from emberd.core.status import ForecastStatus, Status, WarmthStatus, to_plain
 from emberd.services.door import Door
 from emberd.services.page import Page
 
@@ -229,3 +230,16 @@ async def test_what_cannot_be_told_is_one_clear_error(name: str):
         "code": "cannot_tell",
         "remedy": "Mend it.",
     }
+
+
+async def test_what_the_doctor_found_in_another_state_explains_nothing():
+    status = Status(state="READY", warmth=WarmthStatus(mode="auto", forecast=ForecastStatus("cold", 12.4)))
+    examined = {"shown": [{"title": "Leftovers", "evidence": "pid 1", "remedy": "End it.", "severity": "error"}]}
+    log = structlog.get_logger()
+    verbs = {"status": lambda: to_plain(status), "doctor": lambda: {**examined, "unknown": []}}
+    page = Page(verbs, Door(AccessRules, log), log)
+    await page.view()
+    await page._doctor()
+    assert (await page.view())["sentence"]["why"] == "Leftovers: pid 1"
+    status = Status(state="FAILED", reason="exit code 1\nlast words")
+    assert (await page.view())["sentence"]["why"] == "exit code 1"

@@ -34,11 +34,13 @@ class Finding:
         title: in a few words.
         evidence: what was seen, with figures.
         remedy: what to do, may be empty.
+        is_error: something does not work; a warning is never why there is no engine.
     """
 
     title: str
     evidence: str
     remedy: str = ""
+    is_error: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +105,15 @@ def _of_no_engine(status: Status, finding: Finding | None) -> Sentence:
     text, tone = _STATES[known]
     if status.next_start_in_s is not None:
         text += f" It starts again in {duration(max(status.next_start_in_s, 0))}."
-    if tone is Tone.BAD and finding is not None:
-        return Sentence(text, tone, finding.evidence, finding.remedy)
+    if tone is Tone.BAD and not status.remedy and finding is not None and finding.is_error:
+        return Sentence(text, tone, f"{finding.title}: {_first_line(finding.evidence)}", finding.remedy)
     if status.loading is not None and known is State.LOADING:
         return Sentence(text, tone, f"{status.loading.phase} {status.loading.detail}".strip())
     if known is State.COOL:
         return Sentence(text, tone, "", "The next request starts the engine; so does Resume.")
     why = _first_line(status.reason or (status.last_exit or "" if tone is Tone.BAD else ""))
     helps = "Restart it, here or by: emberd restart" if known in {State.FAILED, State.STOPPED} else ""
-    return Sentence(text, tone, why, helps)
+    return Sentence(text, tone, why, status.remedy or helps)
 
 
 def _of_idle(status: Status, warmth: WarmthStatus, finding: Finding | None) -> Sentence:

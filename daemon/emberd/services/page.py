@@ -83,6 +83,7 @@ class Page:
         self._door = door
         self._examined: tuple[float, dict[str, Any]] | None = None
         self._examining = asyncio.Lock()
+        self._state = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Scripts and colours are for everybody: nothing in them is private."""
@@ -128,8 +129,12 @@ class Page:
     async def view(self) -> dict[str, Any]:
         """Return what the live part of the page shows: the sentence, the status, the last events in words."""
         plain = await self._ask("live" if "live" in self._verbs else "status")
-        examined = self._examined[1] if self._examined else {}
-        found = [Finding(each["title"], each["evidence"], each["remedy"]) for each in _ills(examined)]
+        if plain["state"] != self._state:
+            self._state, self._examined = plain["state"], None  # what was found in another state explains nothing
+        found = [
+            Finding(each["title"], each["evidence"], each["remedy"], is_error=each["severity"] == "error")
+            for each in _ills(self._examined[1] if self._examined else {})
+        ]
         sentence = say(from_plain(Status, plain), found[0] if found else None)
         events = [(event["timestamp"], event["level"], say_event(event)) for event in logs.recent()]
         return {
