@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
 from browser import PROGRAM
+from emberd.core.minute import COLUMNS, FirstToken
 from memory_squeeze import can_squeeze, memory_group
 from page_cache import evict, slow_disk
 from page_viewer import Viewer
@@ -30,12 +33,16 @@ AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
 """npm, axe-core 4.14.1; scripts/environment fetches it."""
 SHOTS = os.environ.get("EMBERD_TEST_SHOTS", "")
 """A folder for screenshots, for CI to keep."""
+BEGIN_S = 1_780_272_000
 PHONE = {"width": 360, "height": 740}
 MOST_BYTES = 150 * 1024
 IS_LIVE = "document.getElementById('link').dataset.link === 'live'"
 SHARES = "[...document.querySelectorAll('.cell i')].map((each) => Number(each.style.transform.slice(7, -1)))"
 COLD_BYTES = 192 << 20
 SENTENCE = "document.getElementById('sentence').textContent"
+IS_ZOOMED = "!document.getElementById('zoomed').hidden"
+ZOOM = "document.getElementById('zoom').textContent"
+CHART = """[...document.querySelectorAll('.chart')].find((each) => each.querySelector('h3').textContent === '{}')"""
 
 pytestmark = [pytest.mark.skipif(not PROGRAM, reason="Chromium is not installed"), pytest.mark.timeout(180)]
 
@@ -63,6 +70,42 @@ def look_at(browser: Viewer, daemon: Daemon, name: str = "", **shape: int | bool
     browser.wait_for("performance.getEntriesByName('charts').length")
     if SHOTS and name:
         browser.picture(Path(SHOTS) / f"{name}.png")
+
+
+def chart(title: str) -> str:
+    """Return JavaScript that finds the chart of that title."""
+    return CHART.format(title)
+
+
+def draw(
+    browser: Viewer, past: dict[str, Any], from_s: float, to_s: float, *, keeps_zoom: bool = False, step_s: int = 60
+) -> None:
+    """Draw a past: `at_s`, the columns that are known, and first tokens by their attributes."""
+    rows = len(past.get("at_s", ()))
+    told = {
+        "step_s": step_s,
+        "at_s": [],
+        **{name: [None] * rows for name in COLUMNS if name != "at_s"},
+        **past,
+        "tokens": {**{each.name: [] for each in fields(FirstToken)}, **past.get("tokens", {})},
+        "days": [],
+    }
+    browser.run(
+        "import('/emberd/web/charts.js').then((charts) => charts.drawCharts("
+        f"{json.dumps(told)}, [{from_s}, {to_s}], {{keepsZoom: {json.dumps(keeps_zoom)}}}))"
+    )
+
+
+def open_table(browser: Viewer, place: str) -> None:
+    """Open the table in an element, and return when it is there."""
+    browser.run(f"{place}.querySelector('details').open = true")
+    browser.wait_for(f"{place}.querySelector('td')")
+
+
+def texts(browser: Viewer, elements: str) -> list[str]:
+    """Return the text of each of these elements."""
+    found: list[str] = browser.run(f"[...{elements}].map((each) => each.textContent)")
+    return found
 
 
 def test_it_shows_a_warm_model_and_asks_nobody_else_and_complains_of_nothing(browser: Viewer, daemon: Daemon):
@@ -197,21 +240,54 @@ def test_it_can_be_used_by_keyboard_alone(browser: Viewer, daemon: Daemon):
 
 def test_the_charts_zoom_by_finger_and_by_mouse_and_show_all_again(browser: Viewer, daemon: Daemon):
     look_at(browser, daemon, **PHONE)
-    is_zoomed = "!document.getElementById('zoomed').hidden"
     browser.run("document.querySelector('.u-over').scrollIntoView({block: 'center'})")
-    assert not browser.run(is_zoomed)
+    assert not browser.run(IS_ZOOMED)
     browser.pinch(".u-over", 40, 160)
-    browser.wait_for(is_zoomed)
-    shown = browser.run("document.getElementById('zoom').textContent")
+    browser.wait_for(IS_ZOOMED)
+    shown = browser.run(ZOOM)
     browser.pinch(".u-over", 40, 160)
-    browser.wait_for(f"document.getElementById('zoom').textContent !== '{shown}'")
+    browser.wait_for(f"{ZOOM} !== '{shown}'")
     for _ in range(2):
         browser.pinch(".u-over", 200, 40)
-    browser.wait_for(f"!({is_zoomed})")
+    browser.wait_for(f"!({IS_ZOOMED})")
     browser.drag(".u-over", 40, 120)
-    browser.wait_for(is_zoomed)
+    browser.wait_for(IS_ZOOMED)
     browser.run("document.getElementById('all').click()")
-    browser.wait_for(f"!({is_zoomed})")
+    browser.wait_for(f"!({IS_ZOOMED})")
+    assert browser.complaints() == []
+
+
+def test_the_charts_follow_the_time_and_stay_where_they_were_zoomed_to(browser: Viewer, daemon: Daemon):
+    look_at(browser, daemon)
+    place = chart("Memory pressure")
+    begin, later, hour = BEGIN_S, BEGIN_S + 3600, 3600
+
+    def past(end_s: int) -> dict[str, Any]:
+        at_s = list(range(begin, end_s, 60))
+        return {"at_s": at_s, "available_bytes": [at - begin for at in at_s]}
+
+    browser.run(f"{place}.querySelector('details').open = true")
+    draw(browser, past(later), begin, later)
+    rows = f"{place}.querySelectorAll('tbody tr')"
+    browser.wait_for(f"{rows}.length === 60")
+    draw(browser, past(later + 1200), begin + 1200, later + 1200, keeps_zoom=True)
+    assert not browser.run(IS_ZOOMED), "nobody has zoomed"
+    assert browser.run(f"{rows}.length") == 60
+    newest = browser.run(f"import('/emberd/web/words.js').then(({{words}}) => words.moment({later + 1140}))")
+    assert browser.run(f"{rows}[0].cells[0].textContent") == newest
+
+    browser.run(f"{place}.querySelector('.plot').focus()")
+    browser.press("+")
+    browser.wait_for(IS_ZOOMED)
+    shown = browser.run(ZOOM)
+    draw(browser, past(later + 1800), begin + 1800, later + 1800, keeps_zoom=True)
+    assert browser.run(IS_ZOOMED)
+    assert browser.run(ZOOM) == shown
+    draw(browser, past(later + 2 * hour), begin + 2 * hour, later + 2 * hour, keeps_zoom=True)
+    assert browser.run(IS_ZOOMED)
+    assert browser.run(ZOOM) != shown, "what was zoomed to is no longer in the span"
+    browser.press("Escape")
+    browser.wait_for(f"!({IS_ZOOMED})")
     assert browser.complaints() == []
 
 

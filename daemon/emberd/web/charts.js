@@ -98,16 +98,22 @@ function at(date, days, hour) {
 
 export function drawCharts(history, [from, to], { keepsZoom = false } = {}) {
   past = withGaps(history);
-  if (!keepsZoom || zoom[0] >= zoom[1]) zoom = [from, to];
+  const isZoomed = keepsZoom && isPart();
   span = [from, to];
+  zoom = isZoomed ? within(...zoom) : span;
   if (!shown.length) build();
   for (const chart of shown) update(chart);
   tellZoom();
   performance.mark("charts");
 }
 
+// Whether less than the span is shown; a second is left for rounding.
+function isPart() {
+  return zoom[0] > span[0] + 1 || zoom[1] < span[1] - 1;
+}
+
 function tellZoom() {
-  const isZoomed = zoom[0] > span[0] || zoom[1] < span[1];
+  const isZoomed = isPart();
   if (isZoomed) tell(find("zoom"), zoom.map(words.moment).join(" to "));
   find("zoomed").hidden = !isZoomed;
 }
@@ -335,10 +341,15 @@ function zoomAt(time, factor) {
   zoomTo(time - (time - zoom[0]) * factor, time + (zoom[1] - time) * factor);
 }
 
-function zoomTo(from, to) {
+// What lies in the span of a part of it, as wide as that if possible.
+function within(from, to) {
   const width = Math.min(Math.max(to - from, LEAST_SPAN_S), span[1] - span[0]);
   const begin = Math.min(Math.max(from, span[0]), span[1] - width);
-  zoom = [begin, begin + width];
+  return [begin, begin + width];
+}
+
+function zoomTo(from, to) {
+  zoom = within(from, to);
   for (const { u, table: behind } of shown) {
     u?.setScale("x", { min: zoom[0], max: zoom[1] });
     u?.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
