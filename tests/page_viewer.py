@@ -22,8 +22,10 @@ class Viewer(Browser):
         self.events: list[dict[str, Any]] = []
         """What the page has done since `view`: the protocol's events."""
 
-    def view(self, url: str, *, width: int = 1280, height: int = 900, is_dark: bool = False) -> None:
-        """Open a page; it need not have loaded yet."""
+    def view(
+        self, url: str, *, width: int = 1280, height: int = 900, is_dark: bool = False, script: str = ""
+    ) -> None:
+        """Open a page; it need not have loaded yet. `script` runs before its own ones."""
         self._session = ""
         context = self.do("Target.createBrowserContext")["browserContextId"]
         target = self.do("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
@@ -32,6 +34,8 @@ class Viewer(Browser):
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.do(f"{domain}.enable")
         self.shape(width, height, is_dark=is_dark)
+        if script:
+            self.do("Page.addScriptToEvaluateOnNewDocument", source=script)
         self.do("Page.navigate", url=url)
 
     def shape(self, width: int, height: int, *, is_dark: bool = False) -> None:

@@ -102,6 +102,13 @@ def test_without_a_cold_first_token_nothing_is_estimated():
     assert (brought.spared_s, brought.spared_bytes, brought.warm_share) == (None, None, None)
 
 
+def test_what_a_day_wrote_to_swap_is_all_that_is_known_and_unknown_is_not_zero():
+    rows = [Minute(0, swap_engine_bytes=1, swap_other_bytes=2), Minute(60), Minute(120, swap_unknown_bytes=4)]
+    assert what_it_brought(rows, [], []).swap_bytes == 7
+    assert what_it_brought([Minute(0, swap_engine_bytes=0)], [], []).swap_bytes == 0
+    assert what_it_brought([Minute(0)], [], []).swap_bytes is None
+
+
 def test_programs_that_ask_without_a_pause_fill_no_disk():
     kept = worth_keeping([*(token(each / 10, idle_s=0) for each in range(50)), token(0.05)])
     assert sorted(each.took_s for each in kept) == [0.05, 4.9]

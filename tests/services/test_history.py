@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import fields, replace
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +21,7 @@ from emberd.core.swap_account import SwapWrites
 from emberd.core.warmth_cost import WarmthCost
 from emberd.services import series
 from emberd.services.history import _MIGRATIONS, KEPT_DAYS, History
+from emberd.services.past import tell_past
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -501,3 +502,12 @@ def test_the_tables_have_the_columns_of_a_minute(book: Book):
         columns = [name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")]
         assert columns[1:] == [each.name for each in fields(Minute)]
     connection.close()
+
+
+def test_the_first_day_counts_as_a_whole_with_what_it_wrote_to_swap(book: Book):
+    history = book.open()
+    midnight = datetime(2026, 5, 1).astimezone().timestamp()
+    early, late = int(midnight) + HOUR_S, int(midnight) + 13 * HOUR_S
+    history.write([], [Minute(early, swap_other_bytes=5), Minute(late, swap_engine_bytes=2), Minute(late + 86_400)])
+    told = tell_past(history, midnight + 12 * HOUR_S, midnight + 48 * HOUR_S)
+    assert [(day["day"], day["swap_bytes"]) for day in told["days"]] == [("2026-05-01", 7), ("2026-05-02", None)]

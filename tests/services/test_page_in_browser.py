@@ -8,14 +8,17 @@ import os
 import signal
 import sys
 from dataclasses import fields
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import structlog
 
 from browser import PROGRAM
-from emberd.core.minute import COLUMNS, FirstToken
+from emberd.core.minute import COLUMNS, FirstToken, Minute
+from emberd.services.history import History
 from memory_squeeze import can_squeeze, memory_group
 from page_cache import evict, slow_disk
 from page_viewer import Viewer
@@ -33,6 +36,7 @@ AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
 """npm, axe-core 4.14.1; scripts/environment fetches it."""
 SHOTS = os.environ.get("EMBERD_TEST_SHOTS", "")
 """A folder for screenshots, for CI to keep."""
+NO_EVENTS = "window.EventSource = class { constructor() { window.source = this; } close() {} }"
 BEGIN_S = 1_780_272_000
 PHONE = {"width": 360, "height": 740}
 MOST_BYTES = 150 * 1024
@@ -56,6 +60,26 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Viewer]:
 @pytest.fixture
 def daemon(make_daemon: MakeDaemon) -> Daemon:
     made = make_daemon({"warmth.mode": "auto"})
+    made.start()
+    made.wait_ready()
+    return made
+
+
+@pytest.fixture
+def week(make_daemon: MakeDaemon) -> Daemon:
+    """Make a daemon with a past of a week before today, at noon. On the last day but one nothing tells of swap."""
+    made = make_daemon({"warmth.mode": "auto"})
+    noon = datetime.now().astimezone().replace(hour=12, minute=0)
+    minutes, tokens = [], []
+    for back in range(1, 8):
+        at_s = int((noon - timedelta(days=back)).timestamp())
+        swapped = None if back == 2 else 987_000_000_000
+        minutes.append(Minute(at_s, observed_s=60, warm_s=59, swap_other_bytes=swapped))
+        tokens += [FirstToken(at_s - many * 300.0, 3900.0, "hot", 0.21, 0.23, 0, 3900, 100) for many in range(2)]
+    made.state.directory.mkdir(mode=0o700)
+    history = History(made.state.history, structlog.get_logger())
+    assert history.write([], minutes, tokens)
+    history.close()
     made.start()
     made.wait_ready()
     return made
@@ -289,6 +313,19 @@ def test_the_charts_follow_the_time_and_stay_where_they_were_zoomed_to(browser: 
     browser.press("Escape")
     browser.wait_for(f"!({IS_ZOOMED})")
     assert browser.complaints() == []
+
+
+def test_the_days_say_what_they_wrote_to_swap_and_unknown_where_nothing_tells(browser: Viewer, week: Daemon):
+    browser.view(f"{week.url}/emberd/", script=NO_EVENTS)
+    swapped = "document.querySelectorAll('#days td:last-child')"
+    browser.wait_for(f"{swapped}.length")
+    told = ["987 GB", "unknown", "987 GB"]
+    assert texts(browser, swapped)[-7:-4] == told, "the rating comes with the first event"
+    browser.run("fetch('status').then((found) => found.text()).then((data) => source.onmessage({data}))")
+    browser.wait_for("document.getElementById('days').textContent.includes('0.16 %')")
+    told = ["987 GB, 0.16 %", "unknown", "987 GB, 0.16 %"]
+    assert texts(browser, swapped)[-7:-4] == told
+    assert texts(browser, swapped)[-1] == told[0], "the oldest day counts as a whole"
 
 
 def test_a_browser_without_a_session_logs_in_and_then_sees_the_page(browser: Viewer, make_daemon: MakeDaemon):

@@ -198,6 +198,7 @@ class Brought:
         spared_s: estimate: what these first tokens would have taken longer, had each met a cold model.
         spared_bytes: estimate: what would have been read from the disk for them.
         read_bytes: what passes have read from it instead.
+        swap_bytes: written to swap by all programs; None if the system tells nothing.
     """
 
     warm_share: float | None = None
@@ -208,6 +209,7 @@ class Brought:
     spared_s: float | None = None
     spared_bytes: int | None = None
     read_bytes: int = 0
+    swap_bytes: int | None = None
 
 
 def what_it_brought(rows: Iterable[Minute], tokens: Iterable[FirstToken], cold: Sequence[FirstToken]) -> Brought:
@@ -219,10 +221,13 @@ def what_it_brought(rows: Iterable[Minute], tokens: Iterable[FirstToken], cold: 
         cold: first tokens that met a cold model, of any time; without one there is no estimate.
     """
     observed_s = warm_s = read_bytes = 0
+    swapped: list[int] = []
     for row in rows:
         observed_s += row.observed_s or 0
         warm_s += row.warm_s or 0
         read_bytes += row.pass_read_bytes or 0
+        by_whom = (row.swap_engine_bytes, row.swap_other_bytes, row.swap_unknown_bytes)
+        swapped += [written for written in by_whom if written is not None]
     after_idle = [token for token in tokens if token.was_idle]
     spared = [token for token in after_idle if token.temperature != Temperature.COLD.value]
     cold_s = median(token.took_s for token in cold) if cold else None
@@ -237,4 +242,5 @@ def what_it_brought(rows: Iterable[Minute], tokens: Iterable[FirstToken], cold: 
         spared_s=None if cold_s is None else sum(max(cold_s - token.took_s, 0.0) for token in spared),
         spared_bytes=int(median(missing)) * len(spared) if missing else None,
         read_bytes=read_bytes,
+        swap_bytes=sum(swapped) if swapped else None,
     )

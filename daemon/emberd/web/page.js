@@ -10,10 +10,12 @@ const DOCTOR_MS = 120_000;
 const DAYS_MS = 600_000;
 let isWarming = false;
 let status = null;
+let brought = [];
 
 // --- now --------------------------------------------------------------------------------------------------------
 
 function show(view) {
+  const before = status;
   status = view.status;
   const { sentence } = view;
   document.body.dataset.tone = sentence.tone;
@@ -31,6 +33,7 @@ function show(view) {
   requests();
   events(view.events);
   cost();
+  if (before?.swap?.endurance_bytes !== status.swap?.endurance_bytes) showDays();
   if (!performance.getEntriesByName("shown").length) performance.mark("shown");
 }
 
@@ -84,7 +87,7 @@ function cost() {
     ["read from the disk", today && words.bytes(today.read_bytes)],
     ["written to swap", swap && words.bytes(swap.written_today_bytes)],
     ["of it by the engine", swap && words.bytes(swap.engine_idle_bytes + swap.engine_busy_bytes)],
-    ["of the SSD's rating", swap && `${(swap.share_of_endurance * 100).toPrecision(2)} %`],
+    ["of the SSD's rating", swap && words.part(swap.share_of_endurance)],
   ]);
 }
 
@@ -190,27 +193,24 @@ async function history(keepsZoom = false) {
 // What each day has brought and cost. The estimates are named as such.
 async function days() {
   const until = Math.ceil(Date.now() / 1000);
-  const past = await ask(`history?since=${until - 7 * 86_400}&until=${until}&step=3600`).catch(() => null);
+  const past = await ask(`history?since=${until - 7 * 86_400}&until=${until}&step=86400`).catch(() => null);
   if (!past?.days.length) return;
-  const swap = new Map();
-  past.at_s.forEach((at, row) => {
-    const day = new Date(at * 1000).toLocaleDateString("sv");
-    const written = ["engine", "other", "unknown"].map((who) => past[`swap_${who}_bytes`][row] ?? 0);
-    swap.set(day, (swap.get(day) ?? 0) + written.reduce((sum, value) => sum + value));
-  });
+  brought = past.days;
+  showDays();
+}
+
+function showDays() {
+  if (!brought.length) return;
   const rating = status?.swap?.endurance_bytes;
-  const row = (day) => {
-    const written = swap.get(day.day) ?? 0;
-    return [
-      new Date(`${day.day}T12:00`).toLocaleDateString([], { weekday: "short", day: "numeric", month: "short" }),
-      words.share(day.warm_share),
-      day.first_tokens ? `${day.first_tokens}, ${words.seconds(day.median_s)}` : "–",
-      day.spared_s == null ? "–" : `${words.duration(day.spared_s)}, ${words.bytes(day.spared_bytes)}`,
-      words.bytes(written) + (rating ? `, ${((written / rating) * 100).toPrecision(2)} %` : ""),
-    ];
-  };
+  const row = (day) => [
+    new Date(`${day.day}T12:00`).toLocaleDateString([], { weekday: "short", day: "numeric", month: "short" }),
+    words.share(day.warm_share),
+    day.first_tokens ? `${day.first_tokens}, ${words.seconds(day.median_s)}` : "–",
+    day.spared_s == null ? "–" : `${words.duration(day.spared_s)}, ${words.bytes(day.spared_bytes)}`,
+    words.bytes(day.swap_bytes) + (rating && day.swap_bytes ? `, ${words.part(day.swap_bytes / rating)}` : ""),
+  ];
   const head = ["Day", "Warm", "Late first tokens, median", "Spared (estimate)", "Swap, of the SSD's rating"];
-  const scroll = make("div.scroll", table(head, past.days.map(row).reverse(), [1, 2, 3, 4]));
+  const scroll = make("div.scroll", table(head, brought.map(row).reverse(), [1, 2, 3, 4]));
   scroll.tabIndex = 0;
   scroll.setAttribute("role", "region");
   scroll.setAttribute("aria-label", "Day by day");

@@ -24,6 +24,10 @@ export const words = {
     const percent = value * 100;
     return `${percent > 99.94 || percent < 0.05 ? Math.round(percent) : percent.toFixed(percent > 99 ? 1 : 0)} %`;
   },
+  // A share that is mostly tiny.
+  part(value) {
+    return value > 0 && value < 1e-5 ? "under 0.001 %" : `${Number((value * 100).toPrecision(2))} %`;
+  },
   clock(at) {
     return new Date(at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
   },
