@@ -315,6 +315,20 @@ def test_the_charts_follow_the_time_and_stay_where_they_were_zoomed_to(browser: 
     assert browser.complaints() == []
 
 
+def test_an_open_table_keeps_focus_and_place_while_it_is_refreshed(browser: Viewer, daemon: Daemon):
+    look_at(browser, daemon)
+    place = chart("Memory pressure")
+    at_s = list(range(BEGIN_S, BEGIN_S + 3600, 60))
+    draw(browser, {"at_s": at_s, "available_bytes": [10**9] * 60}, BEGIN_S, BEGIN_S + 3600)
+    open_table(browser, place)
+    box = f"{place}.querySelector('.scroll')"
+    browser.run(f"{box}.focus(); {box}.scrollTop = 200")
+    at_s.append(BEGIN_S + 3600)
+    draw(browser, {"at_s": at_s, "available_bytes": [2 * 10**9] * 61}, BEGIN_S, BEGIN_S + 3660, keeps_zoom=True)
+    assert browser.run(f"{box}.textContent.includes('2.0 GB')")
+    assert browser.run(f"document.activeElement === {box} && {box}.scrollTop") == 200
+
+
 def test_the_days_say_what_they_wrote_to_swap_and_unknown_where_nothing_tells(browser: Viewer, week: Daemon):
     browser.view(f"{week.url}/emberd/", script=NO_EVENTS)
     swapped = "document.querySelectorAll('#days td:last-child')"

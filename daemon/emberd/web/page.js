@@ -3,7 +3,7 @@
 import { drawCharts, spanOf } from "./charts.js";
 import { ask, follow } from "./live.js";
 import { watchMap } from "./map.js";
-import { figures, find, make, table, tell, words } from "./words.js";
+import { box, figures, find, make, put, table, tell, words } from "./words.js";
 
 const HISTORY_MS = 60_000;
 const DOCTOR_MS = 120_000;
@@ -210,11 +210,8 @@ function showDays() {
     words.bytes(day.swap_bytes) + (rating && day.swap_bytes ? `, ${words.part(day.swap_bytes / rating)}` : ""),
   ];
   const head = ["Day", "Warm", "Late first tokens, median", "Spared (estimate)", "Swap, of the SSD's rating"];
-  const scroll = make("div.scroll", table(head, brought.map(row).reverse(), [1, 2, 3, 4]));
-  scroll.tabIndex = 0;
-  scroll.setAttribute("role", "region");
-  scroll.setAttribute("aria-label", "Day by day");
-  find("days").replaceChildren(scroll);
+  if (!find("days").querySelector(".scroll")) find("days").replaceChildren(box("Day by day"));
+  put(find("days").querySelector(".scroll"), table(head, brought.map(row).reverse(), [1, 2, 3, 4]));
 }
 
 find("range").addEventListener("change", () => history());

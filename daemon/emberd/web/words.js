@@ -66,20 +66,34 @@ export function table(head, rows, numbers = []) {
   );
 }
 
+// A box that scrolls a table.
+export function box(title) {
+  const scroll = make("div.scroll");
+  scroll.tabIndex = 0;
+  scroll.setAttribute("role", "region");
+  scroll.setAttribute("aria-label", title);
+  return scroll;
+}
+
+// Put a newer table into its box, in which focus and place stay.
+export function put(scroll, made) {
+  if (!scroll.firstChild?.isEqualNode(made)) scroll.replaceChildren(made);
+}
+
 // A table that is made when somebody opens it.
 export function unfold(title, fill) {
   const details = make("details", make("summary", title));
-  const show = () => {
-    details.querySelector(".scroll")?.remove();
-    if (!details.open) return;
-    const scroll = make("div.scroll", fill());
-    scroll.tabIndex = 0;
-    scroll.setAttribute("role", "region");
-    scroll.setAttribute("aria-label", title);
-    details.append(scroll);
+  let scroll = null;
+  details.refresh = () => {
+    if (!details.open) {
+      scroll?.remove();
+      scroll = null;
+      return;
+    }
+    scroll ??= details.appendChild(box(title));
+    put(scroll, fill());
   };
-  details.addEventListener("toggle", show);
-  details.refresh = show;
+  details.addEventListener("toggle", details.refresh);
   return details;
 }
 
