@@ -36,6 +36,14 @@ AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
 """npm, axe-core 4.14.1; scripts/environment fetches it."""
 SHOTS = os.environ.get("EMBERD_TEST_SHOTS", "")
 """A folder for screenshots, for CI to keep."""
+HEAR_LABELS = """{
+    window.labels = [];
+    const fill = CanvasRenderingContext2D.prototype.fillText;
+    CanvasRenderingContext2D.prototype.fillText = function (text, ...more) {
+        labels.push([this.canvas.closest('.chart')?.querySelector('h3').textContent, text]);
+        return fill.call(this, text, ...more);
+    };
+}"""
 NO_EVENTS = "window.EventSource = class { constructor() { window.source = this; } close() {} }"
 BEGIN_S = 1_780_272_000
 PHONE = {"width": 360, "height": 740}
@@ -85,9 +93,9 @@ def week(make_daemon: MakeDaemon) -> Daemon:
     return made
 
 
-def look_at(browser: Viewer, daemon: Daemon, name: str = "", **shape: int | bool) -> None:
+def look_at(browser: Viewer, daemon: Daemon, name: str = "", **how: Any) -> None:
     """Open the page, and return when everything that it shows at first is there."""
-    browser.view(f"{daemon.url}/emberd/", **shape)  # type: ignore[arg-type]
+    browser.view(f"{daemon.url}/emberd/", **how)
     browser.wait_for(IS_LIVE)
     browser.wait_for("document.querySelector('.cell') && document.querySelector('#figures dd')")
     browser.wait_for("!document.getElementById('doctor').textContent.includes('Examining')")
@@ -118,6 +126,15 @@ def draw(
         "import('/emberd/web/charts.js').then((charts) => charts.drawCharts("
         f"{json.dumps(told)}, [{from_s}, {to_s}], {{keepsZoom: {json.dumps(keeps_zoom)}}}))"
     )
+
+
+def labels(browser: Viewer, title: str, past: dict[str, Any]) -> list[str]:
+    """Draw a past, and return the labels of values at the axes of the chart of that title."""
+    browser.run("labels.length = 0")
+    draw(browser, past, past["at_s"][0], past["at_s"][-1])
+    browser.wait_for("new Set(labels.map(([title]) => title)).size === 5")
+    told: list[str] = browser.run(f"labels.filter(([title]) => title === '{title}').map(([, text]) => text)")
+    return [each for each in told if ":" not in each and each[:1].isdigit()]
 
 
 def open_table(browser: Viewer, place: str) -> None:
@@ -312,6 +329,31 @@ def test_the_charts_follow_the_time_and_stay_where_they_were_zoomed_to(browser: 
     assert browser.run(ZOOM) != shown, "what was zoomed to is no longer in the span"
     browser.press("Escape")
     browser.wait_for(f"!({IS_ZOOMED})")
+    assert browser.complaints() == []
+
+
+def test_each_axis_has_labels_that_differ_and_none_where_there_is_no_value(browser: Viewer, daemon: Daemon):
+    look_at(browser, daemon, script=HEAR_LABELS)
+    at_s = list(range(BEGIN_S, BEGIN_S + 3600, 60))
+    unknown, nothing, one = [None] * 60, [0] * 60, [1] + [0] * 59
+    passes, swap = chart("Passes and losses"), chart("Written to swap")
+    said = "querySelector('output').textContent"
+
+    past: dict[str, Any] = {"at_s": at_s, "passes": one, "lost_bytes": [2_400_000_000, *unknown[1:]]}
+    assert labels(browser, "Passes and losses", past) == ["0", "1", "0 MB", "1.0 GB", "2.0 GB"]
+    assert labels(browser, "Passes and losses", {"at_s": at_s, "passes": one}) == ["0", "1"]
+    assert browser.run(f"{passes}.{said}") == ""
+    assert labels(browser, "Written to swap", {"at_s": at_s, "swap_engine_bytes": [3_000_000, *nothing[1:]]}) == [
+        "0 MB",
+        "1 MB",
+        "2 MB",
+        "3 MB",
+    ]
+    assert labels(browser, "Written to swap", {"at_s": at_s, "swap_engine_bytes": nothing}) == []
+    assert browser.run(f"{swap}.{said}") == "Nothing was written to swap in this span."
+    assert labels(browser, "Written to swap", {"at_s": at_s}) == []
+    assert browser.run(f"{swap}.{said}") == "Nothing was recorded in this span.", "unknown is not nothing"
+    assert browser.run(f"{chart('First tokens')}.{said}") == "No first token in this span."
     assert browser.complaints() == []
 
 

@@ -5,10 +5,17 @@ import { find, make, steer, table, tell, unfold, words } from "./words.js";
 const NIGHT_BEGINS_H = 22;
 const NIGHT_ENDS_H = 8;
 const LEAST_SPAN_S = 120;
+const RIGHT_REM = 3.6; // in each chart: one below another they share the axis of time
+const UNSEEN = "Nothing was recorded in this span.";
 const PRESSURE = ["normal", "warn", "critical"];
 const each = (value, say) => (value == null ? "unknown" : say(value));
 const rem = (count) => count * Number.parseFloat(getComputedStyle(document.documentElement).fontSize);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+// Steps of an axis, from one up: 1, 2, 5, 10, 20, ...
+const stepsFrom = (least) => Array.from({ length: 40 }, (_, number) => least * [1, 2, 5][number % 3] * 10 ** Math.floor(number / 3));
+const whole = stepsFrom(1);
+const megabytes = stepsFrom(1e6); // with smaller ones two labels would be the same
 
 // What a chart shows of the history. Columns that are stacked come with the top one first.
 const CHARTS = [
@@ -37,6 +44,7 @@ const CHARTS = [
       { area: "swapped", label: "In swap", say: words.bytes },
     ],
     axis: words.bytes,
+    steps: megabytes,
   },
   {
     title: "Memory pressure",
@@ -48,6 +56,7 @@ const CHARTS = [
       { band: ["reading", "swapped"], label: "Pressure", say: (value) => PRESSURE[value] },
     ],
     axis: words.bytes,
+    steps: megabytes,
   },
   {
     title: "Written to swap",
@@ -60,6 +69,7 @@ const CHARTS = [
       { bars: "other", label: "By others", say: words.bytes },
     ],
     axis: words.bytes,
+    steps: megabytes,
     none: "Nothing was written to swap in this span.",
   },
   {
@@ -72,6 +82,9 @@ const CHARTS = [
       { dots: "swapped", filled: true, scale: "lost", label: "Lost", say: words.bytes },
     ],
     axis: String,
+    steps: whole,
+    right: { scale: "lost", axis: words.bytes, steps: megabytes },
+    none: "No pass and no loss in this span.",
   },
 ];
 
@@ -172,9 +185,8 @@ function swatch(name, text) {
 function update(chart) {
   chart.raw = chart.kind.data(past);
   chart.data = chart.kind.stack ? stacked(chart.raw) : chart.raw.map((column, number) => (number > 1 && chart.kind.series[number - 1].band ? column.map(() => null) : column));
-  const isEmpty = chart.kind.none && !chart.raw.slice(1).some((column) => column.some((value) => value));
-  tell(chart.out, isEmpty ? chart.kind.none : "");
-  chart.isEmpty = isEmpty;
+  chart.none = sayNone(chart);
+  tell(chart.out, chart.none);
   if (chart.u) {
     chart.u.batch(() => {
       chart.u.setData(chart.data, false);
@@ -185,6 +197,14 @@ function update(chart) {
     touch(chart);
   }
   if (chart.table.open) chart.table.refresh();
+}
+
+// Why a chart is empty. What is not known is never called nothing.
+function sayNone({ kind, raw }) {
+  const values = raw.slice(1).flat();
+  if (values.some((value) => value)) return "";
+  const isKnown = values.some((value) => value != null) || (past.at_s.length > 0 && !raw[0].length);
+  return isKnown ? (kind.none ?? "") : UNSEEN;
 }
 
 // Sums from the bottom up; the highest is drawn first, and the others over it.
@@ -219,7 +239,7 @@ function options(chart) {
   return {
     width: chart.plot.clientWidth,
     height: chart.plot.clientHeight,
-    padding: [8, 8, 0, 0],
+    padding: [8, kind.right ? 0 : rem(RIGHT_REM), 0, 0],
     legend: { show: false },
     cursor: {
       sync: { key: "time" },
@@ -235,7 +255,8 @@ function options(chart) {
     },
     axes: [
       { ...line, size: rem(1.6), space: rem(4.5), grid: { show: false }, values: times },
-      { ...line, ...(kind.isLog ? onDecades(line) : {}), size: rem(4), space: rem(2.2), values: (_, splits) => splits.map((value) => (value == null ? "" : kind.axis(value))) },
+      upright(line, kind, { size: rem(4) }),
+      ...(kind.right ? [upright({ ...line, grid: { show: false } }, kind.right, { side: 1, size: rem(RIGHT_REM) })] : []),
     ],
     series: [{}, ...drawn.map(series)],
     hooks: {
@@ -246,10 +267,18 @@ function options(chart) {
   };
 }
 
-// Labels and lines at whole powers of ten only.
-function onDecades(line) {
-  const filter = (_, splits) => splits.map((value) => (Math.abs(Math.log10(value) % 1) < 1e-9 ? value : null));
-  return { filter, grid: { ...line.grid, filter } };
+// An axis of values: nothing where there is no value, on a logarithmic one labels and lines at whole powers of ten only.
+function upright(line, { axis, steps, isLog, scale = "y" }, place) {
+  const filter = (u, splits) => {
+    const isEmpty = !hasValue(u, scale);
+    return splits.map((value) => (isEmpty || (isLog && Math.abs(Math.log10(value) % 1) > 1e-9) ? null : value));
+  };
+  const values = (_, splits) => splits.map((value) => (value == null ? "" : axis(value)));
+  return { ...line, ...place, scale, incrs: steps, space: rem(2.2), filter, values, grid: { ...line.grid, filter } };
+}
+
+function hasValue(u, scale) {
+  return u.series.some((one, number) => number > 0 && one.scale === scale && u.data[number].some((value) => value));
 }
 
 // Whole powers of ten around the values.
@@ -299,7 +328,7 @@ function times(_, splits, __, ___, step) {
 
 function readOut(chart, row) {
   if (row == null || chart.raw[0][row] == null) {
-    tell(chart.out, chart.isEmpty ? chart.kind.none : "");
+    tell(chart.out, chart.none);
     return "";
   }
   const values = chart.kind.series.map((one, number) => `${one.label.toLowerCase()} ${each(chart.raw[number + 1][row], one.say)}`);
