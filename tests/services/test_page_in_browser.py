@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import pytest
 import structlog
 
 from browser import PROGRAM
-from emberd.core.minute import COLUMNS, FirstToken, Minute
+from emberd.core.minute import COLUMNS, FirstToken, Minute, what_it_brought
 from emberd.services.history import History
 from memory_squeeze import can_squeeze, memory_group
 from page_cache import evict, slow_disk
@@ -43,6 +43,19 @@ HEAR_LABELS = """{
         labels.push([this.canvas.closest('.chart')?.querySelector('h3').textContent, text]);
         return fill.call(this, text, ...more);
     };
+}"""
+NO_HISTORY = """{
+    window.told = [];
+    window.asked = 0;
+    window.minutely = [];
+    const [get, every] = [fetch, setInterval];
+    window.fetch = async (path, ...more) => {
+        if (!path.startsWith('history')) return get(path, ...more);
+        window.asked += 1;
+        const answer = await get(path, ...more);
+        return new Response(JSON.stringify({...await answer.json(), days: told}));
+    };
+    window.setInterval = (act, ms) => ms === 60_000 ? minutely.push(act) : every(act, ms);
 }"""
 NO_EVENTS = "window.EventSource = class { constructor() { window.source = this; } close() {} }"
 BEGIN_S = 1_780_272_000
@@ -75,7 +88,10 @@ def daemon(make_daemon: MakeDaemon) -> Daemon:
 
 @pytest.fixture
 def week(make_daemon: MakeDaemon) -> Daemon:
-    """Make a daemon with a past of a week before today, at noon. On the last day but one nothing tells of swap."""
+    """Make a daemon with a past of a week before today, at noon; a first token was cold.
+
+    On the day before yesterday nothing tells of swap.
+    """
     made = make_daemon({"warmth.mode": "auto"})
     noon = datetime.now().astimezone().replace(hour=12, minute=0)
     minutes, tokens = [], []
@@ -83,8 +99,9 @@ def week(make_daemon: MakeDaemon) -> Daemon:
         at_s = int((noon - timedelta(days=back)).timestamp())
         swapped = None if back == 2 else 987_000_000_000
         minutes.append(Minute(at_s, observed_s=60, warm_s=59, swap_other_bytes=swapped))
-        tokens += [FirstToken(at_s - many * 300.0, 3900.0, "hot", 0.21, 0.23, 0, 3900, 100) for many in range(2)]
+        tokens += [FirstToken(at_s + many * 400.0, 3900.0, "hot", 0.21, 0.23, 0, 3900, 100) for many in range(12)]
     made.state.directory.mkdir(mode=0o700)
+    tokens.append(FirstToken(at_s + 4800.0, 3900.0, "cold", 400.0, 450.0, 34_000_000_000 // 12, 0, 4000))
     history = History(made.state.history, structlog.get_logger())
     assert history.write([], minutes, tokens)
     history.close()
@@ -357,6 +374,44 @@ def test_each_axis_has_labels_that_differ_and_none_where_there_is_no_value(brows
     assert browser.complaints() == []
 
 
+def test_the_days_are_asked_for_each_minute_until_there_is_one(browser: Viewer, daemon: Daemon):
+    look_at(browser, daemon, script=NO_HISTORY)
+    days = "document.getElementById('days')"
+    note = "document.getElementById('days-note').textContent"
+    assert browser.run(f"{note}") == "Nothing is known yet."
+    day = {"day": "2026-05-01", **asdict(what_it_brought([Minute(0, observed_s=60, warm_s=60)], [], []))}
+    browser.run(f"told = {json.dumps([day])}; minutely.forEach((each) => each())")
+    browser.wait_for(f"{days}.textContent.includes('100')")
+    assert browser.run(note) == "What was spared is not known: no first token of a cold model was seen yet."
+    browser.run("told = []; asked = 0; minutely.forEach((each) => each())")
+    assert browser.run("asked") == 1, "the charts' past; the days are good for ten minutes"
+
+
+def test_the_table_of_first_tokens_says_what_each_one_met(browser: Viewer, daemon: Daemon):
+    look_at(browser, daemon)
+    tokens = {
+        "at_s": [BEGIN_S + 60, BEGIN_S + 600],
+        "took_s": [0.2, 9.0],
+        "forecast_s": [0.3, None],
+        "idle_s": [420, 7200],
+        "temperature": ["hot", "cold"],
+        "reused": [3900, None],
+        "processed": [100, None],
+    }
+    draw(browser, {"tokens": tokens}, BEGIN_S, BEGIN_S + 3600)
+    open_table(browser, chart("First tokens"))
+    place = f"{chart('First tokens')}.querySelectorAll"
+    assert texts(browser, f"{place}('th')") == [
+        *("Time", "Measured", "Forecast", "Idle before", "Found", "Tokens reused")
+    ]
+    assert texts(browser, f"{place}('tbody tr:first-child td')")[1:] == [
+        *("9 s", "unknown", "2 h 0 min", "cold", "unknown")
+    ]
+    assert texts(browser, f"{place}('tbody tr:last-child td')")[1:] == [
+        *("0.2 s", "0.3 s", "7 min", "hot", "3900 of 4000")
+    ]
+
+
 def test_an_open_table_keeps_focus_and_place_while_it_is_refreshed(browser: Viewer, daemon: Daemon):
     look_at(browser, daemon)
     place = chart("Memory pressure")
@@ -371,15 +426,25 @@ def test_an_open_table_keeps_focus_and_place_while_it_is_refreshed(browser: View
     assert browser.run(f"document.activeElement === {box} && {box}.scrollTop") == 200
 
 
+def test_on_a_phone_all_of_a_day_is_there_without_scrolling(browser: Viewer, week: Daemon):
+    look_at(browser, week, "phone-days", **PHONE)
+    browser.wait_for("document.querySelector('#days td')")
+    box = "document.querySelector('#days .scroll')"
+    browser.wait_for(f"{box}.textContent.includes('0.16\u00a0%')")
+    assert browser.run(f"{box}.textContent.includes('1\u00a0h\u00a029\u00a0min, 34\u00a0GB')")
+    assert browser.run(f"{box}.scrollWidth <= {box}.clientWidth")
+    assert browser.run(f"{box}.scrollHeight <= {box}.clientHeight")
+
+
 def test_the_days_say_what_they_wrote_to_swap_and_unknown_where_nothing_tells(browser: Viewer, week: Daemon):
     browser.view(f"{week.url}/emberd/", script=NO_EVENTS)
     swapped = "document.querySelectorAll('#days td:last-child')"
     browser.wait_for(f"{swapped}.length")
-    told = ["987 GB", "unknown", "987 GB"]
+    told = ["987\u00a0GB", "unknown", "987\u00a0GB"]
     assert texts(browser, swapped)[-7:-4] == told, "the rating comes with the first event"
     browser.run("fetch('status').then((found) => found.text()).then((data) => source.onmessage({data}))")
-    browser.wait_for("document.getElementById('days').textContent.includes('0.16 %')")
-    told = ["987 GB, 0.16 %", "unknown", "987 GB, 0.16 %"]
+    browser.wait_for("document.getElementById('days').textContent.includes('0.16\u00a0%')")
+    told = ["987\u00a0GB, 0.16\u00a0%", "unknown", "987\u00a0GB, 0.16\u00a0%"]
     assert texts(browser, swapped)[-7:-4] == told
     assert texts(browser, swapped)[-1] == told[0], "the oldest day counts as a whole"
 

@@ -29,6 +29,11 @@ const CHARTS = [
       { dots: "accent", filled: true, label: "Measured", say: words.seconds },
       { dots: "dim", label: "Forecast", say: words.seconds },
     ],
+    behind: [
+      { label: "Idle before", data: ({ tokens }) => tokens.idle_s, say: words.duration },
+      { label: "Found", data: ({ tokens }) => tokens.temperature, say: String },
+      { label: "Tokens reused", data: reused, say: String },
+    ],
     axis: words.seconds,
     none: "No first token in this span.",
   },
@@ -89,6 +94,9 @@ const CHARTS = [
 ];
 
 const unlocked = (past) => past.resident_bytes.map((all, row) => all && Math.max(all - (past.locked_bytes[row] ?? 0), 0));
+function reused({ tokens }) {
+  return tokens.reused.map((count, row) => (count == null ? null : `${count} of ${count + tokens.processed[row]}`));
+}
 const others = (past) =>
   past.swap_other_bytes.map((value, row) => (value == null ? null : value + (past.swap_unknown_bytes[row] ?? 0)));
 
@@ -220,14 +228,15 @@ function stacked([times, ...columns]) {
   return [times, ...sums.reverse()];
 }
 
-function rows(chart) {
-  const head = ["Time", ...chart.kind.series.map((one) => one.label)];
+function rows({ kind, raw }) {
+  const shown = [...kind.series.map((one, number) => ({ ...one, values: raw[number + 1] })),
+    ...(kind.behind ?? []).map((one) => ({ ...one, values: one.data(past) }))];
   const lines = [];
-  chart.raw[0].forEach((time, row) => {
-    if (time < zoom[0] || time > zoom[1] || chart.raw.slice(1).every((column) => column[row] == null)) return;
-    lines.push([words.moment(time), ...chart.kind.series.map((one, number) => each(chart.raw[number + 1][row], one.say))]);
+  raw[0].forEach((time, row) => {
+    if (time < zoom[0] || time > zoom[1] || raw.slice(1).every((column) => column[row] == null)) return;
+    lines.push([words.moment(time), ...shown.map(({ values, say }) => each(values[row], say))]);
   });
-  return table(head, lines.reverse(), head.map((_, number) => number).slice(1));
+  return table(["Time", ...shown.map((one) => one.label)], lines.reverse(), shown.map((_, number) => number + 1));
 }
 
 // --- drawing ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ const DAYS_MS = 600_000;
 let isWarming = false;
 let status = null;
 let brought = [];
+let broughtAt = -DAYS_MS;
 
 // --- now --------------------------------------------------------------------------------------------------------
 
@@ -196,27 +197,33 @@ async function days() {
   const past = await ask(`history?since=${until - 7 * 86_400}&until=${until}&step=86400`).catch(() => null);
   if (!past?.days.length) return;
   brought = past.days;
+  broughtAt = performance.now();
   showDays();
 }
+
+// On a phone a cell may have two lines, cut behind a comma.
+const inParts = (cells) => cells.map((text) => text.replaceAll(/([^,]) /g, "$1\u00a0"));
 
 function showDays() {
   if (!brought.length) return;
   const rating = status?.swap?.endurance_bytes;
-  const row = (day) => [
+  const row = (day) => inParts([
     new Date(`${day.day}T12:00`).toLocaleDateString([], { weekday: "short", day: "numeric", month: "short" }),
     words.share(day.warm_share),
     day.first_tokens ? `${day.first_tokens}, ${words.seconds(day.median_s)}` : "–",
     day.spared_s == null ? "–" : `${words.duration(day.spared_s)}, ${words.bytes(day.spared_bytes)}`,
     words.bytes(day.swap_bytes) + (rating && day.swap_bytes ? `, ${words.part(day.swap_bytes / rating)}` : ""),
-  ];
-  const head = ["Day", "Warm", "Late first tokens, median", "Spared (estimate)", "Swap, of the SSD's rating"];
+  ]);
+  const head = ["Day", "Warm", "Late first tokens, median", "Spared, estimate", "Swap, of the SSD's rating"];
   if (!find("days").querySelector(".scroll")) find("days").replaceChildren(box("Day by day"));
   put(find("days").querySelector(".scroll"), table(head, brought.map(row).reverse(), [1, 2, 3, 4]));
+  const hasCold = brought.some((day) => day.cold_s != null);
+  tell(find("days-note"), hasCold ? "" : "What was spared is not known: no first token of a cold model was seen yet.");
 }
 
 find("range").addEventListener("change", () => history());
 setInterval(() => document.hidden || history(true), HISTORY_MS);
-setInterval(() => document.hidden || days(), DAYS_MS);
+setInterval(() => document.hidden || performance.now() - broughtAt < DAYS_MS || days(), HISTORY_MS);
 setInterval(() => document.hidden || doctor(), DOCTOR_MS);
 follow(show, () => history(true));
 history().then(days).then(doctor); // one after another: the charts come first

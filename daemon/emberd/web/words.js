@@ -26,7 +26,7 @@ export const words = {
   },
   // A share that is mostly tiny.
   part(value) {
-    return value > 0 && value < 1e-5 ? "under 0.001 %" : `${Number((value * 100).toPrecision(2))} %`;
+    return value > 0 && value < 1e-5 ? "< 0.001 %" : `${Number((value * 100).toPrecision(2))} %`;
   },
   clock(at) {
     return new Date(at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
