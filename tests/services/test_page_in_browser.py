@@ -121,6 +121,23 @@ def look_at(browser: Viewer, daemon: Daemon, name: str = "", **how: Any) -> None
         browser.picture(Path(SHOTS) / f"{name}.png")
 
 
+def can_be_read(browser: Viewer) -> None:
+    """Let axe-core examine the page, with every table open."""
+    if not AXE.exists():
+        pytest.skip("axe-core is not there to check for accessibility; scripts/test fetches it where there is npm")
+    script = AXE.read_bytes()
+    assert hashlib.sha256(script).hexdigest() == AXE_SHA256
+    browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    browser.run(script.decode())
+    found = browser.run(
+        "axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']})"
+        ".then(({violations, passes}) => [passes.length, violations.map(({id, nodes}) => "
+        "`${id}: ${nodes.map((node) => node.html.slice(0, 200)).join(' | ')}`)])"
+    )
+    assert found[1] == []
+    assert found[0] > 20
+
+
 def chart(title: str) -> str:
     """Return JavaScript that finds the chart of that title."""
     return CHART.format(title)
@@ -182,19 +199,7 @@ def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_read(browser: Viewe
     assert browser.run("document.documentElement.scrollWidth") <= PHONE["width"]
     paper = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, paper[4:-1].split(","))) < 200) == is_dark
-    if not AXE.exists():
-        pytest.skip("axe-core is not there to check for accessibility; scripts/test fetches it where there is npm")
-    script = AXE.read_bytes()
-    assert hashlib.sha256(script).hexdigest() == AXE_SHA256
-    browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
-    browser.run(script.decode())
-    found = browser.run(
-        "axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']})"
-        ".then(({violations, passes}) => [passes.length, violations.map(({id, nodes}) => "
-        "`${id}: ${nodes.map((node) => node.html.slice(0, 200)).join(' | ')}`)])"
-    )
-    assert found[1] == []
-    assert found[0] > 20
+    can_be_read(browser)
 
 
 def test_the_map_shows_each_layer(browser: Viewer, daemon: Daemon):
@@ -261,6 +266,24 @@ def test_it_says_that_it_is_stale_while_the_daemon_is_away_and_comes_back_with_i
     browser.wait_for(IS_LIVE)
     browser.wait_for(f"{SENTENCE}.startsWith('Warm.')")
     assert not browser.run("document.body.classList.contains('stale')")
+
+
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+def test_it_can_be_read_when_the_daemon_has_ended_and_when_the_engine_has_failed(
+    browser: Viewer, make_daemon: MakeDaemon, is_dark: bool
+):
+    daemon = make_daemon({"warmth.mode": "auto", "lifecycle.crash_limit": 1})
+    daemon.start()
+    engine = daemon.wait_ready()["engine"]["pid"]
+    look_at(browser, daemon, is_dark=is_dark, **PHONE)
+    os.kill(engine, signal.SIGKILL)
+    daemon.wait_for(lambda status: status["state"] == "FAILED", "the failure")
+    browser.wait_for("document.body.dataset.tone === 'bad'")
+    can_be_read(browser)
+    daemon.signal(signal.SIGTERM)
+    daemon.end()
+    browser.wait_for("document.body.classList.contains('stale')")
+    can_be_read(browser)
 
 
 def test_it_can_be_used_by_keyboard_alone(browser: Viewer, daemon: Daemon):
