@@ -397,6 +397,21 @@ def test_each_axis_has_labels_that_differ_and_none_where_there_is_no_value(brows
     assert browser.complaints() == []
 
 
+def test_what_was_said_of_a_pause_goes_when_it_is_ended_elsewhere(browser: Viewer, daemon: Daemon):
+    look_at(browser, daemon)
+    answer = "document.getElementById('answer').textContent"
+    can_resume = "!document.querySelector('[data-do=resume]').disabled"
+    for verb, said in (("pause", "Paused for 1 h 0 min."), ("cool", "Cool for 1 h 0 min.")):
+        browser.run(f"document.querySelector('[data-do={verb}]').click()")
+        browser.wait_for(f"{answer} === '{said}' && {can_resume}")
+        assert daemon.verb("resume").returncode == 0
+        browser.wait_for(f"{answer} === '' && !({can_resume})")
+        browser.wait_for("!document.querySelector('[data-do=cool]').disabled")
+    browser.run("document.querySelector('[data-do=warm]').click()")
+    browser.wait_for(f"/^(Done in|Nothing was done)/.test({answer})")
+    assert browser.complaints() == []
+
+
 def test_the_days_are_asked_for_each_minute_until_there_is_one(browser: Viewer, daemon: Daemon):
     look_at(browser, daemon, script=NO_HISTORY)
     days = "document.getElementById('days')"

@@ -10,6 +10,7 @@ const DOCTOR_MS = 120_000;
 const DAYS_MS = 600_000;
 let isWarming = false;
 let status = null;
+let claim = null; // what the last answer said that a status can contradict
 let brought = [];
 let broughtAt = -DAYS_MS;
 
@@ -29,6 +30,7 @@ function show(view) {
   const look = next == null ? "" : `; looks again in ${words.duration(next)}`;
   tell(find("daemon"), `emberd ${status.version}, up ${words.duration(status.uptime_s)}, process ${status.pid}${look}`);
   enable();
+  forgetAnswer();
   watchMap(status, isWarming);
   memory();
   requests();
@@ -98,14 +100,29 @@ const buttons = [...document.querySelectorAll("[data-do]")];
 
 function enable() {
   const hasEngine = status.state === "READY" && Boolean(status.warmth);
-  const isHeld = Boolean(status.warmth?.paused_for_s || status.warmth?.cool_for_s) || status.state === "COOL";
-  const can = { warm: hasEngine && !isWarming, pause: hasEngine, cool: hasEngine, resume: isHeld, restart: true };
+  const can = { warm: hasEngine && !isWarming, pause: hasEngine, cool: hasEngine, resume: held() !== "resume", restart: true };
   for (const button of buttons) button.disabled = !can[button.dataset.do];
+}
+
+// What was said of a pause is true until the status shows it and later does not.
+function forgetAnswer() {
+  if (!claim) return;
+  if (held() === claim.held) claim.isSeen = true;
+  else if (claim.isSeen) {
+    tell(find("answer"), "");
+    claim = null;
+  }
+}
+
+function held() {
+  if (status.state === "COOL" || status.warmth?.cool_for_s) return "cool";
+  return status.warmth?.paused_for_s ? "pause" : "resume";
 }
 
 async function act(verb) {
   if (verb === "restart" && !(await isSure())) return;
   const body = verb === "pause" || verb === "cool" ? JSON.stringify({ seconds: Number(find("for").value) }) : "{}";
+  claim = null;
   tell(find("answer"), verb === "warm" ? "Warming …" : "");
   isWarming = verb === "warm";
   if (isWarming) watchMap(status, true);
@@ -113,6 +130,7 @@ async function act(verb) {
   try {
     const answer = await ask(`do/${verb}`, { method: "POST", body, headers: { "content-type": "application/json" } });
     tell(find("answer"), said(verb, answer));
+    if (["pause", "cool", "resume"].includes(verb)) claim = { held: verb, isSeen: false };
   } catch (error) {
     tell(find("answer"), `That did not work: ${error.message}`);
   }
