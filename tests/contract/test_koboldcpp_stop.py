@@ -166,6 +166,26 @@ def test_a_reload_closes_the_port_for_a_while(new_target: Target, model: Path, t
         assert client.get("/api/extra/true_max_context_length").json() == {"value": 1024}
 
 
+def test_the_parent_outlives_a_worker_that_a_reload_has_started_and_starts_another(
+    new_target: Target, model: Path, tmp_path: Path
+) -> None:
+    """So a closed port, and not the end of the process, shows that a reply was cut."""
+    (tmp_path / "other.kcpps").write_text(
+        f'{{"model_param": "{model}", "contextsize": 1024, "gpulayers": 0}}', encoding="utf-8"
+    )
+    process, url = admin_server(new_target, model, tmp_path)
+    with process, httpx.Client(base_url=url.removesuffix("/api/v1/model"), trust_env=False) as client:
+        client.post("/api/admin/reload_config", json={"filename": "other.kcpps"})
+        wait_until(lambda: not is_answering(url), within_s=10)
+        process.wait_for_answer(url, within_s=START_S)
+        worker = listener_pid(process, url)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: not is_answering(url), within_s=PROMPTLY_S)
+        process.wait_for_answer(url, within_s=START_S)
+        assert listener_pid(process, url) != worker
+        assert "launching known-good config" in process.output
+
+
 def test_shutdown_needs_a_flag_and_no_password(new_target: Target, model: Path) -> None:
     with new_target.serving(model, "--singleinstance", "--password", "secret") as server:
         assert server.client.post("/api/extra/shutdown", json={}).json() == {"success": True}

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 STOP_S = 3.0
 MANAGER_LIFETIME_S = 900.0
+RECOVERY_S = 1.0
+"""Before the new worker says a word; the original's first words take as long."""
 
 
 def supervise(
@@ -54,6 +56,7 @@ def supervise(
                     break
                 # A reload that failed falls back to the original arguments, once.
                 _say("Attempting to recover to safe mode, launching known-good config...")
+                time.sleep(RECOVERY_S)
                 worker, is_reloaded = start(options), False
     except KeyboardInterrupt:
         _stop(worker)

@@ -112,7 +112,7 @@ class ReadyEngine:
     def admitted(self) -> Iterator[Callable[[int], None]]:
         yield lambda _: None
 
-    async def is_alive(self, port: int) -> bool:
+    async def is_alive(self, port: int, _: str | None) -> bool:
         return port == 1
 
     def doubt(self, port: int) -> None:

@@ -12,7 +12,7 @@ from emberd.core import lifecycle
 from emberd.core.errors import NotReady
 from emberd.core.lifecycle import Lifecycle, State
 from emberd.core.reuse import CacheRoom
-from emberd.core.types import Serving
+from emberd.core.types import Readiness, Serving
 from emberd.engine.record import EngineRecord
 from emberd.services.gate import EngineNow, Gate
 
@@ -115,3 +115,52 @@ def test_an_engine_without_a_model_has_nothing_to_keep_warm():
     assert gate.is_empty
     assert (gate.sample().model, gate.sample().touchable) == (None, ())
     assert not gate_at(State.READY, record=RECORD)[0].is_empty
+
+
+# --- whether an engine outlived a reply ---------------------------------------------------------------------------
+
+
+class Answering(Adapter):
+    """An adapter whose engine answers probes as it is told; the last answer is repeated."""
+
+    def __init__(self, *answers: Readiness) -> None:
+        self.answers = list(answers)
+        self.asked = 0
+
+    async def probe_readiness(self, port: int, _: float) -> Readiness:
+        assert port == RECORD.port
+        self.asked += 1
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+def answering(*answers: Readiness) -> tuple[Gate, Answering]:
+    gate, _, _ = gate_at(State.READY, record=RECORD)
+    adapter = Answering(*answers)
+    gate.engine = adapter  # type: ignore[assignment]
+    return gate, adapter
+
+
+@pytest.mark.parametrize(
+    ("answers", "is_alive", "asked"),
+    [
+        ((Readiness.READY,), True, 1),
+        ((Readiness.REFUSED,), False, 1),
+        ((Readiness.LOADING, Readiness.REFUSED), False, 2),
+        ((Readiness.LOADING, Readiness.READY), True, 2),
+    ],
+)
+async def test_only_an_answer_proves_that_an_engine_outlived_its_reply_and_a_closed_port_that_it_did_not(
+    answers: tuple[Readiness, ...], is_alive: bool, asked: int
+):
+    """The engine's first process can live on: KoboldCPP's with `--admin` starts another worker."""
+    gate, adapter = answering(*answers)
+    assert await gate.is_alive(RECORD.port, gate.engine_key) is is_alive
+    assert adapter.asked == asked
+
+
+async def test_an_engine_that_has_loaded_again_meanwhile_did_not_outlive_the_reply():
+    gate, adapter = answering(Readiness.READY)
+    before = gate.engine_key
+    gate.change(serving=Serving("koboldcpp/a", loads=1))
+    assert not await gate.is_alive(RECORD.port, before)
+    assert not adapter.asked

@@ -79,7 +79,7 @@ class OpenGate:
     def _flow(self, count: int) -> None:
         self.flowed += count
 
-    async def is_alive(self, port: int) -> bool:
+    async def is_alive(self, port: int, _: str | None) -> bool:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
@@ -594,7 +594,7 @@ async def test_a_killed_engine_is_seen_as_truncation_although_its_streams_have_n
     )
     assert child.stdout is not None
 
-    async def is_alive(_: int) -> bool:
+    async def is_alive(_: int, __: str | None) -> bool:
         """Wait for its end, as the supervisor does: a dying process still accepts connections for a moment."""
         async with asyncio.timeout(LIMIT_S):
             return await child.wait() == 0

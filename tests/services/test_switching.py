@@ -8,6 +8,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import psutil
 import pytest
 
 from page_cache import on_linux
@@ -204,3 +205,67 @@ def is_called(address: str, name: str) -> bool:
         return httpx.get(address, trust_env=False, timeout=5).json() == {"result": name}
     except httpx.HTTPError:
         return False
+
+
+# --- the worker dies, and the process that supervises it lives on ------------------------------------------------
+
+WORDS = 40
+
+
+def worker_of(engine: dict[str, Any]) -> int:
+    """Return the process that serves: the one that listens on the engine's port."""
+    for each in psutil.Process(engine["pid"]).children(recursive=True):
+        if any(it.status == "LISTEN" and it.laddr.port == engine["port"] for it in each.net_connections("tcp")):
+            return each.pid
+    raise AssertionError("nobody listens")
+
+
+def text_across_the_death(daemon: Daemon, worker: int, then: Callable[[], None] = lambda: None) -> str:
+    """Stream a chat, kill the worker after some words, and return the words of the whole stream."""
+    body = {"messages": [{"role": "user", "content": "ba ke"}], "max_tokens": WORDS, "stream": True}
+    words: list[str] = []
+    with httpx.stream(
+        "POST", f"{daemon.url}/v1/chat/completions", json=body, timeout=60, trust_env=False
+    ) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                words.append(json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or "")
+            if len(words) == 5 and line:
+                os.kill(worker, signal.SIGKILL)
+                then()
+    assert line in {"", "data: [DONE]"}
+    return "".join(words)
+
+
+def test_a_reply_goes_on_when_the_supervising_process_outlives_the_worker(make_daemon: MakeDaemon, folder: Path):
+    daemon = admin(make_daemon, folder)
+    daemon.environment["STANDIN_TOKEN_MS"] = "30"
+    daemon.start()
+    daemon.wait_ready()
+    switch(daemon, "other.kcpps")
+    before = serves(daemon, "koboldcpp/other")["engine"]
+    text = text_across_the_death(daemon, worker_of(before))
+    assert len(text.split()) == WORDS
+    assert daemon.events("reply_cut")
+    assert len(daemon.events("reply_continued")) == 1
+    after = daemon.wait_ready()
+    assert after["engine"]["pid"] == before["pid"], "it has started another worker by itself"
+    assert not daemon.events("supervisor_bug")
+
+
+def test_a_reply_goes_on_when_the_worker_dies_before_the_supervising_process_can_see_it(
+    make_daemon: MakeDaemon, folder: Path
+):
+    daemon = admin(make_daemon, folder)
+    daemon.environment["STANDIN_TOKEN_MS"] = "30"
+    daemon.start()
+    engine = daemon.wait_ready()["engine"]
+
+    def then() -> None:
+        daemon.wait_event("reply_cut")
+        os.kill(engine["pid"], signal.SIGCONT)
+
+    worker = worker_of(engine)
+    os.kill(engine["pid"], signal.SIGSTOP)
+    assert len(text_across_the_death(daemon, worker, then).split()) == WORDS
+    assert daemon.wait_ready(other_than=engine["pid"])

@@ -79,6 +79,7 @@ class Exchange:
         self._whole: bytearray | None = None
         self._status: int | None = None
         self._port = 0
+        self._engine_key: str | None = None
         self._asked_s: float | None = None
         self._was_cut = True
         self._first = FirstToken()
@@ -179,6 +180,7 @@ class Exchange:
         self, scope: Scope, body: Body, client: Client, rest: Rest | None, flowed: Callable[[int], None]
     ) -> None:
         replaces, engine_key = changes_cache(scope["method"], scope["path"]), self._gate.engine_key
+        self._engine_key = engine_key
         if replaces:
             self._first = self._turns.begin(engine_key)
             self._gate.forget_counts()
@@ -241,7 +243,7 @@ class Exchange:
         if not is_whole and stream is not None:
             stream.read()
             is_whole = stream.is_finished
-        if not is_whole and not await self._gate.is_alive(self._port):
+        if not is_whole and not await self._gate.is_alive(self._port, self._engine_key):
             await self._break_off(client, "engine_died")
         if stream is not None:
             await client.send_part(stream.rest())

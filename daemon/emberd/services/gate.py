@@ -36,6 +36,7 @@ _COOL_LIMIT_S = 120.0
 _COOL_REASON = "its memory is given to other work; the next request for text starts it"
 _LATE_EXIT_S = 0.5
 """An exit is noticed within milliseconds; the rest is for a machine that swaps."""
+_ASK_AGAIN_S = 0.05
 SERVING = frozenset({State.READY, State.DRAINING})
 
 
@@ -243,25 +244,34 @@ class Gate:
     def _flowed(self, count: int) -> None:
         self.flowed_bytes += count
 
-    async def is_alive(self, port: int) -> bool:
+    async def is_alive(self, port: int, engine_key: str | None) -> bool:
         """Return True if the engine on `port` outlived the reply that has just ended.
 
-        A dying process closes its connections a moment before its listener, and its end is noticed even later. So
-        only an answer proves life, and only the end of the process proves death.
-        """
-        record = self.now.record
-        if record is None or record.port != port or self.state not in SERVING:
-            return False
-        if await self.engine.probe_readiness(port, PROBE_TIMEOUT_S) is Readiness.READY:
-            return True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LATE_EXIT_S):
-                while self._is_serving(record):
-                    await self._changed.wait()
-        return self._is_serving(record)
+        Only an answer proves life. A closed port proves the end of what served there: KoboldCPP's process with
+        `--admin` outlives its worker, and may start another one. A dying process closes its connections a moment
+        before its listener, so what is neither is asked again, until the end is noticed or its time is over.
 
-    def _is_serving(self, record: EngineRecord) -> bool:
-        return self.now.record is record and self.state in SERVING
+        Args:
+            port: the engine's port.
+            engine_key: the engine's key when the request was sent.
+        """
+        end_s = time.monotonic() + _LATE_EXIT_S
+        while self._is_serving(port, engine_key):
+            seen = await self.engine.probe_readiness(port, PROBE_TIMEOUT_S)
+            left_s = end_s - time.monotonic()
+            if seen is Readiness.REFUSED:
+                return False
+            if seen is Readiness.READY or left_s <= 0:
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, _ASK_AGAIN_S)):
+                    await self._changed.wait()
+        return self._is_serving(port, engine_key)
+
+    def _is_serving(self, port: int, engine_key: str | None) -> bool:
+        record = self.now.record
+        is_same = record is not None and record.port == port and self.engine_key == engine_key
+        return is_same and self.state in SERVING
 
     def doubt(self, port: int) -> None:
         """The engine on `port` refused or broke a connection: it loads again, or has just died."""
