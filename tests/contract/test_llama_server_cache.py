@@ -192,6 +192,18 @@ def test_every_api_s_next_turn_finds_what_replays_have_kept(
     assert 0 < (following.counts.processed or 0) < 50, "the reply of 60 tokens is in the cache, too"
 
 
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions"])
+def test_the_replay_of_several_replies_is_one_of_one_token(server: Server, path: str):
+    turn = say(server, path, {"prompt": STORY, "n_predict": 8, "n_cmpl": 2, "temperature": 0, "ignore_eos": True})
+    (replay,) = make_replays(turn, "llama-server")
+    for _ in range(2):
+        answer = server.client.post(replay.path, json=replay.body)
+        assert answer.status_code == 200, answer.text
+        assert isinstance(answer.json(), dict)
+        assert len(answer.json().get("choices", [0])) == 1
+    assert (ADAPTER.counts_in_reply(answer.json()).processed or 0) <= 4
+
+
 @pytest.mark.parametrize(
     "more",
     [

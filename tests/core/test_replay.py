@@ -97,6 +97,15 @@ def test_llama_cpps_server_is_asked_in_its_own_words():
     ]
 
 
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions", "/v1/chat/completions"])
+def test_a_replay_is_one_reply_where_the_user_wanted_several(path: str):
+    several = {"n": 2, "best_of": 2, "n_cmpl": 2}
+    asked = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", **several}
+    made = replay_of(path, asked, engine="llama-server")
+    assert made is not None
+    assert not several.keys() & made.body.keys()
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

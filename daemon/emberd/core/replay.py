@@ -49,6 +49,7 @@ _SAMPLING = frozenset(
         "top_logprobs",
         "n_probs",
         "n",
+        "n_cmpl",
         "best_of",
         "stream",
         "stream_options",
