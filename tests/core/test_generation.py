@@ -322,6 +322,37 @@ def test_what_never_ends_an_event_passes_as_it_is():
     assert reply.obstacle
 
 
+@pytest.mark.parametrize(("told", "number"), [([0, 1, 6], 7), ([None, None, None], 3)])
+def test_a_response_that_fails_is_whole_and_counts_on(told: list[int | None], number: int):
+    """llama.cpp's server numbers no event: they are counted then."""
+    reply = StreamedReply(asked(Dialect.RESPONSES, model="m"), MANY, began_at=7.9)
+    item = {"type": "message", "id": "msg_1", "content": []}
+    sent: list[dict[str, Any]] = [
+        {"type": "response.created", "response": {"id": "resp_1", "object": "response", "status": "in_progress"}},
+        {"type": "response.output_item.done", "item": item},
+        {"type": "response.output_text.delta", "delta": "a"},
+    ]
+    for each, at in zip(sent, told, strict=True):
+        reply.take(event(**each, **({} if at is None else {"sequence_number": at})))
+    reply.read()
+    name, _, data = reply.end_by_error("gone").partition(b"\ndata: ")
+    said = json.loads(data)
+    assert (name, said["type"], said["sequence_number"]) == (b"event: response.failed", "response.failed", number)
+    error = said["response"].pop("error")
+    assert error["message"] == "gone"
+    whole = {"id": "resp_1", "object": "response", "created_at": 7, "model": "m", "status": "failed"}
+    assert said["response"] == {**whole, "output": [item]}
+
+
+def test_a_response_that_fails_keeps_the_time_that_the_engine_told():
+    reply = StreamedReply(asked(Dialect.RESPONSES), MANY, began_at=7.9)
+    told = {"id": "r", "created_at": 5, "model": "k"}
+    reply.take(event(type="response.created", sequence_number=0, response=told))
+    reply.read()
+    response = json.loads(reply.end_by_error("gone").partition(b"data: ")[2])["response"]
+    assert (response["created_at"], response["model"], response["output"]) == (5, "k", [])
+
+
 def test_the_second_stream_reads_as_the_first():
     reply = StreamedReply(asked(Dialect.CHAT), MANY)
     reply.take(event(id="first", created=1, model="m", choices=[{"delta": {"role": "assistant", "content": ""}}]))

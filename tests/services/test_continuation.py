@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +187,10 @@ def test_a_cut_reply_of_other_apis_ends_in_their_own_words(
     assert lines[-2] == f"event: {named}"
     said = json.loads(lines[-1].removeprefix("data: "))
     assert said["type"] == kind
+    if kind == "response.failed":
+        assert said["sequence_number"] > 2
+        assert said["response"].keys() >= {"id", "object", "created_at", "model", "status", "output"}
+        assert abs(said["response"]["created_at"] - time.time()) < LIMIT_S
     error = said.get("response", said)["error"]
     assert "cannot be continued" in error["message"]
     assert daemon.wait_ready(other_than=engine)

@@ -37,6 +37,7 @@ class StreamedReply:
         is_over: it ended at a stop sequence that the engine did not see; the rest is dropped.
         told: the engine's last counts, in its own words.
         parts: its parts besides text.
+        began_at: when it began, in seconds of the wall clock.
     """
 
     generation: Generation = field(repr=False)
@@ -48,6 +49,8 @@ class StreamedReply:
     is_over: bool = False
     told: dict[str, Any] = field(default_factory=dict)
     parts: StreamedParts = field(default_factory=StreamedParts, repr=False)
+    began_at: float = 0.0
+    _next_number: int = 0
     _envelope: dict[str, Any] = field(default_factory=dict, repr=False)
     _unread: list[bytes] = field(default_factory=list, repr=False)
     _unread_bytes: int = 0
@@ -132,11 +135,17 @@ class StreamedReply:
         if dialect is Dialect.MESSAGES:
             return b"event: error\n" + _event({"type": "error", "error": {**error, "type": "api_error"}})
         if dialect is Dialect.RESPONSES:
-            failed = {**self._envelope, "status": "failed", "error": error}
-            return b"event: response.failed\n" + _event({"type": "response.failed", "response": failed})
+            return b"event: response.failed\n" + _event(self._failed(error))
         if dialect in LINES and not self._has_fields:
             return json.dumps({"error": message}).encode() + b"\n"
         return (b"\n" if self._has_fields else b"") + _event({"error": error})
+
+    def _failed(self, error: dict[str, Any]) -> dict[str, Any]:
+        """Return the last event of a response that fails (OpenAI's reference, `response.failed`)."""
+        known = {"object": "response", "created_at": int(self.began_at), "model": self.generation.body.get("model")}
+        output = list(self.parts.items)
+        response = {**known, **self._envelope, "status": "failed", "error": error, "output": output}
+        return {"type": "response.failed", "sequence_number": self._next_number, "response": response}
 
     def _ending(self, reason: str) -> bytes:
         dialect = self.generation.dialect
@@ -166,8 +175,10 @@ class StreamedReply:
         self.parts.take(self.generation.dialect, content)
         self.obstacle = self.obstacle or event.obstacle
         self.is_finished = self.is_finished or (event.is_last and not self.generation.is_several)
+        number = content.get("sequence_number")  # llama.cpp's server (11434) sends none: its events are counted
+        self._next_number = (number if isinstance(number, int) else self._next_number) + 1
         if not self._envelope:
-            names = ("id", "object", "created", "model", "system_fingerprint")
+            names = ("id", "object", "created", "created_at", "model", "system_fingerprint")
             response = content.get("response")
             source = response if isinstance(response, dict) else content
             self._envelope = {name: source[name] for name in names if name in source}

@@ -274,7 +274,7 @@ class Exchange:
         if generation is None or head.status != _HTTP_OK:
             return
         if generation.is_streamed and _is_stream(head):
-            self._stream = StreamedReply(generation, self._turns.most_bytes)
+            self._stream = StreamedReply(generation, self._turns.most_bytes, began_at=time.time())
         elif not generation.is_streamed or not _is_stream(head):  # KoboldCPP 1.104 does not stream Ollama's
             self._whole = bytearray()
 
