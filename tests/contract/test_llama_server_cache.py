@@ -7,6 +7,7 @@ import importlib.util
 import json
 import struct
 import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -269,7 +270,10 @@ THINKS = """
 {{ each.reasoning_content }}
 </think>
 
-{% endif %}{{ each.content }}</{{ each.role }}>{% endfor %}
+{% endif %}{{ each.content }}
+{%- for call in each.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}</{{ each.role }}>{% endfor %}
 {%- if add_generation_prompt %}<assistant><think>
 {% endif %}"""
 """It opens a thought, and leaves out those before the user's last message, as Qwen 3's does."""
@@ -289,6 +293,33 @@ def test_the_next_turn_after_a_thought_finds_what_the_template_leaves(
     following = say(server, path, {**body, "messages": history})
     assert (following.counts.reused or 0) > 300
     assert 0 < (following.counts.processed or 0) < 60
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "read", "arguments": "{}"}}
+ANSWERED = {"role": "tool", "tool_call_id": "c1", "content": "ba ke lo"}
+
+
+@pytest.mark.parametrize("server", [["--chat-template", THINKS]], indirect=True)
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(("calls", "sends_thoughts"), [(1, True), (2, True), (2, False)])
+def test_the_answer_of_a_tool_finds_the_thought_before_its_call_if_the_client_sends_it_back(
+    server: Server, calls: int, *, is_streamed: bool, sends_thoughts: bool
+):
+    """This model of noise makes thoughts, and no calls: these are made up, and processed by the first replay."""
+    path = "/v1/chat/completions"
+    body = {**ASKED[path], **WITH_TOOLS[path], "stream": is_streamed, "temperature": 0, "ignore_eos": True}
+    messages = messages_of(body)
+    for _ in range(calls):
+        turn = say(server, path, {**body, "messages": messages})
+        turn = replace(turn, said=({**turn.said[0], "tool_calls": [CALL]},))
+        sent = dict(turn.said[0])
+        if not sends_thoughts:
+            del sent["reasoning_content"]
+        messages = [*messages, sent, ANSWERED]
+    assert costs_of_replays(server, turn)[-1] <= 4
+    following = say(server, path, {**body, "messages": messages})
+    assert (following.counts.reused or 0) > 300
+    assert 0 < (following.counts.processed or 0) < 40, "neither thought nor call is processed again"
 
 
 @pytest.mark.parametrize("server", [[], ["--no-prefill-assistant"]], indirect=True)

@@ -285,6 +285,33 @@ def test_calls_of_tools_are_answered_in_the_smallest_way(
     assert made.body.get("tool_choice") == ("none" if "tools" in body else None), "it would choose one first"
 
 
+THOUGHT = {"reasoning_content": "hm"}
+ANSWERED = {"role": "tool", "tool_call_id": "c1", "content": "text"}
+REPLIED = {"role": "assistant", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("history", "reply", "is_kept"),
+    [
+        ([USER], REPLIED, False),
+        ([USER], CALLING, True),
+        ([USER, REPLIED, USER], REPLIED, False),
+        ([USER, {**REPLIED, **THOUGHT}, USER], REPLIED, True),
+        ([USER, CALLING, ANSWERED], CALLING, False),
+        ([USER, {**CALLING, **THOUGHT}, ANSWERED], CALLING, True),
+        ([USER, {**CALLING, **THOUGHT}, ANSWERED], REPLIED, True),
+        ([USER, CALLING, ANSWERED, REPLIED, USER], CALLING, True),
+    ],
+)
+def test_thoughts_are_sent_back_as_the_client_does_and_before_the_answer_of_a_tool_unless_it_does_not(
+    history: list[Any], reply: dict[str, Any], is_kept: bool
+):
+    """A client may leave out the thoughts of older turns, and still send those before the answer of a tool."""
+    turn = Turn("/v1/chat/completions", {"messages": history}, "", said=({**reply, **THOUGHT},))
+    (made,) = make_replays(turn, "llama-server")
+    assert made.body["messages"][len(history)] == ({**reply, **THOUGHT} if is_kept else reply)
+
+
 def test_a_thorough_replay_processes_several_tokens_and_ends_as_the_other():
     turn = Turn("/v1/chat/completions", {"messages": [USER]}, " there")
     first, second = make_replays(turn, "embedded", is_thorough=True)

@@ -19,7 +19,7 @@ USE = {"type": "tool_use", "id": "u1", "name": "read", "input": {"path": "a"}}
         (
             Dialect.CHAT,
             {"choices": [{"message": {"content": None, "reasoning_content": "hm", "tool_calls": [CALL, 7]}}]},
-            ({"role": "assistant", "content": "", "tool_calls": [CALL]},),
+            ({"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [CALL]},),
         ),
         (Dialect.CHAT, {"choices": [{"message": {"content": "Hi"}}]}, ({"role": "assistant", "content": "Hi"},)),
         (Dialect.MESSAGES, {"content": [USE]}, ({"role": "assistant", "content": [USE]},)),
@@ -65,6 +65,12 @@ def test_a_streamed_call_of_a_tool_is_put_together():
         delta(function={"arguments": ': "a"}'}),
     )
     assert said == ({"role": "assistant", "content": "", "tool_calls": [CALL]},)
+
+
+def test_streamed_thoughts_are_put_together():
+    deltas: list[Any] = [{"reasoning_content": "h"}, {"reasoning_content": "m"}, {"reasoning_content": None}, 7]
+    said = streamed(Dialect.CHAT, *({"choices": [{"delta": each}]} for each in deltas), text="Hi")
+    assert said == ({"role": "assistant", "content": "Hi", "reasoning_content": "hm"},)
 
 
 def test_streamed_blocks_are_put_together_and_the_input_of_a_tool_is_an_object():

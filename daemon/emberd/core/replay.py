@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from emberd.core.generation import LINES, Dialect, as_count, dialect_of
+from emberd.core.reply import THOUGHTS
 from emberd.core.turn import media_in, messages_of
 
 if TYPE_CHECKING:
@@ -127,9 +128,10 @@ def _next_turn(turn: Turn, dialect: Dialect, words: str, engine: str) -> Replay 
         body["cache_prompt"] = True
     if dialect is Dialect.OLLAMA:
         return _next_prompt(turn, body, words)
-    history, said = messages_of(turn.body), turn.said
+    history = messages_of(turn.body)
     if not history or not all(isinstance(each, dict) for each in history):
         return None
+    said = _as_client_sends(history, turn.said)
     if turn.reply and not said and dialect is not Dialect.RESPONSES:
         said = ({"role": "assistant", "content": turn.reply},)
     if said:
@@ -144,6 +146,25 @@ def _next_prompt(turn: Turn, body: dict[str, Any], words: str) -> Replay | None:
         return None
     body["options"] = {**(options if isinstance(options, dict) else {}), "num_predict": 1}
     return Replay(turn.path, {**body, **turn.said[0], "prompt": words} if turn.said else body)
+
+
+def _as_client_sends(
+    history: list[Mapping[str, Any]], said: tuple[Mapping[str, Any], ...]
+) -> tuple[Mapping[str, Any], ...]:
+    """Return the reply without a chat's thoughts if its client does not send them back.
+
+    What the client has sent shows that. Templates keep thoughts before the answers of tools (Qwen 3, DeepSeek), so
+    of a reply that calls some only the messages behind the user's last one count. With none there the thoughts
+    stay: nothing of the cache is lost then, while without them a client that sends them back would lose the reply.
+    """
+    calls_tools = any(each.get("tool_calls") for each in said)
+    if calls_tools:
+        last = max((number for number, each in enumerate(history) if each.get("role") == "user"), default=-1)
+        history = history[last + 1 :]
+    earlier = [each for each in history if each.get("role") == "assistant"]
+    if any(each.get(THOUGHTS) for each in earlier) or (calls_tools and not earlier):
+        return said
+    return tuple({name: value for name, value in each.items() if name != THOUGHTS} for each in said)
 
 
 def _with_reply(history: list[Any], said: Sequence[Mapping[str, Any]]) -> list[Any]:

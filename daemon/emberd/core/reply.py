@@ -1,4 +1,4 @@
-"""What replies say in each dialect: text, end, counts, and what a client sends back of them. Pure.
+"""What replies say in each dialect: text, end, counts, and what a client can send back of them. Pure.
 
 Layouts: the public API references of OpenAI, Anthropic and Ollama; llama.cpp (tools/server/README.md, build 11434).
 """
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 COUNTS = ("timings", "usage", "tokens_evaluated")
 """Fields of a reply that hold token counts and nothing private (llama.cpp, tools/server/README.md)."""
+THOUGHTS = "reasoning_content"
+"""Field of a chat's message with the model's thoughts."""
 _LAST_EVENTS = frozenset({"message_stop", "response.completed", "response.incomplete", "response.failed"})
 _BLOCK_DELTAS = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
 
@@ -54,7 +56,7 @@ def said(dialect: Dialect, content: dict[str, Any]) -> Said:
     if dialect is Dialect.COMPLETIONS:
         return Said(_as_text(_get(choice, "text")), is_last)
     delta = _get(choice, "delta")
-    obstacle = "thoughts" if _get(delta, "reasoning_content") else "tools" if _get(delta, "tool_calls") else ""
+    obstacle = "thoughts" if _get(delta, THOUGHTS) else "tools" if _get(delta, "tool_calls") else ""
     return Said(_as_text(_get(delta, "content")), is_last, obstacle)
 
 
@@ -89,12 +91,14 @@ def counts_of(content: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str
 
 
 def sent_back(dialect: Dialect, content: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return what a client sends back of a whole reply with its next request; nothing if that is text."""
+    """Return what a client can send back of a whole reply with its next request; nothing if that is text."""
     if dialect is Dialect.OLLAMA:
         return _as_context(content)
     if dialect in {Dialect.CHAT, Dialect.OLLAMA_CHAT}:
         message = _get(content, "choices", 0, "message") or content.get("message")
-        return _as_chat(_get(message, "content"), _get(message, "tool_calls")) if isinstance(message, dict) else ()
+        if not isinstance(message, dict):
+            return ()
+        return _as_chat(message.get("content"), message.get("tool_calls"), message.get(THOUGHTS))
     if dialect is Dialect.MESSAGES and isinstance(content.get("content"), list):
         return ({"role": "assistant", "content": content["content"]},)
     output = content.get("output") if dialect is Dialect.RESPONSES else None
@@ -105,6 +109,7 @@ def sent_back(dialect: Dialect, content: Mapping[str, Any]) -> tuple[dict[str, A
 class StreamedParts:
     """The parts of a streamed reply besides its text, as they come. Never printed."""
 
+    thoughts: str = field(default="", repr=False)
     calls: list[dict[str, Any]] = field(default_factory=list, repr=False)
     blocks: list[dict[str, Any]] = field(default_factory=list, repr=False)
     items: list[dict[str, Any]] = field(default_factory=list, repr=False)
@@ -115,7 +120,9 @@ class StreamedParts:
         if dialect is Dialect.OLLAMA:
             self.items += _as_context(content)
         elif dialect in {Dialect.CHAT, Dialect.OLLAMA_CHAT}:
-            for each in _as_list(_get(content, "choices", 0, "delta", "tool_calls")):
+            delta = _get(content, "choices", 0, "delta")
+            self.thoughts += _as_text(_get(delta, THOUGHTS))
+            for each in _as_list(_get(delta, "tool_calls")):
                 self._add_call(each)
             self.calls += [
                 each for each in _as_list(_get(content, "message", "tool_calls")) if isinstance(each, dict)
@@ -130,9 +137,9 @@ class StreamedParts:
             self.items += [item] if isinstance(item, dict) else []
 
     def sent_back(self, dialect: Dialect, text: str) -> tuple[dict[str, Any], ...]:
-        """Return what a client sends back of this reply with its next request."""
+        """Return what a client can send back of this reply with its next request."""
         if dialect in {Dialect.CHAT, Dialect.OLLAMA_CHAT}:
-            return _as_chat(text, self.calls)
+            return _as_chat(text, self.calls, self.thoughts)
         if dialect is Dialect.MESSAGES and self.blocks:
             return ({"role": "assistant", "content": [_with_input(each) for each in self.blocks]},)
         return tuple(self.items)
@@ -156,9 +163,11 @@ class StreamedParts:
             block[name] = _as_text(block.get(name)) + _as_text(_get(delta, name))
 
 
-def _as_chat(text: Any, calls: Any) -> tuple[dict[str, Any], ...]:
-    """Return the assistant's message; thoughts are not sent back, as chat clients do not."""
+def _as_chat(text: Any, calls: Any, thoughts: Any) -> tuple[dict[str, Any], ...]:
+    """Return the assistant's message; not every client sends its thoughts back."""
     message: dict[str, Any] = {"role": "assistant", "content": _as_text(text)}
+    if _as_text(thoughts):
+        message[THOUGHTS] = thoughts
     known = [each for each in _as_list(calls) if isinstance(each, dict)]
     return ({**message, "tool_calls": known} if known else message,)
 

@@ -66,8 +66,8 @@ class Turn:
         path: the request's path, without a query.
         body: its JSON object.
         reply: the text that the client was sent.
-        said: the reply as its client will send it back: a chat's message with its tool calls, content blocks of
-            Messages, items of Responses; empty if it is only text, or unknown.
+        said: the reply as its client can send it back: a chat's message with its thoughts and tool calls, content
+            blocks of Messages, items of Responses; empty if it is only text, or unknown.
         counts: the engine's.
         was_cut: its generation did not come to its end, so how much of the prompt the cache holds is unknown.
     """
