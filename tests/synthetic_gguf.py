@@ -132,6 +132,7 @@ def write_gguf(
     architecture: str = "llama",
     kind: str = "model",
     seed: int = 0,
+    fills_in: bool = False,
 ) -> GgufSummary:
     """Write a model that really loads and generates nonsense.
 
@@ -149,6 +150,7 @@ def write_gguf(
             (not with `target_bytes`).
         kind: its general.type.
         seed: another seed gives other weights of the same size.
+        fills_in: it has the tokens with which it is asked for the middle of a text.
 
     Raises:
         ValueError: a width or the vocabulary does not fit, or `target_bytes` is too small.
@@ -160,7 +162,7 @@ def write_gguf(
     shape = _Shape(layers, embedding, feed_forward or 4 * embedding, vocabulary, experts, has_state)
     if target_bytes is not None:
         shape = _grown(shape, target_bytes)
-    header = _header(shape, words, context_length, architecture, kind)
+    header = _header(shape, words, context_length, architecture, kind, fills_in=fills_in)
     with path.open("wb") as file:
         file.write(header)
         _write_weights(file, shape, words, seed)
@@ -306,7 +308,13 @@ def _layer_bytes(embedding: int, feed_forward: int) -> int:
 
 
 def _header(
-    shape: _Shape, words: list[tuple[str, float, int]], context_length: int, architecture: str, kind: str
+    shape: _Shape,
+    words: list[tuple[str, float, int]],
+    context_length: int,
+    architecture: str,
+    kind: str,
+    *,
+    fills_in: bool,
 ) -> bytes:
     """Return everything before the weights, padded to the alignment."""
     metadata = [
@@ -335,6 +343,9 @@ def _header(
         _entry("tokenizer.ggml.add_bos_token", _BOOL, b"\x01"),
         _entry("tokenizer.ggml.add_eos_token", _BOOL, b"\x00"),
     ]
+    if fills_in:
+        parts = enumerate(("pre", "suf", "mid"), start=len(words) - 3)
+        metadata += [_number(f"tokenizer.ggml.fim_{part}_token_id", number) for number, part in parts]
     if shape.experts:
         metadata += [
             _number(f"{architecture}.expert_count", shape.experts),

@@ -79,7 +79,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model of noise, with a projector beside it."""
-    made = write_gguf(tmp_path_factory.mktemp("model") / "noise.gguf", target_bytes=12 << 20)
+    made = write_gguf(tmp_path_factory.mktemp("model") / "noise.gguf", target_bytes=12 << 20, fills_in=True)
     write_projector(made.path.with_name(PROJECTOR), embedding=made.embedding)
     return made.path
 
@@ -191,6 +191,20 @@ def test_every_api_s_next_turn_finds_what_replays_have_kept(
     following = say(server, path, {**body, place: history})
     assert (following.counts.reused or 0) >= (turn.counts.prompt or 0)
     assert 0 < (following.counts.processed or 0) < 50, "the reply of 60 tokens is in the cache, too"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_infill_is_kept_with_one_token_and_the_next_one_finds_its_beginning(
+    server: Server, *, is_streamed: bool
+):
+    body = {"input_prefix": STORY, "input_suffix": "ke lo mi " * 20, "temperature": 0, "ignore_eos": True}
+    turn = say(server, "/infill", {**body, "n_predict": 8, "stream": is_streamed})
+    assert len(turn.reply.split()) == 8
+    server.say("xu pa ti du", 4)
+    assert costs_of_replays(server, turn)[-1] <= 4
+    following = say(server, "/infill", {**body, "input_prefix": STORY + turn.reply, "n_predict": 1})
+    assert (following.counts.reused or 0) > 300
+    assert turn.counts.prompt is not None
 
 
 @pytest.mark.parametrize("path", ["/completion", "/v1/completions"])

@@ -16,7 +16,7 @@ from emberd.core.replay import (
     shortened,
     tiny,
 )
-from emberd.core.turn import Turn, prompt_text
+from emberd.core.turn import Turn, is_of_same_conversation, prompt_text
 
 
 def replay_of(path: str, body: dict[str, Any], reply: str = " there", engine: str = "koboldcpp") -> Replay | None:
@@ -95,6 +95,35 @@ def test_llama_cpps_server_is_asked_in_its_own_words():
         {"role": "assistant", "content": " there"},
         {"role": "user", "content": "."},
     ]
+
+
+INFILL = {"input_extra": [{"text": "x"}], "input_prefix": "one ", "input_suffix": " three", "prompt": ""}
+
+
+def test_an_infill_is_replayed_without_its_reply_which_the_next_one_has_before_the_suffix():
+    asked = {**INFILL, "n_predict": 50, "stream": True, "top_k": 40}
+    made = replay_of("/infill", asked, reply="two", engine="llama-server")
+    assert made is not None
+    assert made.path == "/infill"
+    assert made.body == {**INFILL, "top_k": 40, "n_predict": 1, "cache_prompt": True}
+    assert replay_of("/infill", asked, engine="koboldcpp") is None, "it does not speak it"
+
+
+def test_an_infill_continues_one_with_the_same_words_around_it_only():
+    before = Turn("/infill", INFILL, "two")
+    assert Turn("/infill", {**INFILL, "prompt": "t"}, "").continues(before)
+    for name in ("input_extra", "input_prefix", "input_suffix"):
+        assert not Turn("/infill", {**INFILL, name: "other"}, "").continues(before)
+
+
+def test_an_infill_a_word_later_is_of_the_same_conversation():
+    before = Turn("/infill", {**INFILL, "input_prefix": "one " * 50}, "")
+    after = Turn("/infill", {**INFILL, "input_prefix": "one " * 51}, "")
+    assert is_of_same_conversation(after, before)
+    assert not is_of_same_conversation(
+        Turn("/infill", {**INFILL, "input_extra": [], "input_prefix": "y" * 99}, ""), before
+    )
+    assert not is_of_same_conversation(Turn("/completion", {"prompt": "y"}, ""), before)
 
 
 @pytest.mark.parametrize("path", ["/completion", "/v1/completions", "/v1/chat/completions"])

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from llama_server_standin import write_program
+from synthetic_gguf import write_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -194,6 +195,33 @@ def test_a_cut_reply_of_other_apis_ends_in_their_own_words(
     error = said.get("response", said)["error"]
     assert "cannot be continued" in error["message"]
     assert daemon.wait_ready(other_than=engine)
+
+
+@needs_xllamacpp
+def test_a_cut_infill_ends_with_the_servers_own_error_event_and_a_whole_one_is_kept_warm(
+    make_daemon: MakeDaemon, tmp_path: Path
+):
+    model = write_gguf(tmp_path / "fills.gguf", target_bytes=12 << 20, fills_in=True).path
+    engine = {"engine.kind": "llama-server", "engine.path": str(write_program(tmp_path)), "model.path": str(model)}
+    daemon = make_daemon({**engine, "warmth.mode": "auto"})
+    daemon.start()
+    pid = daemon.wait_ready()["engine"]["pid"]
+    body = {"input_prefix": PROMPT, "input_suffix": PROMPT, "n_predict": MANY, "ignore_eos": True, "stream": True}
+    lines: list[str] = []
+    with httpx.stream("POST", f"{daemon.url}/infill", json=body, timeout=LIMIT_S, trust_env=False) as answer:
+        arriving = answer.iter_lines()
+        lines.extend(itertools.islice((line for line in arriving if line), 9))
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError):
+            lines.extend(line for line in arriving if line)
+    assert "content" in json.loads(lines[0].removeprefix("data: "))
+    assert "cannot be continued" in json.loads(lines[-1].removeprefix("data: "))["error"]["message"]
+    daemon.wait_ready(other_than=pid)
+    whole = {**body, "n_predict": 4, "stream": False}
+    assert httpx.post(f"{daemon.url}/infill", json=whole, timeout=LIMIT_S, trust_env=False).json()["content"]
+    told = json.loads(daemon.verb("warm", "--json").stdout)
+    assert told["steps"] == ["replay"]
+    assert daemon.status()["warmth"]["reuse"]["last_replay"]["processed"] == 1
 
 
 REFUSES = (

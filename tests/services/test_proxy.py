@@ -888,7 +888,7 @@ async def seen_until_broken(front: Front, path: str, **more: Any) -> bytes:
     return answer
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 500, 503])
+@pytest.mark.parametrize("status", [400, 401, 404, 500, 501, 503])
 async def test_a_generation_that_the_engine_refuses_changes_nothing_of_what_is_remembered(
     front: Front, status: int
 ):

@@ -23,6 +23,8 @@ class Dialect(Enum):
     """OpenAI's chat completions."""
     LLAMA = "llama"
     """llama.cpp's server: `prompt`, `n_predict`, `content`."""
+    INFILL = "infill"
+    """llama.cpp's server, between `input_prefix` and `input_suffix`; told as LLAMA."""
     MESSAGES = "messages"
     """Anthropic's Messages: `messages` beside `system`, blocks of content, named events."""
     RESPONSES = "responses"
@@ -44,6 +46,7 @@ _ENDINGS: tuple[tuple[str, Dialect], ...] = (
     ("/v1/completion", Dialect.COMPLETIONS),
     ("/completion", Dialect.LLAMA),
     ("/completions", Dialect.LLAMA),
+    ("/infill", Dialect.INFILL),
     ("/api/generate", Dialect.OLLAMA),
     ("/api/chat", Dialect.OLLAMA_CHAT),
 )
@@ -51,7 +54,6 @@ _ENDINGS: tuple[tuple[str, Dialect], ...] = (
 LINES = frozenset({Dialect.OLLAMA, Dialect.OLLAMA_CHAT})
 """Dialects whose streams are lines of JSON, and which stream unless told not to (Ollama's docs/api.md)."""
 _OTHER_GENERATIONS = (
-    "/infill",
     "/noscript",
     "/request",
     "/sdapi/v1/interrogate",
@@ -80,6 +82,7 @@ _BUDGETS = {
     Dialect.MESSAGES: ("max_tokens",),
     Dialect.RESPONSES: ("max_output_tokens",),
     Dialect.LLAMA: ("n_predict", "max_tokens"),
+    Dialect.INFILL: ("n_predict", "max_tokens"),
     Dialect.OLLAMA: ("num_predict",),
     Dialect.OLLAMA_CHAT: ("max_tokens",),
 }
@@ -157,7 +160,7 @@ class Generation:
         wanted = self.body.get("response_format")
         if isinstance(wanted, dict) and wanted.get("type") not in {None, "text"}:
             return "a grammar"
-        if self.dialect in {Dialect.MESSAGES, Dialect.RESPONSES, *LINES}:
+        if self.dialect in {Dialect.INFILL, Dialect.MESSAGES, Dialect.RESPONSES, *LINES}:
             return "events of this API"
         if self.dialect is Dialect.CHAT:
             return "" if _are_messages(self.body.get("messages")) else "messages that are not text"

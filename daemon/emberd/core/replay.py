@@ -100,10 +100,14 @@ def make_replays(turn: Turn, engine: str, *, is_thorough: bool = False) -> list[
         words = (_MORE_NEXT_WORDS, _NEXT_WORDS) if is_thorough else (_NEXT_WORDS,)
         made = [_next_turn(turn, dialect, each, engine) for each in words]
         return [each for each in made if each is not None]
+    kept = {name: value for name, value in turn.body.items() if name not in _SAMPLING}
+    if dialect is Dialect.INFILL:
+        # The next one does not begin with this reply: its words come before the suffix then.
+        is_spoken = engine != "koboldcpp"
+        return [Replay(turn.path, {**kept, "n_predict": 1, **_of_engine(engine)})] if is_spoken else []
     if any(turn.body.get(name) for name in _UNLIKE):
         return []
     turns = [shortened(turn), turn] if is_thorough and turn.reply else [turn]
-    kept = {name: value for name, value in turn.body.items() if name not in _SAMPLING}
     if not isinstance(kept.get("prompt"), str):
         return []
     made = [_text(path, dict(kept), each.reply, engine) for each in turns]

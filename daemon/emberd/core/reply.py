@@ -41,7 +41,7 @@ def said(dialect: Dialect, content: dict[str, Any]) -> Said:
     """Return what an event of a stream says."""
     if dialect is Dialect.KOBOLD:
         return Said(_as_text(content.get("token")), bool(content.get("finish_reason")))
-    if dialect is Dialect.LLAMA:
+    if dialect in {Dialect.LLAMA, Dialect.INFILL}:
         # KoboldCPP answers /completions in OpenAI's form, so its events are not understood then.
         obstacle = "" if "content" in content else "an event that is not understood"
         return Said(_as_text(content.get("content")), content.get("stop") is True, obstacle)
@@ -64,7 +64,7 @@ def text_of(dialect: Dialect, content: Any) -> str | None:
     """Return the text of a reply that was not streamed, None if it is missing."""
     if dialect is Dialect.KOBOLD:
         text = _get(content, "results", 0, "text")
-    elif dialect is Dialect.LLAMA:
+    elif dialect in {Dialect.LLAMA, Dialect.INFILL}:
         text = _get(content, "content")
     elif dialect is Dialect.COMPLETIONS:
         text = _get(content, "choices", 0, "text")

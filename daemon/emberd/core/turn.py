@@ -15,7 +15,18 @@ if TYPE_CHECKING:
 _SIMILARITY = 0.1
 _MEDIA = re.compile(r"[A-Za-z0-9+/=_-]{1000,}")
 """An image or a sound in a body: text has no such words."""
-_BEFORE_THE_PROMPT = ("memory", "system", "instructions", "tools", "functions", "images", "chat_template_kwargs")
+_INFILLED = ("input_extra", "input_prefix", "input_suffix")
+"""Fields of llama.cpp's `/infill`, in the order in which it puts them before the prompt (build 11434)."""
+_BEFORE_THE_PROMPT = (
+    "memory",
+    "system",
+    "instructions",
+    "tools",
+    "functions",
+    "images",
+    "chat_template_kwargs",
+    *_INFILLED,
+)
 """Fields that come before the prompt, or shape it from its beginning."""
 
 
@@ -133,7 +144,9 @@ def is_of_same_conversation(new: Turn, old: Turn) -> bool:
 
 
 def _prompt_of(turn: Turn) -> str:
-    prompt = turn.body.get("prompt")
+    body, prompt = turn.body, turn.body.get("prompt")
+    if any(body.get(name) for name in _INFILLED):
+        return "\n".join(json.dumps(body.get(name)) for name in (*_INFILLED, "prompt"))
     if isinstance(prompt, str):
         return prompt + turn.reply
     return json.dumps(messages_of(turn.body) or prompt) + turn.reply

@@ -41,6 +41,8 @@ _ABORT_AGAIN_S = 0.1
 _ASK_S = 2.0
 """For questions between two streams: how many tokens is this text, can this engine continue."""
 _HTTP_OK, _HTTP_UNAVAILABLE = 200, 503
+_NOT_DONE = frozenset({501, _HTTP_UNAVAILABLE})
+"""The engine cannot do it at all (llama.cpp's `/infill` without a model for it), or is busy."""
 _STREAMS = frozenset({b"text/event-stream", b"application/x-ndjson"})
 """KoboldCPP names the first for Ollama's lines, too (1.115)."""
 
@@ -255,7 +257,7 @@ class Exchange:
         if status is None:
             return False
         is_mistake = 400 <= status < 500  # noqa: PLR2004  # RFC 9110
-        return is_mistake or status == _HTTP_UNAVAILABLE or status in self._gate.engine.refusals
+        return is_mistake or status in _NOT_DONE or status in self._gate.engine.refusals
 
     def _taken(self, chunk: bytes) -> bytes:
         """Follow a piece of the reply; return what to send the client now."""
