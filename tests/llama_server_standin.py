@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     parameters.n_parallel = 4 if options.parallel < 0 else options.parallel
     parameters.kv_unified = options.parallel < 0 if options.kv_unified is None else options.kv_unified
     parameters.n_threads_http = options.threads_http
-    lines = options.api_key_file.read_text().splitlines() if options.api_key_file else []
+    lines = options.api_key_file.read_bytes().decode().split("\n") if options.api_key_file else []
     keys = [*options.api_key.split(","), *(line for line in lines if not line.startswith("#"))]
     parameters.api_keys = [key for key in keys if key]
     parameters.load_mode = getattr(xllamacpp.llama_load_mode, f"LLAMA_LOAD_MODE_{_MODES[options.load_mode]}")

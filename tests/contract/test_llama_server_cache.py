@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 START_S = 90.0
 CELLS = 1024
 PROJECTOR = "projector.gguf"
-ADAPTER: Any = ExternalServer(Settings(), None, EngineHttp(), None)  # type: ignore[arg-type]  # asks, starts none
+ADAPTER: Any = ExternalServer(Settings(), None, EngineHttp(), None, None)  # type: ignore[arg-type]  # asks, starts none
 STORY = " ".join(["ba ke lo mi"] * 90)
 """About 360 tokens for the synthetic model: three conversations of it do not fit into the cells."""
 

@@ -185,8 +185,8 @@ def test_an_argument_wins_over_the_file():
         (["--api-key=a"], {}, "api_keys", ("a",)),
         ([], {"LLAMA_API_KEY": "a"}, "api_keys", ("a",)),
         (["--api-key", "a", "--api-key", "b"], {"LLAMA_API_KEY": "c"}, "api_keys", ("c", "a", "b")),
-        (["--api-key-file", "keys"], {}, "api_key_file", "keys"),
-        ([], {"LLAMA_ARG_API_KEY_FILE": "keys"}, "api_key_file", "keys"),
+        (["--api-key-file", "keys"], {}, "api_key_files", ("keys",)),
+        (["--api-key-file=b"], {"LLAMA_ARG_API_KEY_FILE": "a"}, "api_key_files", ("a", "b")),
         (["--embedding"], {}, "serves", "embeddings"),
         (["--embeddings", "--reranking"], {}, "serves", "rerank"),
         ([], {"LLAMA_ARG_EMBEDDINGS": "1"}, "serves", "embeddings"),
@@ -220,7 +220,7 @@ def test_the_adapters_read_arguments_file_and_variables(tmp_path: Path, monkeypa
     assert kobold.wishes() == OwnerWishes(locks=True)
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "512")
     external = ExternalServer(
-        read({"engine": {"extra_args": ["-np", "2"]}}, "a test"), ThisHost(), EngineHttp(), unused
+        read({"engine": {"extra_args": ["-np", "2"]}}, "a test"), ThisHost(), EngineHttp(), unused, unused
     )
     assert external.wishes() == OwnerWishes(context_tokens=512, slots=2)
     assert EmbeddedServer(Settings(), ThisHost(), EngineHttp()).wishes() == OwnerWishes(

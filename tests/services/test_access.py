@@ -146,6 +146,36 @@ def test_without_a_key_of_emberds_llama_servers_own_counts(make_daemon: MakeDaem
     assert ask(daemon, "/completion", authorization=f"Bearer {PASSWORD}").status_code == 200
 
 
+@pytest.mark.parametrize("program", PROGRAMS, indirect=True)
+@pytest.mark.parametrize("named", ["argument", "variable"])
+def test_keys_from_a_file_of_windows_serve_each_of_its_clients(
+    make_daemon: MakeDaemon, tmp_path: Path, program: Path, named: str
+):
+    """llama-server keeps byte order mark and carriage return as parts of the keys, and was never READY."""
+    keys = tmp_path / "keys"
+    keys.write_bytes(b"\xef\xbb\xbf# mine\r\n" + f"{PASSWORD}\r\n\r\none,with a comma\r\nlast \r\n".encode())
+    words = ["--api-key-file", str(keys)] if named == "argument" else []
+    settings = {"engine.kind": "llama-server", "engine.path": str(program), "engine.context_size": 512}
+    daemon = make_daemon({**settings, "engine.extra_args": [*words, "--api-key", "fourth"]})
+    if named == "variable":
+        daemon.environment["LLAMA_ARG_API_KEY_FILE"] = str(keys)
+    daemon.start()
+    status = daemon.wait_ready()
+
+    def answer(key: str) -> int:
+        return ask(daemon, "/completion", authorization=f"Bearer {key}").status_code
+
+    assert [answer(key) for key in (PASSWORD, "one,with a comma", "last", "fourth")] == [200] * 4
+    assert [answer(key) for key in ("one", "with a comma", "# mine")] == [401] * 3
+    assert PASSWORD not in " ".join(psutil.Process(status["engine"]["pid"]).cmdline())
+    (written,) = (
+        each
+        for each in daemon.state.directory.iterdir()
+        if each.is_file() and PASSWORD in each.read_text(errors="ignore")
+    )
+    assert (written.name, written.stat().st_mode & 0o777) == ("engine-keys", 0o600)
+
+
 def test_a_file_of_keys_that_cannot_be_read_is_named(make_daemon: MakeDaemon, tmp_path: Path):
     settings = {"engine.kind": "llama-server", "engine.path": str(write_program(tmp_path))}
     daemon = make_daemon({**settings, "engine.extra_args": ["--api-key-file", str(tmp_path / "none")]})

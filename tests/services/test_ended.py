@@ -18,7 +18,7 @@ from emberd.host import ThisHost
 from emberd.services.turns import Ended
 
 unused: Any = None
-LLAMA = ExternalServer(Settings(), ThisHost(), EngineHttp(), unused)
+LLAMA = ExternalServer(Settings(), ThisHost(), EngineHttp(), unused, unused)
 KOBOLD = KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused)
 TIMINGS = {"cache_n": 700, "prompt_n": 9, "predicted_n": 4, "prompt_ms": 12.5}
 TOLD = PromptCounts(700, 9, 4)

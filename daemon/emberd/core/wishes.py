@@ -45,7 +45,7 @@ class OwnerWishes:
         switch_models: where further models for that lie, empty for nowhere.
         ignores_missing: files that are not there are left out.
         api_keys: what it wants of its clients, one of them as a bearer token. Never shown.
-        api_key_file: a file with further ones, empty for none.
+        api_key_files: files with further ones.
         password: KoboldCPP's one key, empty for none. Never shown.
     """
 
@@ -71,7 +71,7 @@ class OwnerWishes:
     switch_models: str = ""
     ignores_missing: bool = False
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    api_key_file: str = ""
+    api_key_files: tuple[str, ...] = ()
     password: str = field(default="", repr=False)
 
 

@@ -22,6 +22,6 @@ def choose_engine(settings: Settings, host: Host, paths: StatePaths) -> Engine:
         case "koboldcpp":
             return KoboldCpp(settings, host, http, Asker(paths.answers), paths.scratch, paths.kcpps)
         case "llama-server":
-            return ExternalServer(settings, host, http, Asker(paths.answers))
+            return ExternalServer(settings, host, http, Asker(paths.answers), paths.engine_keys)
         case "embedded":
             return EmbeddedServer(settings, host, http)

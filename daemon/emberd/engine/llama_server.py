@@ -27,6 +27,7 @@ from emberd.engine.process import HARMFUL, STOP_SIGNALS
 from emberd.engine.program import check_executable, check_ran, find_program
 from emberd.engine.wishes import (
     API_KEY,
+    API_KEY_FILE,
     API_KEY_VARIABLE,
     FIT_CONTEXT_TOKENS,
     PROMPT_CACHE,
@@ -329,11 +330,16 @@ class EmbeddedServer(LlamaServer):
 
 
 class ExternalServer(LlamaServer):
-    """A `llama-server` binary of the user's."""
+    """A `llama-server` binary of the user's.
 
-    def __init__(self, settings: Settings, host: Host, http: EngineHttp, asker: Asker) -> None:
+    Args:
+        keys_target: where the keys of --api-key-file are written as it reads them.
+    """
+
+    def __init__(self, settings: Settings, host: Host, http: EngineHttp, asker: Asker, keys_target: Path) -> None:
         super().__init__(settings, host, http)
         self._asker = asker
+        self._keys_target = keys_target
         self._password: str | None = None
         self._offered: frozenset[str] | None = None
 
@@ -342,7 +348,7 @@ class ExternalServer(LlamaServer):
         """Return one of the owner's keys; of a file that cannot be read `plan` tells."""
         if self._password is None:  # an adopted engine is asked before anything is planned
             with contextlib.suppress(ConfigError):
-                self._password = _a_key(self.wishes())
+                self._password = _a_key(self.wishes(), _keys_in_files(self.wishes()))
         return self._password or ""
 
     def wishes(self) -> OwnerWishes:
@@ -397,12 +403,16 @@ class ExternalServer(LlamaServer):
         check_variables(os.environ)
         wishes = self.wishes()
         check_files(wishes.files, "engine.extra_args or LLAMA_ARG_*")
-        self._password = _a_key(wishes)
+        keys = _keys_in_files(wishes)
+        self._password = _a_key(wishes, keys)
         notices = notices_of(wishes) + inherited(os.environ)
         if engine.kcpps:
             notices += (Notice("kcpps_ignored", "engine.kcpps is for KoboldCPP; llama-server does not read it"),)
         # Everybody on this computer can read a command line.
-        arguments = [str(program), *without(engine.extra_args, API_KEY), "--model", str(model)]
+        owners = without(without(engine.extra_args, API_KEY), API_KEY_FILE)
+        arguments = [str(program), *owners, "--model", str(model)]
+        if keys:
+            arguments += [API_KEY_FILE, str(self._keys_target)]
         arguments += ["--host", "127.0.0.1", "--port", str(port)]
         arguments += self._lock_arguments(offered, will_lock=will_lock)
         if "--threads-http" in offered - {name for name, _ in given(engine.extra_args)}:
@@ -416,7 +426,8 @@ class ExternalServer(LlamaServer):
         environment = dict(self._host.engine_environment(engine.metal_keep_alive_s))
         if wishes.api_keys:
             environment[API_KEY_VARIABLE] = ",".join(wishes.api_keys)
-        return LaunchPlan(tuple(arguments), environment, port, notices)
+        files = {str(self._keys_target): "".join(f"{key}\n" for key in keys)} if keys else {}
+        return LaunchPlan(tuple(arguments), environment, port, notices, files=files)
 
     def _lock_arguments(self, offered: frozenset[str], *, will_lock: bool) -> list[str]:
         """Return the option of the load mode (since 2026), or --mlock; before, mmap was the default."""
@@ -493,26 +504,35 @@ def check_variables(environment: Mapping[str, str]) -> None:
             raise ConfigError(f"{name} in the environment: {_OWNED[option]}", f"Unset {name}.")
 
 
-def _a_key(wishes: OwnerWishes) -> str:
-    """Return the first key that the engine takes, empty if it wants none.
+def _a_key(wishes: OwnerWishes, in_files: Sequence[str]) -> str:
+    """Return the first key that the engine takes, empty if it wants none."""
+    return next(iter((*wishes.api_keys, *in_files)), "")
+
+
+def _keys_in_files(wishes: OwnerWishes) -> tuple[str, ...]:
+    """Return the keys in the owner's files.
+
+    llama-server takes a line as it stands (common/arg.cpp, build 11434): with a byte order mark, or a carriage
+    return at its end, it is a key that no client can send.
 
     Raises:
-        ConfigError: the file of keys cannot be read, or has none.
+        ConfigError: a file cannot be read, or has no key.
     """
-    if wishes.api_keys or not wishes.api_key_file:
-        return next(iter(wishes.api_keys), "")
-    path = Path(wishes.api_key_file)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(
-            f"cannot read --api-key-file {path}: {reason}", "Mend the path or its permissions."
-        ) from error
-    key = next((line for line in lines if line and not line.startswith("#")), None)
-    if key is None:
-        raise ConfigError(f"--api-key-file {path} has no key", "Write one into it, or remove the option.")
-    return key
+    keys: list[str] = []
+    for name in wishes.api_key_files:
+        path = Path(name)
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ConfigError(
+                f"cannot read {API_KEY_FILE} {path}: {reason}", "Mend the path or its permissions."
+            ) from error
+        found = [line.rstrip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise ConfigError(f"{API_KEY_FILE} {path} has no key", "Write one into it, or remove the option.")
+        keys += found
+    return tuple(keys)
 
 
 def notices_of(wishes: OwnerWishes) -> tuple[Notice, ...]:

@@ -17,6 +17,7 @@ import psutil
 
 from emberd.core import causes
 from emberd.core.errors import EngineNotUsable, StateUnusable
+from emberd.engine.wishes import API_KEY_FILE_VARIABLE
 from emberd.host import api_key, notify_socket
 from emberd.host.files import has_text, write_atomically
 
@@ -202,7 +203,7 @@ HARMFUL = re.compile(r"(LLAMA_ARG_LOG|LLAMA_LOG)_|LLAMA_TRACE$|LLAMA_ARG_(MODEL_
 
 def inherited_environment() -> dict[str, str]:
     """Return what an engine's program gets of emberd's environment: all but what is emberd's alone, or harms."""
-    own = {*notify_socket.VARIABLES, api_key.ENVIRONMENT}
+    own = {*notify_socket.VARIABLES, api_key.ENVIRONMENT, API_KEY_FILE_VARIABLE}  # emberd reads that file itself
     return {name: value for name, value in os.environ.items() if name not in own and not HARMFUL.match(name)}
 
 
@@ -210,7 +211,8 @@ def inherited_environment() -> dict[str, str]:
 def written(plan: LaunchPlan, say: Callable[[StateUnusable], None]) -> Iterator[tuple[LaunchPlan, tuple[int, ...]]]:
     """Write a plan's files. The text of one that cannot be written is in a pipe, whose name stands in its place.
 
-    KoboldCPP reads its settings once (koboldcpp.py, load_config_cli, 1.76 to 1.115), and a pipe is on no disk.
+    KoboldCPP reads its settings once (koboldcpp.py, load_config_cli, 1.76 to 1.115), llama-server its keys
+    (common/arg.cpp), and a pipe is on no disk.
 
     Args:
         plan: what is to be started.

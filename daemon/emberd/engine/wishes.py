@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 API_KEY, API_KEY_VARIABLE = "--api-key", "LLAMA_API_KEY"
+API_KEY_FILE, API_KEY_FILE_VARIABLE = "--api-key-file", "LLAMA_ARG_API_KEY_FILE"
 PROMPT_CACHE = "--cache-ram"
 PASSWORD_VARIABLE = "KCPP_PASSWORD"  # noqa: S105  # its name
 """What KoboldCPP takes for --password (1.115)."""
@@ -116,7 +117,7 @@ _LLAMA_SERVER = _Names(
     embeddings=("--embeddings", "--embedding"),
     rerank=("--reranking", "--rerank"),
     api_key=(API_KEY,),
-    api_key_file=("--api-key-file",),
+    api_key_file=(API_KEY_FILE,),
 )
 _VARIABLES = {
     "LLAMA_ARG_MLOCK": "--mlock",
@@ -137,7 +138,7 @@ _VARIABLES = {
     "LLAMA_ARG_EMBEDDINGS": "--embeddings",
     "LLAMA_ARG_RERANKING": "--reranking",
     API_KEY_VARIABLE: API_KEY,
-    "LLAMA_ARG_API_KEY_FILE": "--api-key-file",
+    API_KEY_FILE_VARIABLE: API_KEY_FILE,
 }
 
 FIT_CONTEXT_TOKENS = 4096
@@ -264,6 +265,6 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         switch_models=value(*names.switch_models),
         ignores_missing=bool(is_asked(*names.missing)),
         api_keys=parts(*names.api_key),
-        api_key_file=value(*names.api_key_file),
+        api_key_files=tuple(values[0] for option, values in said if option in names.api_key_file and values),
         password=value(*names.password),
     )

@@ -48,6 +48,11 @@ class StatePaths:
         return self.directory / "merged.kcpps"
 
     @property
+    def engine_keys(self) -> Path:
+        """The keys of the owner's --api-key-file, as llama-server reads them."""
+        return self.directory / "engine-keys"
+
+    @property
     def history(self) -> Path:
         """Daily accounts of what was written to swap."""
         return self.directory / "history.db"
