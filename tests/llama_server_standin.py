@@ -28,6 +28,7 @@ _HELP = """usage: llama-server [options]
 --slots                                 tell of the slots
 --no-prefill-assistant                  an assistant's last message is a whole one
 --chat-template TEMPLATE                Jinja
+--chat-template-file FILE               Jinja
 --mmproj FILE                           projector
 --embeddings                            only embeddings
 --api-prefix PREFIX                     path

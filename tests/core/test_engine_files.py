@@ -121,6 +121,16 @@ def test_libraries_and_devices_are_no_weights(path: str):
         (["--chatcompletionsadapter", "AutoGuess"], ("--chatcompletionsadapter", "AutoGuess")),
         (["--savedatafile", "~/story.jsondb"], ("--savedatafile", "/home/me/story.jsondb")),
         (["--onready", "echo ~"], ("--onready", "echo ~")),
+        (["--onready", "~"], ("--onready", "/home/me")),
+        (["--slot-save-path", "slots"], ("--slot-save-path", "/set/slots")),
+        (["--grammar-file=g.gbnf", "-jf", "s.json"], ("--grammar-file=/set/g.gbnf", "-jf", "/set/s.json")),
+        (["-lcs", "a", "-lcd", "b"], ("-lcs", "/set/a", "-lcd", "/set/b")),
+        (["--mcpfile", "mcp", "--savedatafile", "s"], ("--mcpfile", "/set/mcp", "--savedatafile", "/set/s")),
+        (["--path", "www", "--media-path", "m"], ("--path", "/set/www", "--media-path", "/set/m")),
+        (["--preloadstory", "s.json"], ("--preloadstory", "/set/s.json")),
+        (["--preloadstory", '{"prompt": 1}'], ("--preloadstory", '{"prompt": 1}')),
+        (["--lora-scaled", "a.gguf", "0.5"], ("--lora-scaled", "/set/a.gguf", "0.5")),
+        (["--lora=a.gguf", "-.5", "--lora", "7"], ("--lora=/set/a.gguf", "-.5", "--lora", "/set/7")),
     ],
 )
 def test_paths_of_options_belong_to_the_file_that_names_them(words: list[str], found: tuple[str, ...]):
@@ -139,6 +149,13 @@ def test_paths_of_settings_belong_to_the_settings_file():
 
 def test_paths_of_a_kcpps_file_belong_to_it():
     content = {"model_param": "m.gguf", "mmproj": "", "lora": ["~/a.gguf", "b.gguf"], "threads": 4, "model": ["x"]}
+    more = {"lora": ["a.gguf", "0.5"], "preloadstory": {"prompt": "x"}, "savedatafile": "s", "admindir": "~"}
+    assert anchored_file(more, "/k", "/home/me") == {
+        "lora": ["/k/a.gguf", "0.5"],
+        "preloadstory": {"prompt": "x"},
+        "savedatafile": "/k/s",
+        "admindir": "/home/me",
+    }
     assert anchored_file(content, "/k", "/home/me") == {
         "model_param": "/k/m.gguf",
         "mmproj": "",

@@ -270,6 +270,22 @@ def test_requests_that_wait_for_a_slot_leave_the_embedded_engine_able_to_answer(
         daemon.signal(signal.SIGTERM)
 
 
+def test_paths_that_are_not_there_are_one_error_before_the_start(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+):
+    """`config check` called the settings good, and the engine ended at each start."""
+    words = ["--chat-template-file", "t.jinja", "--mmproj", "~", "--api-key-file", "keys"]
+    settings = {"engine.kind": "llama-server", "engine.path": str(write_program(tmp_path))}
+    daemon = make_daemon({**settings, "engine.extra_args": words})
+    daemon.write_settings()
+    said = daemon.verb("config", "check")
+    folder = daemon.config.parent
+    assert said.returncode == 78
+    assert f"--chat-template-file {folder}/t.jinja: not found" in said.stderr
+    assert f"--api-key-file {folder}/keys: not found" in said.stderr
+    assert f"--mmproj {Path.home()}: Is a directory" in said.stderr
+
+
 def complete(daemon: Daemon) -> str:
     """Stream a completion and return its text."""
     text = ""

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Q8, Q4 = 1.0625, 0.5625
-MODEL, PROJECTOR, DRAFT, ADAPTER, CONTROL_VECTOR, EMBEDDINGS, SPEECH, VOICE, IMAGE, MUSIC = list(Role)[:-1]
+MODEL, PROJECTOR, DRAFT, ADAPTER, CONTROL_VECTOR, EMBEDDINGS, SPEECH, VOICE, IMAGE, MUSIC, TEXT, FOLDER = list(
+    Role
+)[:-2]
 unused: Any = None
 
 
@@ -93,6 +95,15 @@ def plain(answer: Any) -> Any:
             ((EMBEDDINGS, "e.gguf"), (MUSIC, "m.gguf")),
         ),
         (["--chatcompletionsadapter", "AutoGuess"], "files", ()),
+        (["--lora", "a.gguf", "0.5"], "files", ((ADAPTER, "a.gguf"),)),
+        (["--lora", "a.gguf", "base.gguf"], "files", ((ADAPTER, "a.gguf"), (ADAPTER, "base.gguf"))),
+        # what else is read
+        (["--jinjatemplate", "t", "--ttsdir", "v"], "paths", ((TEXT, "t"), (FOLDER, "v"))),
+        (["--mcpfile", "m", "--mcpfile=n.json"], "paths", ((TEXT, "m.json"), (TEXT, "n.json"))),
+        (["--admindir", "d"], "paths", ()),
+        (["--admindir", "d", "--admin"], "paths", ((FOLDER, "d"),)),
+        (["--savedatafile", "s", "--downloaddir", "d", "--admindatadir", "e"], "paths", ()),
+        (["--preloadstory", "[1]"], "paths", ()),
         (["--hordemodelname", "other"], "is_renamed", True),
         ([], "is_renamed", False),
     ],
@@ -117,6 +128,11 @@ def test_koboldcpp_is_asked_in_every_spelling(words: list[str], question: str, a
         ({"adminunloadtimeout": 300}, "unloads_by", "--adminunloadtimeout"),
         ({"adminunloadtimeout": 0, "autoswapmode": False}, "unloads_by", ""),
         ({"mmproj": "p.gguf", "draftmodel": "", "lora": None}, "files", ((PROJECTOR, "p.gguf"),)),
+        (
+            {"jinjatemplate": "", "preloadstory": {"x": 1}, "mcpfile": None, "ttsdir": "v"},
+            "paths",
+            ((FOLDER, "v"),),
+        ),
         ({"lora": ["a.gguf", "b.gguf"]}, "files", ((ADAPTER, "a.gguf"), (ADAPTER, "b.gguf"))),
         ({"sdlora": ["a.safetensors"], "sdclip1": "c"}, "files", ((IMAGE, "a.safetensors"), (IMAGE, "c"))),
         ({"defaultgenamt": 2000}, "reply_tokens", 2000),
@@ -174,6 +190,10 @@ def test_an_argument_wins_over_the_file():
         ),
         (["--lora-scaled", "a.gguf:0.5,b,c.gguf:1"], {}, "files", ((ADAPTER, "a.gguf"), (ADAPTER, "b,c.gguf"))),
         (["--control-vector", "v.gguf"], {}, "files", ((CONTROL_VECTOR, "v.gguf"),)),
+        (["--lora-scaled", "a.gguf", "0.5"], {}, "files", ((ADAPTER, "a.gguf"),)),
+        (["--grammar-file", "g", "-lcs", "c"], {}, "paths", ((TEXT, "g"), (TEXT, "c"))),
+        (["--slot-save-path", "s", "-lcd", "d"], {}, "paths", ((FOLDER, "s"),)),
+        ([], {"LLAMA_ARG_CHAT_TEMPLATE_FILE": "t"}, "paths", ((TEXT, "t"),)),
         (
             ["-md", "d.gguf"],
             {"LLAMA_ARG_SPEC_DRAFT_MODEL": "e.gguf"},

@@ -256,11 +256,17 @@ def test_every_missing_file_of_an_option_is_named_at_once(tmp_path: Path):
         NamedFile(str(tmp_path), Role.ADAPTER, "--lora"),
         NamedFile(str(tmp_path), Role.IMAGE, "--sdlora"),
         NamedFile("https://example.org/w.bin", Role.SPEECH, "--whispermodel"),
+        NamedFile(str(tmp_path), Role.FOLDER, "--media-path"),
+        NamedFile(str(there), Role.FOLDER, "--slot-save-path"),
+        NamedFile(str(tmp_path / "none"), Role.FOLDER, "--path"),
+        NamedFile(str(tmp_path / "g"), Role.TEXT, "--grammar-file"),
     ]
     with pytest.raises(ConfigError) as refused:
         check_files(files, "engine.extra_args")
     assert refused.value.message == (
-        f"--draftmodel {tmp_path / 'gone.gguf'}: not found; --lora {tmp_path}: Is a directory"
+        f"--draftmodel {tmp_path / 'gone.gguf'}: not found; --lora {tmp_path}: Is a directory; "
+        f"--slot-save-path {there}: Not a directory; --path {tmp_path / 'none'}: not found; "
+        f"--grammar-file {tmp_path / 'g'}: not found"
     )
     check_files(files[:1], "engine.extra_args")
 

@@ -181,7 +181,7 @@ def test_a_file_of_keys_that_cannot_be_read_is_named(make_daemon: MakeDaemon, tm
     daemon = make_daemon({**settings, "engine.extra_args": ["--api-key-file", str(tmp_path / "none")]})
     daemon.start()
     assert daemon.end() == 78
-    assert f"cannot read --api-key-file {tmp_path}/none: No such file" in daemon.log.read_text()
+    assert f"--api-key-file {tmp_path}/none: not found" in daemon.log.read_text()
 
 
 def test_emberds_own_key_is_not_in_the_engines_environment(make_daemon: MakeDaemon):

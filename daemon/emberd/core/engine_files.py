@@ -26,6 +26,12 @@ class Role(Enum):
     VOICE = "voice"
     IMAGE = "image"
     MUSIC = "music"
+    TEXT = "text"
+    """Read, and no weights: a template, a grammar, a list of servers."""
+    FOLDER = "folder"
+    """It must be there."""
+    MADE = "made"
+    """A file or folder that the engine writes, and makes if it is not there."""
     OTHER = "other"
     """Mapped, and named by no option that emberd knows."""
 
@@ -66,20 +72,60 @@ OPTIONS: Mapping[str, Role] = {
     **dict.fromkeys(("--musicllm", "--musicembeddings", "--musicdiffusion", "--musicvae"), Role.MUSIC),
 }
 """Options that name files with weights: KoboldCPP 1.76 to 1.115 (koboldcpp.py), llama-server (common/arg.cpp)."""
-_PATHS = frozenset(
-    {
-        "--admindir",
-        "--admintextmodelsdir",
-        "--api-key-file",
-        "--chat-template-file",
-        "--jinjatemplate",
-        "--models-dir",
-        "--models-preset",
-    }
-)
-"""Further options whose value can only be a path."""
+PATHS: Mapping[str, Role] = {
+    **dict.fromkeys(
+        (
+            "--api-key-file",
+            "--chat-template-file",
+            "--grammar-file",
+            "--jinjatemplate",
+            "--json-schema-file",
+            "-jf",
+            "--lookup-cache-static",
+            "-lcs",
+            "--mcp-servers-config",
+            "--mcpfile",
+            "--models-preset",
+            "--preloadstory",
+            "--ui-config-file",
+            "--webui-config-file",
+        ),
+        Role.TEXT,
+    ),
+    **dict.fromkeys(
+        (
+            "--admindir",
+            "--admindocsdir",
+            "--media-path",
+            "--models-dir",
+            "--path",
+            "--slot-save-path",
+            "--ttsdir",
+            "--video-ffmpeg-dir",
+        ),
+        Role.FOLDER,
+    ),
+    **dict.fromkeys(
+        (
+            "--admindatadir",
+            "--admintextmodelsdir",
+            "--downloaddir",
+            "--fsdir",
+            "--tmpfsdir",
+            "--log-file",
+            "--lookup-cache-dynamic",
+            "-lcd",
+            "--savedatafile",
+        ),
+        Role.MADE,
+    ),
+}
+"""Further options whose value can only be a path, in the same sources."""
 _MODEL_KEYS = ("model", "model_param")
 _ADDRESS = re.compile(r"https?://")
+_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)")
+_INLINE = re.compile(r"\s*[{\[]")
+"""KoboldCPP's --preloadstory also takes the story itself."""
 _LISTED = re.compile(r"(.+?\.gguf(?::-?[\d.]+)?)(?:,|$)")
 _WEIGHTS_SUFFIXES = (".gguf", ".ggml", ".bin", ".safetensors")
 _LEAST_WEIGHTS_BYTES = 64 * 1024 * 1024
@@ -278,23 +324,25 @@ def anchored(settings: Settings, folder: str, home: str) -> Settings:
 
 def anchored_arguments(words: Sequence[str], folder: str, home: str) -> tuple[str, ...]:
     """Return a command line with absolute paths; an option keeps its form: `--x y`, `--x=y`."""
-    found, option = list[str](), ""
+    found, option, place = list[str](), "", 0
     for word in words:
         if re.match(r"--?[A-Za-z]", word):
             option, equals, value = word.partition("=")
+            place = 1 if equals else 0
             found.append(f"{option}={_of_option(option, value, folder, home)}" if equals else word)
         else:
-            found.append(_of_option(option, word, folder, home))
+            found.append(word if is_scale(word, place) else _of_option(option, word, folder, home))
+            place += 1
     return tuple(found)
 
 
 def anchored_file(content: Mapping[str, object], folder: str, home: str) -> dict[str, object]:
     """Return what a .kcpps file says, with absolute paths."""
 
-    def one(key: str, value: Any) -> Any:
+    def one(key: str, value: Any, place: int = 0) -> Any:
         if isinstance(value, list):
-            return [one(key, each) for each in value]
-        if not isinstance(value, str):
+            return [one(key, each, number) for number, each in enumerate(value)]
+        if not isinstance(value, str) or is_scale(value, place):
             return value
         return _anchored(value, folder, home) if key in _MODEL_KEYS else _of_option(f"--{key}", value, folder, home)
 
@@ -304,13 +352,13 @@ def anchored_file(content: Mapping[str, object], folder: str, home: str) -> dict
 def _of_option(option: str, value: str, folder: str, home: str) -> str:
     if option in OPTIONS:
         return ",".join(_anchored(part, folder, home) for part in listed(value))
-    if option in _PATHS or value.startswith("~/"):
+    if option in PATHS or value == "~" or value.startswith("~/"):
         return _anchored(value, folder, home)
     return value
 
 
 def _anchored(path: str, folder: str, home: str) -> str:
-    if not path or _ADDRESS.match(path):
+    if not path or _ADDRESS.match(path) or is_inline(path):
         return path
     if path == "~" or path.startswith("~/"):
         path = home + path[1:]
@@ -320,6 +368,21 @@ def _anchored(path: str, folder: str, home: str) -> str:
 def listed(value: str) -> list[str]:
     """Return the files in a value: llama-server takes several with commas between, each perhaps with a scale."""
     return _LISTED.findall(value) or [value]
+
+
+def is_scale(value: str, place: int) -> bool:
+    """Return True if a value behind a file is a number: older builds take `--lora-scaled FILE 0.5`.
+
+    Args:
+        value: one value of an option.
+        place: how many values stand before it.
+    """
+    return place > 0 and _NUMBER.fullmatch(value) is not None
+
+
+def is_inline(value: str) -> bool:
+    """Return True if a value is JSON in place of a file that has it."""
+    return _INLINE.match(value) is not None
 
 
 def is_address(path: str) -> bool:

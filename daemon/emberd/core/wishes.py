@@ -37,6 +37,7 @@ class OwnerWishes:
         queue: requests that are taken while another one runs, that one counted.
         unloads_by: the option that unloads an idle model, empty for none.
         files: other files that are loaded: projectors, drafts, adapters, speech, images, embeddings.
+        paths: files and folders that are read, and are no weights.
         reply_tokens: greatest reply where a request names none.
         serves: what it serves in place of text: embeddings or rerank; empty for text.
         is_renamed: the model is served under another name than its file's.
@@ -63,6 +64,7 @@ class OwnerWishes:
     queue: int | None = None
     unloads_by: str = ""
     files: tuple[NamedFile, ...] = ()
+    paths: tuple[NamedFile, ...] = ()
     reply_tokens: int | None = None
     serves: str = ""
     is_renamed: bool = False

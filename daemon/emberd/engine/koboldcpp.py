@@ -243,7 +243,7 @@ class KoboldCpp:
             check_model(line.model)
         asked = of_koboldcpp(wished.extra_args, wished.kcpps or {})
         if not asked.ignores_missing:
-            check_files(asked.files, "engine.extra_args or the .kcpps file")
+            check_files((*asked.files, *asked.paths), "engine.extra_args or the .kcpps file")
         if wished.extra_args:
             probed = await self._asker.ask(command, (*wished.extra_args, PROBE_ARGUMENT), program, environment)
             read_probe(build, wished.extra_args, probed.exit_code, probed.err)

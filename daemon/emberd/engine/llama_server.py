@@ -402,7 +402,7 @@ class ExternalServer(LlamaServer):
         check_arguments(engine.extra_args, offered)
         check_variables(os.environ)
         wishes = self.wishes()
-        check_files(wishes.files, "engine.extra_args or LLAMA_ARG_*")
+        check_files((*wishes.files, *wishes.paths), "engine.extra_args or LLAMA_ARG_*")
         keys = _keys_in_files(wishes)
         self._password = _a_key(wishes, keys)
         notices = notices_of(wishes) + inherited(os.environ)

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emberd.core.engine_files import OPTIONS, NamedFile, Role, listed
+from emberd.core.engine_files import OPTIONS, PATHS, NamedFile, Role, is_inline, is_scale, listed
 from emberd.core.gguf import F16_BYTES
 from emberd.core.wishes import OwnerWishes
 
@@ -131,6 +131,11 @@ _VARIABLES = {
     "LLAMA_ARG_MMPROJ": "--mmproj",
     "LLAMA_ARG_MODEL_DRAFT": "--model-draft",
     "LLAMA_ARG_SPEC_DRAFT_MODEL": "--spec-draft-model",
+    "LLAMA_ARG_CHAT_TEMPLATE_FILE": "--chat-template-file",
+    "LLAMA_ARG_MCP_SERVERS_CONFIG": "--mcp-servers-config",
+    "LLAMA_ARG_STATIC_PATH": "--path",
+    "LLAMA_ARG_UI_CONFIG_FILE": "--ui-config-file",
+    "LLAMA_ARG_VIDEO_FFMPEG_DIR": "--video-ffmpeg-dir",
     "LLAMA_ARG_FIT": "--fit",
     "LLAMA_ARG_FIT_CTX": "--fit-ctx",
     "LLAMA_ARG_SWA_FULL": "--swa-full",
@@ -202,10 +207,22 @@ def _files(said: Sequence[_Given]) -> Iterator[NamedFile]:
         is_old = option not in _REPEATED and last[_SPELLINGS.get(option, option)] != number
         if option not in OPTIONS or is_old:
             continue
-        for part in (part for value in values for part in listed(value)):
+        files = (value for place, value in enumerate(values) if not is_scale(value, place))
+        for part in (part for value in files for part in listed(value)):
             path = _SCALE.sub("", part) if option.endswith("-scaled") else part
             if path:
                 yield NamedFile(path, OPTIONS[option], option)
+
+
+def _paths(said: Sequence[_Given]) -> Iterator[NamedFile]:
+    """Yield what options name and the engine reads, besides weights."""
+    for option, values in said:
+        role = PATHS.get(option, Role.MADE)
+        for value in values[:1]:
+            if role is Role.MADE or not value or is_inline(value):
+                continue
+            adds_suffix = option == "--mcpfile" and not value.lower().endswith(".json")  # koboldcpp.py
+            yield NamedFile(f"{value}.json" if adds_suffix else value, role, option)
 
 
 def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
@@ -238,6 +255,7 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
 
     fits = bool(names.fit) and is_asked(*names.fit) is not False and last(*names.context) is None
     prompt_cache = value(*names.prompt_cache)
+    can_switch = any(is_asked(name) for name in names.switch)
     mode = value(*names.load_mode)
     maps = switch(names.map, names.copy)
     locks = is_asked(*names.lock)
@@ -257,10 +275,11 @@ def _answer(names: _Names, said: Sequence[_Given]) -> OwnerWishes:
         queue=count(*names.queue),
         unloads_by=next((name for name in names.unload if is_asked(name)), ""),
         files=tuple(_files(said)),
+        paths=tuple(each for each in _paths(said) if can_switch or each.option not in names.switch_folder),
         reply_tokens=count(*names.reply),
         serves="rerank" if is_asked(*names.rerank) else "embeddings" if is_asked(*names.embeddings) else "",
         is_renamed=bool(is_asked(*names.rename)),
-        can_switch=any(is_asked(name) for name in names.switch),
+        can_switch=can_switch,
         switch_folder=value(*names.switch_folder),
         switch_models=value(*names.switch_models),
         ignores_missing=bool(is_asked(*names.missing)),

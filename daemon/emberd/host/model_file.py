@@ -115,7 +115,7 @@ def _check_kind(path: Path) -> None:
 
 
 def check_files(files: Iterable[NamedFile], source: str) -> None:
-    """Refuse a file that the engine could not read.
+    """Refuse a file or folder that the engine could not read.
 
     Args:
         files: what its options name; addresses are for the engine to download.
@@ -130,8 +130,9 @@ def check_files(files: Iterable[NamedFile], source: str) -> None:
             continue
         path = Path(each.path).expanduser().absolute()
         try:
-            if path.is_dir() and each.role is Role.IMAGE:
-                continue  # --sdlora takes a folder (KoboldCPP 1.115)
+            if each.role is Role.FOLDER or (path.is_dir() and each.role is Role.IMAGE):
+                with os.scandir(path):  # --sdlora takes a folder, too (KoboldCPP 1.115)
+                    continue
             with path.open("rb") as file:
                 file.read(1)
         except OSError as error:
