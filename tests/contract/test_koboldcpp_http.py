@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from contract.targets import Server, Target, events, request
+from emberd.engine.koboldcpp import KoboldCpp
 from engine_process import wait_until
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ NEW_PERF |= {
     "total_tts_gens",
     "total_transcribe_gens",
 }
+ADAPTER: Any = None
 LONG = 600
 """Tokens of a generation that is meant to be interrupted."""
 
@@ -234,6 +236,32 @@ def test_idletime_grows_and_idle_is_zero_while_a_generation_runs(server: Server)
         server.client.post("/api/extra/abort", json={"genkey": "growing"})
         list(stream)
     wait_until(server.is_idle)
+
+
+def test_tools_data_and_files_are_answered_while_a_generation_runs(server: Server) -> None:
+    """They waited for the model's place: 30 s during a stream of 300 tokens."""
+    if not server.target.is_batching:
+        pytest.skip("not in this version")
+    data = [f"/api/data/{act}" for act in ("list", "metadata", "get", "put", "delete")]
+    acts = ("write_lines", "mkdir", "rmdir", "delete", "write", "move", "copy", "replace_regex", "upload")
+    light = ["/mcp", "/set_tts_settings", *data, *(f"/api/extra/fs/{act}" for act in acts)]
+    with server.streaming("ba ke lo", LONG, genkey="mine") as stream:
+        next(stream)
+        for path in light:
+            answer = server.client.post(path, json={"method": "tools/list"}, timeout=10.0)
+            assert answer.status_code == (503 if "/fs/" in path else 200), path
+            assert "disabled" in answer.text or answer.status_code == 200, "it is not the queue that refuses"
+            assert not KoboldCpp.is_work(ADAPTER, "POST", path)
+        assert server.perf()["idle"] == 0, "the generation has ended meanwhile"
+        server.client.post("/api/extra/abort", json={"genkey": "mine"})
+        list(stream)
+    wait_until(server.is_idle)
+
+
+def test_what_uses_a_model_waits_for_its_place() -> None:
+    uses = ("/api/extra/embeddings", "/api/extra/fs/semantic_search", "/api/extra/fs/search_all_documents")
+    for path in (*uses, "/v1/audio/transcriptions", "/api/extra/tts", "/sdapi/v1/txt2img", "/v1/completions"):
+        assert KoboldCpp.is_work(ADAPTER, "POST", path), path
 
 
 def test_only_the_right_key_aborts_a_generation(server: Server) -> None:

@@ -174,6 +174,8 @@ class Site:
             return self._shut_down(client)
         if path.endswith("/api/admin/reload_config") and not self.model.switches.is_old:
             return self._reload(body, key)
+        if self.model.switches.is_batching and (said := newer_apis.light(path)) is not None:
+            return Answer(said[0], json.dumps(said[1]).encode())
         actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "/api/extra/abort": lambda asked: self.model.abort(str(asked.get("genkey", ""))),
             "/api/extra/generate/check": lambda asked: {

@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 PATHS = ("/v1/messages", "/v1/responses")
 
 
+def light(path: str) -> tuple[int, dict[str, Any]] | None:
+    """Return status and content for a POST that does not wait for the model, None for all others."""
+    if path == "/mcp":
+        return 200, {"jsonrpc": "2.0", "id": 1, "result": {"tools": []}}
+    if path == "/set_tts_settings":
+        return 200, {"message": "Settings successfully applied"}
+    if path.startswith("/api/data/"):
+        return 200, {"success": False, "error": "Data API disabled"}
+    if path.startswith("/api/extra/fs/"):
+        return 503, {"success": False, "error": "Filesystem is disabled. Set --fsmaxsize > 0 to enable it."}
+    return None
+
+
 def as_chat(path: str, asked: dict[str, Any]) -> dict[str, Any]:
     """Return the request as one for `/v1/chat/completions`."""
     if path.endswith("/v1/messages"):

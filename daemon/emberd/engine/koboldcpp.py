@@ -73,8 +73,14 @@ _LIGHT_POSTS = (
     "/api/extra/websearch",
     "/api/extra/shutdown",
     "/api/admin/reload_config",
+    "/mcp",
+    "/set_tts_settings",
+    *(f"/api/data/{act}" for act in ("list", "metadata", "get", "put", "delete")),
+    *(f"/api/extra/fs/{act}" for act in ("write_lines", "mkdir", "rmdir", "delete", "write", "move", "copy")),
+    *(f"/api/extra/fs/{act}" for act in ("replace_regex", "upload")),
 )
-"""POSTs that do not wait for the model (1.76 to 1.104, `do_POST`; `/api/show` 1.115)."""
+"""POSTs that do not wait for the model (`do_POST`, 1.76 to 1.115; data, files, `/mcp` and `/api/show` from 1.115).
+Searches in documents do not wait either, but use the model for embeddings."""
 _UNITS_OF_A_GENERATION = 1_000_000
 """Makes the count of finished generations exceed any length of a running reply."""
 _OLD_DEFAULT_LENGTH_TOKENS, _DEFAULT_LENGTH_TOKENS = 1024, 2048
