@@ -88,12 +88,39 @@ def test_other_ways_to_make_text_cost_the_cache_too():
     assert changes_cache("GET", "/noscript")
     assert changes_cache("POST", "/v1/responses")
     assert changes_cache("POST", "/request")
+    for path in ("/v1/audio/transcriptions", "/audio/transcriptions", "/v1/systemone/"):  # llama.cpp's server
+        assert changes_cache("POST", path)
+        assert uses_model("POST", path)
+        assert not changes_cache("GET", path)
+        assert dialect_of(path) is None
     assert is_ollama("/api/tags")
     assert not is_ollama("/api/v1/generate")
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/embedding", "/v1/rerank", "/reranking/", "/api/embed"])
-def test_vectors_and_orders_are_uses_that_leave_the_cache_alone(path: str):
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/embeddings",
+        "/embedding",
+        "/v1/rerank",
+        "/reranking/",
+        "/api/embed",
+        "/api/extra/fs/semantic_search",
+        "/api/extra/transcribe",
+        "/api/extra/tts",
+        "/v1/audio/speech",
+        "/audio/speech",
+        "/xtts/tts_to_audio",
+        "/v1/images/generations",
+        "/sdapi/v1/txt2img",
+        "/sdapi/v1/img2img",
+        "/sdapi/v1/upscale",
+        "/prompt",
+        "/api/extra/music/prepare",
+        "/api/extra/music/generate",
+    ],
+)
+def test_vectors_orders_speech_images_and_music_are_uses_that_leave_the_cache_alone(path: str):
     assert uses_model("POST", path)
     assert not uses_model("GET", path)
     assert not changes_cache("POST", path)

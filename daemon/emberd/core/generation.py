@@ -57,10 +57,34 @@ _OTHER_GENERATIONS = (
     "/noscript",
     "/request",
     "/sdapi/v1/interrogate",
+    "/audio/transcriptions",
+    "/v1/systemone",
 )
-_OTHER_USES = ("/embeddings", "/embedding", "/rerank", "/reranking", "/api/embed")
+"""llama.cpp's server (11434) hears and decides with the text model, in the slots of its cache. KoboldCPP has
+another model for speech: there a transcription only counts as one that may have cost the cache."""
+_OTHER_USES = (
+    "/embeddings",
+    "/embedding",
+    "/rerank",
+    "/reranking",
+    "/api/embed",
+    "/api/extra/fs/semantic_search",
+    "/api/extra/fs/search_all_documents",
+    "/api/extra/transcribe",
+    "/api/extra/tts",
+    "/audio/speech",
+    "/tts_to_audio",
+    "/images/generations",
+    "/sdapi/v1/txt2img",
+    "/sdapi/v1/img2img",
+    "/sdapi/v1/upscale",
+    "/sdapi/v1/extra-single-image",
+    "/prompt",
+    "/api/extra/music/prepare",
+    "/api/extra/music/generate",
+)
 """Uses of a model that leave the prompt cache alone: llama.cpp's server makes either text or these, KoboldCPP has
-another model for them."""
+other models for vectors, speech, images and music (`do_POST`, 1.115; `/prompt` is ComfyUI's)."""
 _OTHER_CHANGES = re.compile(r"/api/admin/(load|clear)_state$|^/slots/\d+$")
 """Requests that restore or drop a state of the cache: KoboldCPP 1.104, llama.cpp's server (or only save it)."""
 _LOOKS_AFTER_ENGINE = (
