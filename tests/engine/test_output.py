@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emberd.engine import output
 from emberd.engine.output import OutputFollower, open_for_engine
 
 if TYPE_CHECKING:
@@ -38,6 +40,14 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 
 def follower(engine: Engine, rotate_bytes: int = 1 << 20, kept_files: int = 2) -> OutputFollower:
     return OutputFollower(engine.path, lambda line: SECRET in line, rotate_bytes, kept_files)
+
+
+def read_all(reader: OutputFollower) -> list[str]:
+    """Read until nothing is left, as emberd does by and by."""
+    lines = reader.read_lines()
+    while reader.has_more:
+        lines += reader.read_lines()
+    return lines
 
 
 def test_lines_arrive_once_and_in_order(engine: Engine):
@@ -83,7 +93,7 @@ def test_a_private_line_in_pieces_is_scrubbed_whole(engine: Engine):
 def test_a_private_line_longer_than_any_buffer_is_scrubbed_whole(engine: Engine):
     reader = follower(engine)
     engine.say("Body Err: " + SECRET + "x" * 300_000 + "tail-of-prompt\nafter\n")
-    assert reader.read_lines() == ["after"]
+    assert read_all(reader) == ["after"]
     assert b"x" not in engine.path.read_bytes()
     assert b"tail-of-prompt" not in engine.path.read_bytes()
 
@@ -91,7 +101,7 @@ def test_a_private_line_longer_than_any_buffer_is_scrubbed_whole(engine: Engine)
 def test_a_very_long_line_is_cut_not_kept(engine: Engine):
     reader = follower(engine)
     engine.say("y" * 100_000 + "\nnext\n")
-    lines = reader.read_lines()
+    lines = read_all(reader)
     assert [len(line) for line in lines] == [8192, 4]
 
 
@@ -151,6 +161,68 @@ def test_a_file_that_somebody_emptied_is_read_from_its_start(engine: Engine):
     os.truncate(engine.path, 0)
     engine.say("new\n")
     assert reader.read_lines() == ["new"]
+
+
+@pytest.mark.parametrize("line", ["decode: failed to find a memory slot for batch of size 1\n", "y\n"])
+def test_an_engine_that_prints_much_is_read_in_small_steps(engine: Engine, line: str):
+    reader = follower(engine)
+    engine.say(line * (500_000 // len(line)))
+    assert 0 < len(reader.read_lines()) <= 1200
+    assert reader.has_more
+    left = read_all(reader)
+    assert set(left) == {line.strip()}
+    assert not reader.has_given_up
+    assert reader.read_lines() == []
+
+
+def test_what_an_engine_prints_too_fast_is_given_up_and_does_not_stay_on_disk(engine: Engine):
+    reader = follower(engine)
+    engine.say("first\n")
+    reader.read_lines()
+    engine.say(f"{SECRET} {'x' * 100}\n" * 30_000)
+    reader.read_lines()
+    assert reader.has_given_up
+    assert not reader.has_more
+    assert engine.path.stat().st_size < 200_000
+    assert SECRET not in engine.path.read_text()
+    assert engine.path.read_text().startswith("first\n")
+    engine.say("cut\nlater\n")
+    assert reader.read_lines() == ["later"]
+
+
+def test_the_end_of_a_line_whose_beginning_was_given_up_is_private(engine: Engine):
+    reader = follower(engine)
+    engine.say("y\n" * 1_000_000 + f"Body Err: {SECRET}")
+    assert reader.read_lines()
+    engine.say(" tail-of-prompt")
+    assert reader.read_lines() == []
+    assert reader.unfinished == ""
+    engine.say(" of it\nafter\n")
+    assert reader.read_lines() == ["after"]
+    assert b"tail-of-prompt" not in engine.path.read_bytes()
+    assert b"of it" not in engine.path.read_bytes()
+
+
+def test_a_file_with_something_unread_is_not_rotated(engine: Engine):
+    reader = follower(engine, rotate_bytes=10_000)
+    said = [f"line {number}" for number in range(20_000)]
+    engine.say("".join(f"{line}\n" for line in said))
+    assert read_all(reader) == said
+    assert engine.path.stat().st_size == 0
+    assert engine.path.with_name("engine.log.1").read_text().split("\n")[:-1] == said
+
+
+def test_what_an_engine_printed_while_no_emberd_read_is_skipped_in_bounded_time(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(output, "_LONGEST_SKIP_S", 0.05)
+    engine.say(f"{SECRET}\n" * 2_000_000)
+    reader = follower(engine)
+    began_s = time.monotonic()
+    reader.skip_to_end()
+    assert time.monotonic() - began_s < 2
+    assert reader.has_given_up
+    assert SECRET not in engine.path.read_text()
 
 
 @settings(max_examples=60, deadline=None)

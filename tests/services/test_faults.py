@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,33 @@ def test_a_state_directory_that_is_deleted_is_made_again_and_nobody_notices(make
     daemon.kill()
     daemon.start()
     assert daemon.wait_ready()["engine"]["adopted"]
+
+
+def test_an_engine_that_prints_more_than_can_be_read_keeps_no_request_waiting(
+    make_daemon: MakeDaemon, standin: Path, tmp_path: Path
+):
+    program = tmp_path / "koboldcpp.sh"
+    flood = tmp_path / "flood.py"
+    flood.write_text(
+        "import os, time\n"
+        "for _ in range(100):\n"
+        "    os.write(1, b'decode: failed to find a memory slot for batch of size 1\\n' * 40_000)\n"
+        "    time.sleep(0.05)\n"
+    )
+    program.write_text(
+        f'#!/bin/sh\ncase "$*" in *--model*) {sys.executable} {flood} & ;; esac\n'
+        f'exec {sys.executable} {standin}/koboldcpp.py "$@"\n'
+    )
+    program.chmod(0o755)
+    daemon = make_daemon({"engine.path": str(program)})
+    daemon.start()
+    daemon.wait_ready()
+    daemon.wait_event("output_lost")
+    for _ in range(5):
+        assert daemon.complete(timeout_s=5)
+    assert (daemon.state.directory / "engine.log").stat().st_size < 32 << 20
+    lost = daemon.events("output_lost")
+    assert [event["error"] for event in lost] == ["the engine prints faster than emberd can read"]
 
 
 def test_a_model_that_went_away_and_came_back_is_served_within_seconds(

@@ -7,18 +7,23 @@ they are read. This is safe, because a writer in append mode never touches old b
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from emberd.engine.output_lines import LineFilter
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _CHUNK_BYTES = 64 * 1024
-_LONGEST_LINE_BYTES = 8 * 1024
-"""Longer lines are cut, so that a person can read them."""
+_MOST_UNREAD_BYTES = 1024 * 1024
+"""An engine that is so far ahead prints faster than emberd can read."""
+_LONGEST_SKIP_S = 5.0
 _LEAST_ROOM_BYTES = 64 * 1024
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 TAIL_LINES = 50
@@ -50,16 +55,17 @@ class OutputFollower:
         reserve: Callable[[int, int], None] = lambda _descriptor, _size_bytes: None,
     ) -> None:
         self._path = path
-        self.is_private = is_private
+        self.lines = LineFilter(is_private)
         self._rotate_bytes = rotate_bytes
         self._kept_files = kept_files
         self._reserve = reserve
         self._room_bytes = rotate_bytes
         self._offset = 0
-        self._pending = b""
-        self._is_cutting = False
-        self._is_scrubbing = False
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.has_more = False
+        """Whether something was left unread by the last call."""
+        self.has_given_up = False
+        """Whether output was given up unread; it is for the caller to set it back."""
 
     def set_limits(self, rotate_bytes: int, kept_files: int) -> None:
         """Take over new settings; they count from the next line on."""
@@ -79,15 +85,17 @@ class OutputFollower:
         except OSError:
             return False
         try:
-            if not self._find_room(descriptor):
-                self._empty()
-                return self._find_room(descriptor)
+            return self._make_room(descriptor)
         except OSError:
             return False
-        else:
-            return True
         finally:
             os.close(descriptor)
+
+    def _make_room(self, descriptor: int) -> bool:
+        if self._find_room(descriptor):
+            return True
+        self._cut(descriptor, 0)
+        return self._find_room(descriptor)
 
     def _find_room(self, descriptor: int) -> bool:
         least = os.fstat(descriptor).st_size + _LEAST_ROOM_BYTES
@@ -106,78 +114,87 @@ class OutputFollower:
             return True
         return False
 
-    def _empty(self) -> None:
-        os.truncate(self._path, 0)
-        self._offset, self._pending = 0, b""
+    def _cut(self, descriptor: int, size_bytes: int) -> None:
+        """Keep the beginning of the file only; its writer goes on at the new end. What is unread is lost."""
+        if os.fstat(descriptor).st_size > self._offset:
+            self.lines.lose()
+        os.ftruncate(descriptor, size_bytes)
+        self._offset = size_bytes
 
     def skip_to_end(self) -> None:
-        """Begin at the end of the file; lines of an earlier engine are scrubbed, not reported."""
-        self.read_lines()
+        """Begin at what is now the end of the file; lines of an earlier engine are scrubbed, not reported.
+
+        This takes 5 s at most; what is unread then is given up: much can have come while no emberd read.
+        """
+        deadline_s = time.monotonic() + _LONGEST_SKIP_S
+        with self._opened() as descriptor:
+            end = os.fstat(descriptor).st_size
+            while self._offset < end and time.monotonic() < deadline_s:
+                self._read(descriptor)
+            self._tidy(descriptor, end, 0)
         self.tail.clear()
 
-    def read_lines(self) -> list[str]:
-        r"""Return the complete lines written since the last call, without private ones.
+    def read_lines(self, most_unread_bytes: int = _MOST_UNREAD_BYTES) -> list[str]:
+        """Return complete lines written since the last call, without private ones; they are also kept in `tail`.
 
-        Progress bars use carriage returns, so both `\r` and `\n` end a line. Lines are also kept in `tail`.
+        A call reads at most 64 KiB or 1,000 lines, so that an engine that prints much does not stop emberd;
+        `has_more` tells whether there is more.
+
+        Args:
+            most_unread_bytes: if more than this is unread then, it is given up.
+
+        Raises:
+            OSError: the file cannot be read or scrubbed.
         """
-        lines: list[str] = []
-        try:
-            descriptor = os.open(self._path, os.O_RDWR)
-        except FileNotFoundError:
-            return lines
+        self.has_more = False
+        with self._opened() as descriptor:
+            end = os.fstat(descriptor).st_size
+            lines = self._read(descriptor)
+            self.tail.extend(lines)
+            self._tidy(descriptor, end, most_unread_bytes)
+        return lines
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        descriptor = os.open(self._path, os.O_RDWR)
         try:
             if os.fstat(descriptor).st_size < self._offset:  # somebody truncated it
-                self._offset, self._pending = 0, b""
-            while chunk := os.pread(descriptor, _CHUNK_BYTES, self._offset):
-                self._offset += len(chunk)
-                lines += self._take(descriptor, chunk)
+                self._offset = 0
+            yield descriptor
         finally:
             os.close(descriptor)
-        self.tail.extend(lines)
-        if self._offset >= self._room_bytes and not self._pending:
-            self._rotate()
+
+    def _read(self, descriptor: int) -> list[str]:
+        chunk = os.pread(descriptor, _CHUNK_BYTES, self._offset)
+        self._offset, lines, private = self.lines.take(chunk, self._offset)
+        for start, end in private:
+            os.pwrite(descriptor, b"*" * (end - start), start)
         return lines
+
+    def _tidy(self, descriptor: int, end: int, most_unread_bytes: int) -> None:
+        """Give up what is unread if it is too much, and rotate a file that was read to its end."""
+        self.has_more = self._offset < end
+        if end - self._offset > most_unread_bytes:
+            self.has_more, self.has_given_up = False, True
+            self._cut(descriptor, self._offset)
+            self._make_room(descriptor)
+        if self._offset >= self._room_bytes and not self.has_more and not self.lines.pending:
+            self._rotate(descriptor)
 
     def last_words(self, count: int) -> list[str]:
         """Return the last lines for a person, an unfinished one included."""
-        unfinished = self.unfinished
-        lines = [*self.tail, *([unfinished] if unfinished else [])]
+        lines = [*self.tail, *([self.unfinished] if self.unfinished else [])]
         return lines[-count:]
 
     @property
     def unfinished(self) -> str:
         """A last line without a line end, empty if there is none or it is private."""
-        return "" if self._is_scrubbing else self._pending.decode("utf-8", "replace").strip()
+        return self.lines.unfinished
 
-    def _take(self, descriptor: int, chunk: bytes) -> list[str]:
-        """Split a chunk into lines, scrubbing private ones in the file."""
-        lines: list[str] = []
-        end = self._offset - len(chunk)
-        for piece in chunk.replace(b"\r", b"\n").splitlines(keepends=True):
-            start, end = end, end + len(piece)
-            is_complete = piece.endswith(b"\n")
-            self._pending += piece.rstrip(b"\n")
-            text = self._pending.decode("utf-8", "replace").strip()
-            if not self._is_cutting and text and self.is_private(text):
-                self._is_scrubbing = True
-                start -= len(self._pending) - len(piece.rstrip(b"\n"))
-            if self._is_scrubbing:
-                width = end - start - (1 if is_complete else 0)
-                os.pwrite(descriptor, b"*" * width, start)
-            if is_complete:
-                if text and not self._is_cutting and not self._is_scrubbing:
-                    lines.append(text[:_LONGEST_LINE_BYTES])
-                self._pending, self._is_cutting, self._is_scrubbing = b"", False, False
-            elif len(self._pending) > _LONGEST_LINE_BYTES:
-                if not self._is_scrubbing and not self._is_cutting:
-                    lines.append(text[:_LONGEST_LINE_BYTES])
-                self._pending, self._is_cutting = b"", True
-        return lines
+    def _rotate(self, descriptor: int) -> None:
+        """Copy what was read (and scrubbed) aside, and empty the file.
 
-    def _rotate(self) -> None:
-        """Copy what was read (and scrubbed) aside, and empty the file; its writer goes on at the new end.
-
-        Lines written between the last read and the truncation, some microseconds, are lost.
+        Lines written between the last read and the truncation, some milliseconds, are lost.
         """
         for number in range(self._kept_files, 1, -1):
             older = self._path.with_name(f"{self._path.name}.{number - 1}")
@@ -186,18 +203,18 @@ class OutputFollower:
         if self._kept_files:
             newest = self._path.with_name(f"{self._path.name}.1")
             try:
-                self._copy(newest)
+                self._copy(descriptor, newest)
             except OSError:
                 # On a full disk the file must not go on growing: its content is given up.
                 newest.unlink(missing_ok=True)
-        self._empty()
-        self.make_room()
+        self._cut(descriptor, 0)
+        self._make_room(descriptor)
 
-    def _copy(self, target: Path) -> None:
+    def _copy(self, descriptor: int, target: Path) -> None:
         """Copy no further than was read: later bytes may hold private lines."""
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as copy, self._path.open("rb") as source:
-            left = self._offset
-            while left and (chunk := source.read(min(_CHUNK_BYTES, left))):
+        made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(made, "wb") as copy:
+            at = 0
+            while chunk := os.pread(descriptor, min(_CHUNK_BYTES, self._offset - at), at):
                 copy.write(chunk)
-                left -= len(chunk)
+                at += len(chunk)

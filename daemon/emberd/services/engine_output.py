@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _REST_S = 0.02
 """Pause between two reads: an engine that prints much wakes emberd fifty times a second, not ten thousand."""
 _POLL_S = 1.0
+_MOST_READS = 32
+"""For the rest that an engine leaves, up to 2 MiB."""
+_MAKE_ROOM = "Make room; the engine's output is kept from its next start on."
 _TAIL_IN_MESSAGE = 8
 
 
@@ -64,7 +67,7 @@ class EngineOutput:
         """Take over new settings; they count from the next line on."""
         if engine.name != self._engine.name:
             # Else the filter stays that there is: it knows whether a reply is being printed.
-            self._follower.is_private = engine.is_private
+            self._follower.lines.is_private = engine.is_private
         self._engine = engine
         self._follower.set_limits(*_limits(settings))
 
@@ -118,18 +121,37 @@ class EngineOutput:
             while True:
                 self.read()
                 await asyncio.sleep(_REST_S)
-                await (watch.wait() if watch is not None else asyncio.sleep(_POLL_S))
+                if not self._follower.has_more:
+                    await (watch.wait() if watch is not None else asyncio.sleep(_POLL_S))
         finally:
             if watch is not None:
                 watch.close()
 
-    def read(self) -> None:
-        """Read what has come since the last time; a broken disk or too many open files must not end an engine."""
+    async def read_rest(self) -> None:
+        """Read what an engine that has ended has left, and give up what is too much; others may work between."""
+        for _ in range(_MOST_READS):
+            self.read()
+            if not self._follower.has_more:
+                return
+            await asyncio.sleep(0)
+        self.read(is_last=True)
+
+    def read(self, *, is_last: bool = False) -> None:
+        """Read some of what has come since the last time; after the last read nothing is left unread.
+
+        A broken disk or too many open files must not end an engine.
+        """
         try:
-            lines = self._follower.read_lines()
+            lines = self._follower.read_lines(0) if is_last else self._follower.read_lines()
         except OSError as error:
             self._say(error.strerror or str(error))
             return
+        if self._follower.has_given_up:
+            self._follower.has_given_up = False
+            self._say(
+                "the engine prints faster than emberd can read",
+                "Look into engine.log for the lines that it repeats; emberd leaves out what it cannot read.",
+            )
         for line in lines:
             self._note(line)
             if line != self._old_words:
@@ -160,14 +182,10 @@ class EngineOutput:
         told = self._engine.counts_in_line(line)
         self._counts = self._counts if told is None else told.after(self._counts)
 
-    def _say(self, trouble: str) -> None:
+    def _say(self, trouble: str, remedy: str = _MAKE_ROOM) -> None:
         """Say once that the engine's output is lost, and why."""
         if trouble and trouble != self._trouble:
-            self._log.warning(
-                "output_lost",
-                error=trouble,
-                remedy="Make room; the engine's output is kept from its next start on.",
-            )
+            self._log.warning("output_lost", error=trouble, remedy=remedy)
         self._trouble = trouble
 
 

@@ -266,8 +266,8 @@ class EngineRun:
         """
         await process.wait()
         self._died_s = time.monotonic()
-        self._output.read()
         was_asked = is_asked()
+        await self._output.read_rest()
         ended = exit_status.EngineExit(
             status=process.status,
             lived_s=time.monotonic() - process.started_s,
