@@ -130,6 +130,33 @@ def test_a_large_file_is_rotated_and_the_writer_goes_on(engine: Engine):
     assert {path.stat().st_mode & 0o777 for path in engine.path.parent.iterdir()} == {0o600}
 
 
+def test_a_file_whose_lines_end_only_with_the_next_one_is_rotated_too(engine: Engine):
+    reader = follower(engine, rotate_bytes=1000)
+    seen = []
+    for number in range(100):
+        engine.say(f"\nline {number:03} {'.' * 40}")
+        seen += reader.read_lines()
+    assert [line.split()[1] for line in seen] == [f"{number:03}" for number in range(99)]
+    assert reader.unfinished.startswith("line 099")
+    assert engine.path.stat().st_size < 1100
+    assert engine.path.with_name("engine.log.1").exists()
+
+
+def test_a_private_line_that_goes_on_over_a_rotation_is_in_no_file(engine: Engine):
+    reader = follower(engine, rotate_bytes=10)
+    engine.say(f"before\ncounts, Body Err: {SECRET[:3]}")
+    assert reader.read_lines() == ["before"]
+    engine.say(f"{SECRET[3:]} begins")
+    assert reader.read_lines() == []
+    engine.say(" goes on")
+    assert reader.read_lines() == []
+    engine.say(" and ends\nafter\n")
+    assert reader.read_lines() == ["after"]
+    texts = [path.read_text() for path in engine.path.parent.iterdir()]
+    assert len(texts) == 3
+    assert set("".join(texts)) <= set("before\n*after")
+
+
 def test_without_kept_files_rotation_empties_the_file(engine: Engine):
     reader = follower(engine, rotate_bytes=10, kept_files=0)
     engine.say("0123456789\n")
@@ -230,16 +257,21 @@ def test_what_an_engine_printed_while_no_emberd_read_is_skipped_in_bounded_time(
     lines=st.lists(st.text(st.sampled_from("abcé "), max_size=30).map(str.strip)),
     private=st.sets(st.integers(0, 20)),
     cuts=st.lists(st.integers(1, 40), max_size=30),
+    rotate_bytes=st.sampled_from([20, 1 << 20]),
 )
 def test_however_output_is_cut_no_private_byte_stays(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[str], private: set[int], cuts: list[int]
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[str],
+    private: set[int],
+    cuts: list[int],
+    rotate_bytes: int,
 ):
     path = tmp_path_factory.mktemp("follow") / "engine.log"
     said = [f"{SECRET}{line}§" if number in private else line for number, line in enumerate(lines)]
     data = "".join(f"{line}\n" for line in said).encode()
     writer = Engine(path)
     try:
-        reader, got = follower(writer), []
+        reader, got = follower(writer, rotate_bytes), []
         for cut in [*cuts, len(data) or 1]:
             writer.say(data[:cut])
             data = data[cut:]
@@ -247,5 +279,6 @@ def test_however_output_is_cut_no_private_byte_stays(
     finally:
         os.close(writer.descriptor)
     assert got == [line for number, line in enumerate(said) if number not in private and line]
-    assert SECRET not in path.read_text()
-    assert "§" not in path.read_text()
+    for each in path.parent.iterdir():
+        assert SECRET not in each.read_text(errors="replace")
+        assert "§" not in each.read_text(errors="replace")

@@ -178,7 +178,7 @@ class OutputFollower:
             self.has_more, self.has_given_up = False, True
             self._cut(descriptor, self._offset)
             self._make_room(descriptor)
-        if self._offset >= self._room_bytes and not self.has_more and not self.lines.pending:
+        if self._offset >= self._room_bytes and not self.has_more:
             self._rotate(descriptor)
 
     def last_words(self, count: int) -> list[str]:
@@ -194,7 +194,9 @@ class OutputFollower:
     def _rotate(self, descriptor: int) -> None:
         """Copy what was read (and scrubbed) aside, and empty the file.
 
-        Lines written between the last read and the truncation, some milliseconds, are lost.
+        A line that has not ended goes on in the emptied file. Its beginning may turn out to be private, so it is
+        kept in memory only. (KoboldCPP ends a line when it begins the next one.) Lines written between the last
+        read and the truncation, some milliseconds, are lost.
         """
         for number in range(self._kept_files, 1, -1):
             older = self._path.with_name(f"{self._path.name}.{number - 1}")
@@ -211,10 +213,11 @@ class OutputFollower:
         self._make_room(descriptor)
 
     def _copy(self, descriptor: int, target: Path) -> None:
-        """Copy no further than was read: later bytes may hold private lines."""
+        """Copy no further than whole lines were read: later bytes may be private."""
+        end = max(self._offset - len(self.lines.pending), 0)
         made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(made, "wb") as copy:
             at = 0
-            while chunk := os.pread(descriptor, min(_CHUNK_BYTES, self._offset - at), at):
+            while chunk := os.pread(descriptor, min(_CHUNK_BYTES, end - at), at):
                 copy.write(chunk)
                 at += len(chunk)

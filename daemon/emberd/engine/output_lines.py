@@ -57,7 +57,8 @@ class LineFilter:
             text = self.pending.decode("utf-8", "replace").strip()
             if not self._is_cutting and text and self.is_private(text):
                 self._is_scrubbing = True
-                start -= len(self.pending) - len(piece.rstrip(b"\n"))
+                # Of a line that goes on over a rotation, the beginning is in no file.
+                start = max(start - len(self.pending) + len(piece.rstrip(b"\n")), 0)
             if self._is_scrubbing:
                 private.append((start, end - is_complete))
             if is_complete:
