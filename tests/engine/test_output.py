@@ -252,6 +252,33 @@ def test_what_an_engine_printed_while_no_emberd_read_is_skipped_in_bounded_time(
     assert SECRET not in engine.path.read_text()
 
 
+def test_a_file_that_is_not_the_engine_s_is_not_read(engine: Engine):
+    reader = follower(engine)
+    assert reader.make_room()
+    engine.say("one\n")
+    assert reader.read_lines() == ["one"]
+    engine.path.rename(engine.path.with_name("away"))
+    with pytest.raises(FileNotFoundError):
+        reader.read_lines()
+    engine.path.write_text("a line of somebody else's\n")
+    with pytest.raises(FileNotFoundError):
+        reader.read_lines()
+    assert engine.path.read_text() == "a line of somebody else's\n"
+
+
+def test_the_next_engine_s_file_is_read_from_its_start(engine: Engine):
+    reader = follower(engine)
+    assert reader.make_room()
+    engine.say("a long first line\nhal")
+    reader.read_lines()
+    engine.path.unlink()
+    assert reader.make_room()
+    following = Engine(engine.path)
+    following.say("a line that is longer than all of before\n")
+    assert reader.read_lines() == ["a line that is longer than all of before"]
+    os.close(following.descriptor)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lines=st.lists(st.text(st.sampled_from("abcé "), max_size=30).map(str.strip)),

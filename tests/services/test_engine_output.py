@@ -25,14 +25,24 @@ class Printing:
     """An engine that prints, and emberd that reads."""
 
     def __init__(self, path: Path) -> None:
-        unused: Any = None
         self.path = path
         self.noted: list[str] = []
-        engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused)
-        self.output = EngineOutput(
-            path, LogSettings(), engine, ThisHost(), structlog.get_logger(), self.noted.append, self.noted.append
-        )
+        self.output = self.follow_anew()
         self.descriptor = self.output.open_for_engine()
+
+    def follow_anew(self) -> EngineOutput:
+        """Return what another emberd would follow it with."""
+        unused: Any = None
+        engine = KoboldCpp(Settings(), ThisHost(), EngineHttp(), unused, unused, unused)
+        return EngineOutput(
+            self.path,
+            LogSettings(),
+            engine,
+            ThisHost(),
+            structlog.get_logger(),
+            self.noted.append,
+            self.noted.append,
+        )
 
     def say(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
@@ -97,3 +107,39 @@ async def test_output_that_is_given_up_is_said_once_for_an_engine(printing: Prin
         assert lost.pop() == "the engine prints faster than emberd can read"
         assert not lost
         printing.start_again()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_file_that_is_removed_is_said_once_until_the_next_engine(
+    printing: Printing, lost: list[str], is_replaced: bool
+):
+    printing.path.unlink()
+    if is_replaced:
+        printing.path.write_text("somebody else's\n")
+    for _ in range(3):
+        printing.say("line\n")
+        printing.output.read()
+    assert lost == [f"{printing.path} was removed"]
+    printing.start_again()
+    printing.say("kept again\n")
+    printing.output.read()
+    assert printing.noted == ["kept again"]
+    assert len(lost) == 1
+
+
+def test_a_file_that_went_while_no_emberd_ran_is_not_made_again_for_an_engine_that_does_not_write_to_it(
+    printing: Printing, lost: list[str]
+):
+    printing.path.unlink()
+    following = printing.follow_anew()
+    following.adopt()
+    following.read()
+    assert lost == [f"{printing.path} was removed"]
+    assert not printing.path.exists()
+
+
+def test_an_engine_without_a_file_lacks_it_for_one_reason_only(tmp_path: Path, lost: list[str]):
+    printing = Printing(tmp_path / "nowhere" / "engine.log")
+    printing.output.read()
+    assert lost == [f"no room or no permission at {printing.path}"]
+    os.close(printing.descriptor)

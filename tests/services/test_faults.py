@@ -132,7 +132,10 @@ def test_a_state_directory_that_is_deleted_is_made_again_and_nobody_notices(make
     daemon = make_daemon()
     daemon.start()
     pid = daemon.wait_ready()["engine"]["pid"]
-    shutil.rmtree(daemon.state.directory)
+    # In one step, because emberd may write to it just now.
+    shutil.rmtree(daemon.state.directory.rename(daemon.folder / "deleted"))
+    assert daemon.complete()
+    assert daemon.wait_event("output_lost")["error"].endswith("engine.log was removed")
     os.kill(pid, signal.SIGKILL)
     assert daemon.complete()
     # Asked by a signal: the socket is made again within 30 s, and a restart of emberd does not wait for that.

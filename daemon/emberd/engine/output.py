@@ -35,6 +35,12 @@ def open_for_engine(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
+def _identity(descriptor: int) -> tuple[int, int]:
+    """Return what tells a file from another one at the same path."""
+    facts = os.fstat(descriptor)
+    return facts.st_dev, facts.st_ino
+
+
 class OutputFollower:
     """Reads what an engine wrote since the last look.
 
@@ -60,6 +66,7 @@ class OutputFollower:
         self._kept_files = kept_files
         self._reserve = reserve
         self._room_bytes = rotate_bytes
+        self._file: tuple[int, int] | None = None
         self._offset = 0
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.has_more = False
@@ -75,7 +82,8 @@ class OutputFollower:
     def make_room(self) -> bool:
         """Reserve the room that an engine's output needs, so that a full disk does not end the engine.
 
-        With less than that to be had the file is rotated earlier; with next to nothing its content is given up.
+        From now on it is the engine's file; no other one that takes its path is read. With less than that room to
+        be had it is rotated earlier; with next to nothing its content is given up.
 
         Returns:
             False if an engine could not write: the file cannot be made, or the disk has no room at all.
@@ -85,11 +93,17 @@ class OutputFollower:
         except OSError:
             return False
         try:
+            self._begin(descriptor)
             return self._make_room(descriptor)
         except OSError:
             return False
         finally:
             os.close(descriptor)
+
+    def _begin(self, descriptor: int) -> None:
+        """Read another file than the last one from its start."""
+        if _identity(descriptor) != self._file:
+            self._file, self._offset, self.lines = _identity(descriptor), 0, LineFilter(self.lines.is_private)
 
     def _make_room(self, descriptor: int) -> bool:
         if self._find_room(descriptor):
@@ -128,6 +142,7 @@ class OutputFollower:
         """
         deadline_s = time.monotonic() + _LONGEST_SKIP_S
         with self._opened() as descriptor:
+            self._begin(descriptor)
             end = os.fstat(descriptor).st_size
             while self._offset < end and time.monotonic() < deadline_s:
                 self._read(descriptor)
@@ -144,10 +159,13 @@ class OutputFollower:
             most_unread_bytes: if more than this is unread then, it is given up.
 
         Raises:
-            OSError: the file cannot be read or scrubbed.
+            FileNotFoundError: the file is gone, or another one has its path.
+            OSError: it cannot be read or scrubbed.
         """
         self.has_more = False
         with self._opened() as descriptor:
+            if self._file not in {None, _identity(descriptor)}:
+                raise FileNotFoundError(errno.ENOENT, "another file has its path", str(self._path))
             end = os.fstat(descriptor).st_size
             lines = self._read(descriptor)
             self.tail.extend(lines)

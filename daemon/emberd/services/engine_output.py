@@ -77,6 +77,13 @@ class EngineOutput:
             self._follower.skip_to_end()
         self.progress = None
 
+    def adopt(self) -> None:
+        """Go on with the file of an engine that an earlier emberd started; one that is gone is not made again."""
+        self.skip_to_end()
+        with contextlib.suppress(OSError):  # without permission; the first read says so
+            if self._path.exists():
+                self.make_room()
+
     def open_for_engine(self) -> int:
         """Return a descriptor for an engine to write to, and on which it cannot fail.
 
@@ -143,6 +150,10 @@ class EngineOutput:
         """
         try:
             lines = self._follower.read_lines(0) if is_last else self._follower.read_lines()
+        except FileNotFoundError:
+            # Or there was no room for it: that has been said.
+            self._say(self._trouble or f"{self._path} was removed", "It is made again at the engine's next start.")
+            return
         except OSError as error:
             self._say(error.strerror or str(error))
             return

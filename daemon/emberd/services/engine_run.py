@@ -234,8 +234,7 @@ class EngineRun:
         self._gate.engine.switch = record.switch
         told = LoadFacts(is_mapped=record.is_mapped, context_tokens=record.context_tokens, kv_bytes=record.kv_bytes)
         await self._meter.adopt(self._gate.engine.model_path(), told)
-        self._output.skip_to_end()
-        self._output.make_room()
+        self._output.adopt()
         self._take(process, record, is_adopted=True)
         self._log.info("engine_adopted", pid=record.pid, port=record.port)
         return True
