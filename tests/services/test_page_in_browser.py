@@ -35,7 +35,7 @@ AXE = Path(os.environ.get("EMBERD_TEST_AXE") or Path(sys.prefix, "axe.min.js"))
 AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
 """npm, axe-core 4.14.1; scripts/environment fetches it."""
 SHOTS = os.environ.get("EMBERD_TEST_SHOTS", "")
-"""A folder for screenshots, for CI to keep."""
+"""A folder for screenshots, which CI can keep; CONTRIBUTING.md."""
 HEAR_LABELS = """{
     window.labels = [];
     const fill = CanvasRenderingContext2D.prototype.fillText;
@@ -110,15 +110,22 @@ def week(make_daemon: MakeDaemon) -> Daemon:
     return made
 
 
-def look_at(browser: Viewer, daemon: Daemon, name: str = "", **how: Any) -> None:
+@pytest.fixture(autouse=True)
+def picture(browser: Viewer, make_daemon: MakeDaemon, request: pytest.FixtureRequest) -> Iterator[None]:  # noqa: ARG001  # ends after this
+    """Keep what each test saw at its end."""
+    yield
+    if SHOTS:
+        Path(SHOTS).mkdir(parents=True, exist_ok=True)
+        browser.picture(Path(SHOTS) / f"{request.node.name.removeprefix('test_')}.png")
+
+
+def look_at(browser: Viewer, daemon: Daemon, **how: Any) -> None:
     """Open the page, and return when everything that it shows at first is there."""
     browser.view(f"{daemon.url}/emberd/", **how)
     browser.wait_for(IS_LIVE)
     browser.wait_for("document.querySelector('.cell') && document.querySelector('#figures dd')")
     browser.wait_for("!document.getElementById('doctor').textContent.includes('Examining')")
     browser.wait_for("performance.getEntriesByName('charts').length")
-    if SHOTS and name:
-        browser.picture(Path(SHOTS) / f"{name}.png")
 
 
 def can_be_read(browser: Viewer) -> None:
@@ -184,7 +191,7 @@ def texts(browser: Viewer, elements: str) -> list[str]:
 
 
 def test_it_shows_a_warm_model_and_asks_nobody_else_and_complains_of_nothing(browser: Viewer, daemon: Daemon):
-    look_at(browser, daemon, "desk")
+    look_at(browser, daemon)
     browser.wait_for(f"{SENTENCE}.startsWith('Warm.')")
     sent = browser.seen("Network.requestWillBeSent")
     assert all(each["request"]["url"].startswith(daemon.url) for each in sent)
@@ -195,7 +202,7 @@ def test_it_shows_a_warm_model_and_asks_nobody_else_and_complains_of_nothing(bro
 
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
 def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_read(browser: Viewer, daemon: Daemon, is_dark: bool):
-    look_at(browser, daemon, f"phone-{'dark' if is_dark else 'light'}", is_dark=is_dark, **PHONE)
+    look_at(browser, daemon, is_dark=is_dark, **PHONE)
     assert browser.run("document.documentElement.scrollWidth") <= PHONE["width"]
     paper = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, paper[4:-1].split(","))) < 200) == is_dark
@@ -465,7 +472,7 @@ def test_an_open_table_keeps_focus_and_place_while_it_is_refreshed(browser: View
 
 
 def test_on_a_phone_all_of_a_day_is_there_without_scrolling(browser: Viewer, week: Daemon):
-    look_at(browser, week, "phone-days", **PHONE)
+    look_at(browser, week, **PHONE)
     browser.wait_for("document.querySelector('#days td')")
     box = "document.querySelector('#days .scroll')"
     browser.wait_for(f"{box}.textContent.includes('0.16\u00a0%')")

@@ -7,6 +7,7 @@ import { box, figures, find, make, put, table, tell, words } from "./words.js";
 
 const HISTORY_MS = 60_000;
 const DOCTOR_MS = 120_000;
+const LASTING = ["READY", "COOL", "STOPPED", "FAILED"];
 const DAYS_MS = 600_000;
 let isWarming = false;
 let status = null;
@@ -36,6 +37,7 @@ function show(view) {
   requests();
   events(view.events);
   cost();
+  if (before && before.state !== status.state && LASTING.includes(status.state)) doctor();
   if (before?.swap?.endurance_bytes !== status.swap?.endurance_bytes) showDays();
   if (!performance.getEntriesByName("shown").length) performance.mark("shown");
 }
