@@ -22,6 +22,7 @@ from emberd.engine.http import EngineHttp
 from emberd.engine.llama_server import (
     EmbeddedServer,
     check_arguments,
+    check_router,
     check_variables,
     inherited,
     notices_of,
@@ -110,6 +111,31 @@ def test_a_variable_that_would_break_the_job_is_refused_by_its_name(name: str):
         check_variables({name: "x"})
     assert refused.value.remedy == f"Unset {name}."
     check_variables({name: "", "LLAMA_API_KEY": "x"})
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "named"),
+    [
+        (["--models-dir", "/m"], {}, "--models-dir"),
+        (["--models-preset=/m.ini"], {}, "--models-preset"),
+        ([], {"LLAMA_ARG_MODELS_DIR": "/m"}, "LLAMA_ARG_MODELS_DIR in the environment"),
+    ],
+)
+def test_the_router_is_refused_with_the_reason(words: list[str], variables: dict[str, str], named: str):
+    with pytest.raises(ConfigError, match=f"^{named}: llama-server's router loads and unloads models") as refused:
+        check_router(words, variables)
+    assert "Set model.path" in (refused.value.remedy or "")
+    check_router(["-c", "512"], {"LLAMA_ARG_MODELS_DIR": ""})
+
+
+def test_a_router_s_settings_tell_why_it_is_not_served(make_daemon: Callable[..., Daemon], tmp_path: Path):
+    """They said only that no model is set."""
+    settings = {"engine.kind": "llama-server", "engine.path": str(write_program(tmp_path)), "model.path": ""}
+    daemon = make_daemon({**settings, "engine.extra_args": ["--models-dir", str(tmp_path)]})
+    daemon.write_settings()
+    said = daemon.verb("config", "check")
+    assert said.returncode == 78
+    assert "--models-dir: llama-server's router loads and unloads models by itself" in said.stderr
 
 
 def test_arguments_that_undo_keep_warm_are_named():

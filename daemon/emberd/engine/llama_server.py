@@ -69,6 +69,8 @@ _OWNED_VARIABLES = {
     "LLAMA_ARG_SSL_CERT_FILE": "--ssl-cert-file",
 }
 """Those that no argument of emberd's overrides."""
+_ROUTER = {"--models-dir": "LLAMA_ARG_MODELS_DIR", "--models-preset": "LLAMA_ARG_MODELS_PRESET"}
+"""Options of the router, and their variables. With a model llama-server is none and ignores them (tools/server)."""
 _MODES_WITHOUT_SERVER = frozenset({"-h", "--help", "--usage", "--version", "--completion-bash", "--list-devices"})
 _VERBOSE = frozenset(
     {"-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity", "--log-prompts-dir"}
@@ -393,6 +395,8 @@ class ExternalServer(LlamaServer):
                 be read.
         """
         engine = self._settings.engine
+        if not self._settings.model.path:
+            check_router(engine.extra_args, os.environ)
         model = check_model(self._settings.model.path)
         program, offered = await self._ask_build()
         if "--port" not in offered or "--ctx-size" not in offered:
@@ -491,6 +495,22 @@ def check_arguments(extra_args: Sequence[str], offered: frozenset[str]) -> None:
             raise ConfigError(
                 f"engine.extra_args: this llama-server does not know {word}{hint}", "Mend the setting."
             )
+
+
+def check_router(extra_args: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Refuse llama-server's router, which it is without a model, if options ask for it.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    named = [word for word, _ in given(extra_args) if word in _ROUTER]
+    named += [f"{name} in the environment" for name in _ROUTER.values() if environment.get(name)]
+    if named:
+        raise ConfigError(
+            f"{named[0]}: llama-server's router loads and unloads models by itself, each in a process of its own; "
+            "emberd keeps one model warm",
+            f"Set model.path to that model; {named[0]} then means nothing. For several models run several emberds.",
+        )
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
