@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from daemon_process import group_members
 from emberd.core.errors import EngineNotUsable
 from emberd.engine import program
 from emberd.engine.koboldcpp import model_name
@@ -119,6 +121,77 @@ async def test_a_program_that_never_answers_is_given_up_and_ended(tmp_path: Path
     assert time.monotonic() - began_s < 10
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+@pytest.mark.parametrize("pipe", ["1", "2"])
+async def test_a_program_that_floods_its_help_is_given_up_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: str
+):
+    monkeypatch.setattr(program, "_MOST_BYTES", 100_000)
+    monkeypatch.setattr(program, "ASK_TIMEOUT_S", 20.0)
+    made = write_program(tmp_path / "engine", f"echo $$ > {tmp_path}/pid; yes help >&{pipe}")
+    with pytest.raises(EngineNotUsable, match="printed more than 0 MiB in answer to --help"):
+        await Asker(tmp_path / "answers.json").ask((str(made),), ("--help",), made, {})
+    await all_end(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_what_a_program_started_for_its_answer_ends_with_the_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+):
+    monkeypatch.setattr(program, "ASK_TIMEOUT_S", 20.0 if is_cancelled else 0.5)
+    made = with_a_child(tmp_path)
+    asking = asyncio.create_task(Asker(tmp_path / "answers.json").ask((str(made),), ("--help",), made, {}))
+    if is_cancelled:
+        async with asyncio.timeout(10):
+            while not (tmp_path / "pid").exists():
+                await asyncio.sleep(0.01)
+        asking.cancel()
+    with pytest.raises(asyncio.CancelledError if is_cancelled else EngineNotUsable):
+        async with asyncio.timeout(20):
+            await asking
+    await all_end(int((tmp_path / "pid").read_text()))
+
+
+async def test_a_question_that_is_cancelled_as_it_begins_ends_what_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = with_a_child(tmp_path)
+    start = asyncio.create_subprocess_exec
+
+    async def start_slowly(*words: Any, **options: Any) -> asyncio.subprocess.Process:
+        process = await start(*words, **options)
+        while not (tmp_path / "pid").exists():
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.sleep(0)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_slowly)
+    asking = asyncio.create_task(Asker(tmp_path / "answers.json").ask((str(made),), ("--help",), made, {}))
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(20):
+            await asking
+    await all_end(int((tmp_path / "pid").read_text()))
+
+
+async def test_what_a_program_leaves_behind_after_its_answer_is_ended(tmp_path: Path):
+    made = write_program(tmp_path / "engine", f"sleep 100 >&- 2>&- & echo $$ > {tmp_path}/pid; echo help")
+    assert (await Asker(tmp_path / "answers.json").ask((str(made),), ("--help",), made, {})).out == "help\n"
+    await all_end(int((tmp_path / "pid").read_text()))
+
+
+def with_a_child(folder: Path) -> Path:
+    """Return a program that starts another one, writes its own pid, and never answers."""
+    script = f"sleep 40 & echo $$ > {folder}/new; mv {folder}/new {folder}/pid; wait"
+    return write_program(folder / "engine", script)
+
+
+async def all_end(group: int) -> None:
+    """Return when no process of the group lives, which takes the kernel a moment."""
+    async with asyncio.timeout(10):
+        while group_members(group):
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from daemon_process import group_members
 from emberd.host.paths import StatePaths
 from small_disk import CAN_MOUNT, SmallDisk
 
@@ -169,6 +170,20 @@ def test_an_engine_that_prints_more_than_can_be_read_keeps_no_request_waiting(
     assert (daemon.state.directory / "engine.log").stat().st_size < 32 << 20
     lost = daemon.events("output_lost")
     assert [event["error"] for event in lost] == ["the engine prints faster than emberd can read"]
+
+
+def test_an_emberd_that_ends_while_it_asks_a_program_leaves_nothing_of_it(make_daemon: MakeDaemon, tmp_path: Path):
+    program, pid = tmp_path / "koboldcpp.sh", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\nsleep 100 &\necho $$ > {pid}.new; mv {pid}.new {pid}\nwait\n")
+    program.chmod(0o755)
+    daemon = make_daemon({"engine.path": str(program)})
+    daemon.start()
+    daemon.wait_for(lambda _: pid.exists(), "the question")
+    group = int(pid.read_text())
+    assert group_members(group)
+    daemon.signal(signal.SIGTERM)
+    assert daemon.end() == 0
+    assert not group_members(group)
 
 
 def test_a_model_that_went_away_and_came_back_is_served_within_seconds(

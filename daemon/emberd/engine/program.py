@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 from asyncio.subprocess import DEVNULL, PIPE
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emberd.core.errors import EngineNotUsable, StateUnusable
-from emberd.engine.process import inherited_environment
+from emberd.engine.process import KILL_WAIT_S, inherited_environment
 from emberd.host.files import write_atomically
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 ASK_TIMEOUT_S = 120.0
 """KoboldCPP's single-file binary unpacks itself before it answers --help: 26 to 72 s are reported (issue 1406)."""
+_MOST_BYTES = 4 * 1024 * 1024
+"""Of each pipe. KoboldCPP's help has some 30 KiB."""
+_CHUNK_BYTES = 64 * 1024
 _CACHE_ENTRIES = 16
 _LAST_WORDS = 4
 _ANSWERED = frozenset({0, 2})
@@ -111,7 +115,7 @@ class Asker:
         """Run `command` with `arguments` and return what it said, from memory where `program` is unchanged.
 
         Raises:
-            EngineNotUsable: it cannot be started, or says nothing within ASK_TIMEOUT_S.
+            EngineNotUsable: it cannot be started, has not answered within ASK_TIMEOUT_S, or prints without end.
         """
         facts = program.stat()
         key = hashlib.sha256(
@@ -140,10 +144,18 @@ class Asker:
 
 
 async def _run(command: Sequence[str], environment: Mapping[str, str]) -> Said:
-    try:
-        process = await asyncio.create_subprocess_exec(
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
             *command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env=environment, start_new_session=True
         )
+    )
+    try:
+        # asyncio would wait for all that the program has started by then, and end the program alone.
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):
+            _end((await starting).pid)
+        raise
     except OSError as error:
         raise EngineNotUsable(
             f"cannot start {command[0]}: {error.strerror}",
@@ -151,15 +163,39 @@ async def _run(command: Sequence[str], environment: Mapping[str, str]) -> Said:
         ) from error
     try:
         async with asyncio.timeout(ASK_TIMEOUT_S):
-            out, err = await process.communicate()
+            out, err = await asyncio.gather(_read(process.stdout, process.pid), _read(process.stderr, process.pid))
+            await process.wait()
     except TimeoutError as error:
         raise EngineNotUsable(
             f"{command[0]} did not answer {command[-1]} within {ASK_TIMEOUT_S:g} s",
             "Run it by hand and see what it waits for.",
         ) from error
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        _end(process.pid)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(
+                process.communicate(), KILL_WAIT_S
+            )  # a pipe is closed when it was read to its end
+    if max(len(out), len(err)) > _MOST_BYTES:
+        raise EngineNotUsable(
+            f"{command[0]} printed more than {_MOST_BYTES >> 20} MiB in answer to {command[-1]}",
+            "Run it by hand and see what it prints. Is it the engine's program?",
+        )
     return Said(process.returncode or 0, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
+
+
+async def _read(pipe: asyncio.StreamReader | None, group: int) -> bytes:
+    """Return what comes through a pipe until its end; end the group that writes too much."""
+    said = bytearray()
+    while pipe is not None and (more := await pipe.read(_CHUNK_BYTES)):
+        if len(said) <= _MOST_BYTES:
+            said += more
+        else:
+            _end(group)
+    return bytes(said)
+
+
+def _end(group: int) -> None:
+    """End a program and what it started, also what it left behind."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
