@@ -154,7 +154,7 @@ async def _run(command: Sequence[str], environment: Mapping[str, str]) -> Said:
         process = await asyncio.shield(starting)
     except asyncio.CancelledError:
         with contextlib.suppress(OSError):
-            _end((await starting).pid)
+            await _end(await starting)
         raise
     except OSError as error:
         raise EngineNotUsable(
@@ -171,11 +171,7 @@ async def _run(command: Sequence[str], environment: Mapping[str, str]) -> Said:
             "Run it by hand and see what it waits for.",
         ) from error
     finally:
-        _end(process.pid)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(
-                process.communicate(), KILL_WAIT_S
-            )  # a pipe is closed when it was read to its end
+        await _end(process)
     if max(len(out), len(err)) > _MOST_BYTES:
         raise EngineNotUsable(
             f"{command[0]} printed more than {_MOST_BYTES >> 20} MiB in answer to {command[-1]}",
@@ -191,11 +187,18 @@ async def _read(pipe: asyncio.StreamReader | None, group: int) -> bytes:
         if len(said) <= _MOST_BYTES:
             said += more
         else:
-            _end(group)
+            _kill(group)
     return bytes(said)
 
 
-def _end(group: int) -> None:
-    """End a program and what it started, also what it left behind."""
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End a program and what it started, also what it left behind; return when it is gone, or after KILL_WAIT_S."""
+    _kill(process.pid)
+    with contextlib.suppress(TimeoutError):
+        # A pipe is closed when it was read to its end.
+        await asyncio.wait_for(process.communicate(), KILL_WAIT_S)
+
+
+def _kill(group: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
