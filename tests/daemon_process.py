@@ -175,6 +175,9 @@ class Daemon:
     def close(self) -> None:
         """End emberd and every engine that it ever reported."""
         if self.child is not None and self.child.poll() is None:
+            # An engine that emberd has just begun is in no record yet; stopped, emberd begins no other.
+            self.child.send_signal(signal.SIGSTOP)
+            self.engine_pids |= {child.pid for child in psutil.Process(self.child.pid).children()}
             self.child.kill()
             self.child.wait(WAIT_S)
         if self.state.record.exists():
