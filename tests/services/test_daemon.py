@@ -253,7 +253,8 @@ def test_a_worker_that_outlives_a_killed_parent_is_ended_before_the_next_start(
     assert daemon.complete()
 
 
-def test_a_hung_engine_is_restarted(make_daemon: MakeDaemon, tmp_path: Path):
+def hanging_once(make_daemon: MakeDaemon, tmp_path: Path) -> tuple[Daemon, int]:
+    """Return a ready daemon whose engine hangs in its first generation, and the engine's pid."""
     daemon = make_daemon(
         {"lifecycle.hang_after_s": 1, "lifecycle.stop_timeout_s": 1},
         STANDIN_HANG="generation",
@@ -261,6 +262,11 @@ def test_a_hung_engine_is_restarted(make_daemon: MakeDaemon, tmp_path: Path):
     )
     daemon.start()
     first = daemon.wait_ready()["engine"]["pid"]
+    return daemon, first
+
+
+def test_a_hung_engine_is_restarted(make_daemon: MakeDaemon, tmp_path: Path):
+    daemon, first = hanging_once(make_daemon, tmp_path)
     answer = Background(daemon.complete)
     assert daemon.wait_ready(other_than=first)
     assert answer.get()
@@ -268,13 +274,7 @@ def test_a_hung_engine_is_restarted(make_daemon: MakeDaemon, tmp_path: Path):
 
 
 def test_a_page_that_polls_does_not_hide_a_hung_engine(make_daemon: MakeDaemon, tmp_path: Path):
-    daemon = make_daemon(
-        {"lifecycle.hang_after_s": 1, "lifecycle.stop_timeout_s": 1},
-        STANDIN_HANG="generation",
-        STANDIN_ONCE_FILE=str(tmp_path / "once"),
-    )
-    daemon.start()
-    first = daemon.wait_ready()["engine"]["pid"]
+    daemon, first = hanging_once(make_daemon, tmp_path)
     answer, is_over = Background(daemon.complete), threading.Event()
 
     def poll() -> None:

@@ -665,7 +665,8 @@ async def test_a_page_that_polls_does_not_end_a_replay(rig: Rig):
     assert (await rig.service.warm())["steps"] == ["touch", "replay"]
 
 
-async def test_a_pass_under_way_ends_under_critical_pressure(rig: Rig):
+def endless_replay(rig: Rig) -> asyncio.Event:
+    """Let a replay last until it is aborted; return what is set when it has begun."""
     rig.hears(TURN)
     begun = asyncio.Event()
 
@@ -678,6 +679,11 @@ async def test_a_pass_under_way_ends_under_critical_pressure(rig: Rig):
         return True
 
     rig.engine.engine.send, rig.engine.engine.abort = send, abort
+    return begun
+
+
+async def test_a_pass_under_way_ends_under_critical_pressure(rig: Rig):
+    begun = endless_replay(rig)
     async with asyncio.timeout(LIMIT_S / 2):
         warming = asyncio.create_task(rig.service.warm())
         await begun.wait()
@@ -691,18 +697,7 @@ async def test_a_pass_under_way_ends_under_critical_pressure(rig: Rig):
 
 @pytest.mark.parametrize("verb", ["pause", "cool"])
 async def test_a_pass_under_way_ends_for_a_pause_and_for_a_cool_spell(rig: Rig, verb: str):
-    rig.hears(TURN)
-    begun = asyncio.Event()
-
-    async def send(*_: Any) -> dict[str, Any] | None:
-        begun.set()
-        await asyncio.sleep(LIMIT_S)
-        return {}
-
-    async def abort(*_: Any) -> bool:
-        return True
-
-    rig.engine.engine.send, rig.engine.engine.abort = send, abort
+    begun = endless_replay(rig)
     async with asyncio.timeout(LIMIT_S / 2):
         warming = asyncio.create_task(rig.service.warm())
         await begun.wait()
